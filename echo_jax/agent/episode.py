@@ -1,0 +1,257 @@
+"""One episode of a task, and the episodes of a group (PROTOCOL 6, 7, 13 to 16).
+
+Sees policy and sandbox only through their protocols (DESIGN 3.7); updates nothing, stores nothing.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from echo_jax.agent.observations import NO_COMMANDS, execute
+from echo_jax.agent.policy import Policy
+from echo_jax.agent.protocol import Conversation, Protocol, Span, turn_seed, warning_prefix
+from echo_jax.agent.sandbox import Sandbox, SandboxError
+from echo_jax.agent.verifier import verify
+from echo_jax.types import Role, Rollout, Status, Task
+
+__all__ = ['run_episode', 'run_group', 'verify']
+
+CORRECT_THRESHOLD = 0.5  # PROTOCOL 16
+# Why the agent's part ended, and what that makes of the episode.
+_STATUS = {
+    'done': Status.OK,
+    'max_turns': Status.TRUNCATED,
+    'max_context_tokens': Status.TRUNCATED,
+    'max_total_tokens': Status.TRUNCATED,
+    'agent_timeout': Status.AGENT_TIMEOUT,
+}
+
+
+@dataclasses.dataclass
+class _Counts:
+    """The metrics of one episode; seconds of wall clock."""
+
+    turns: int = 0
+    parse_errors: int = 0  # turns answered by a whole-response error
+    warnings: int = 0
+    commands: int = 0  # really run
+    seconds_sampling: float = 0.0
+    seconds_executing: float = 0.0
+    seconds_verifying: float = 0.0
+
+
+async def run_episode(
+    task: Task,
+    policy: Policy,
+    sandbox: Sandbox,
+    protocol: Protocol,
+    *,
+    group_id: int,
+    sample_id: int,
+    seed: int,
+    temperature: float,
+) -> Rollout:
+    """Starts the sandbox, lets the policy work in it, verifies, stops it, whatever happens.
+
+    Every end of the agent's part is verified, its timeout and a spent budget included, as Harbor
+    does. Raises SandboxError where the sandbox fails (run_group retries).
+    """
+    conversation = protocol.start(task.instruction)
+    counts = _Counts()
+    try:
+        await sandbox.start()
+        ending = await _converse(
+            task,
+            policy,
+            sandbox,
+            conversation,
+            counts,
+            seeds=(seed, group_id, sample_id),
+            temperature=temperature,
+        )
+        started = time.monotonic()
+        reward, status = await verify(task, sandbox)
+        counts.seconds_verifying = time.monotonic() - started
+    finally:
+        await _stop(sandbox)
+    metrics = dataclasses.asdict(counts)
+    metrics |= {f'stop/{ending}': 1, 'correct': reward >= CORRECT_THRESHOLD}
+    return _rollout(
+        conversation,
+        reward=reward - length_penalty(conversation, protocol.config),
+        status=_STATUS[ending] if status == Status.OK else status,
+        task_id=task.task_id,
+        group_id=group_id,
+        sample_id=sample_id,
+        metrics={name: float(value) for name, value in metrics.items()},
+    )
+
+
+async def _stop(sandbox: Sandbox) -> None:
+    """Stops it to the end, also where the episode is cancelled meanwhile, as its group may be."""
+    stopping = asyncio.ensure_future(sandbox.stop())
+    cancelled = None
+    while not stopping.done():
+        try:
+            await asyncio.wait({stopping})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    stopping.result()
+
+
+async def _converse(
+    task: Task,
+    policy: Policy,
+    sandbox: Sandbox,
+    conversation: Conversation,
+    counts: _Counts,
+    *,
+    seeds: tuple[int, int, int],
+    temperature: float,
+) -> str:
+    """The agent's part, turn after turn: a key of _STATUS that says why it ended."""
+    protocol, config = conversation.protocol, conversation.protocol.config
+    deadline = time.monotonic() + task.agent_timeout_sec
+    for turn in range(config.max_turns):
+        left = config.max_total_tokens - len(conversation.tokens)
+        if left <= 0:
+            return 'max_total_tokens'
+        if len(conversation.context) >= config.max_context_tokens:
+            return 'max_context_tokens'
+        started = time.monotonic()
+        if started >= deadline:
+            return 'agent_timeout'
+        try:
+            async with asyncio.timeout(deadline - started) as clock:
+                generation = await policy.generate(
+                    np.asarray(conversation.context, np.int32),
+                    max_tokens=min(config.max_turn_tokens, left),
+                    temperature=temperature,
+                    seed=turn_seed(*seeds, turn),
+                    stop_token_ids=protocol.stop_token_ids,
+                )
+        except TimeoutError:
+            if not clock.expired():  # the policy's own, not the agent's
+                raise
+            return 'agent_timeout'
+        finally:
+            counts.seconds_sampling += time.monotonic() - started
+        conversation.append_turn(generation)
+        counts.turns += 1
+        ending, observation = await _act(
+            conversation, generation.token_ids, sandbox, counts, deadline
+        )
+        if ending:
+            return ending
+        if not conversation.append_observation(observation):
+            return 'max_total_tokens'
+    return 'max_turns'
+
+
+async def _act(
+    conversation: Conversation,
+    token_ids: np.ndarray,
+    sandbox: Sandbox,
+    counts: _Counts,
+    deadline: float,
+) -> tuple[str, list[Span]]:
+    """Does what a turn asks for: (why the episode ends, or '', and the observation)."""
+    protocol = conversation.protocol
+    response, warnings = protocol.read_turn(token_ids)
+    counts.warnings += len(warnings)
+    if response.error:
+        counts.parse_errors += 1
+        return '', [Span(Role.FEEDBACK, response.error)]
+    started = time.monotonic()
+    selected = protocol.select(response.commands)
+    output, commands = await execute(selected, sandbox, protocol.config, deadline)
+    counts.commands += commands
+    counts.seconds_executing += time.monotonic() - started
+    if time.monotonic() >= deadline:
+        return 'agent_timeout', []
+    if response.is_done:
+        return 'done', []
+    return '', [*warning_prefix(warnings), *(output or [NO_COMMANDS])]
+
+
+def length_penalty(conversation: Conversation, config) -> float:
+    """PROTOCOL 16: `length_penalty_coef` for each 1,000 tokens past `length_penalty_start`.
+
+    Counted are the tokens after the prompt. A coefficient of 0 turns it off.
+    """
+    if not getattr(config, 'length_penalty_coef', 0.0):
+        return 0.0
+    after_prompt = len(conversation.tokens) - conversation.roles.count(Role.PROMPT)
+    excess = max(after_prompt - config.length_penalty_start, 0)
+    return config.length_penalty_coef * excess / 1000
+
+
+def _rollout(conversation: Conversation, **fields) -> Rollout:
+    return Rollout(
+        tokens=np.asarray(conversation.tokens, np.int32),
+        roles=np.asarray(conversation.roles, np.uint8),
+        rollout_logprobs=np.asarray(conversation.logprobs, np.float32),
+        policy_versions=np.asarray(conversation.versions, np.int32),
+        turn_starts=np.asarray(conversation.turn_starts, np.int32),
+        **fields,
+    )
+
+
+async def run_group(
+    task: Task,
+    group_id: int,
+    *,
+    policy: Policy,
+    make_sandbox: Callable[[Task], Sandbox],
+    protocol: Protocol,
+    group_size: int,
+    seed: int,
+    temperature: float,
+    sandboxes: asyncio.Semaphore,
+    max_retries: int = 2,
+) -> list[Rollout]:
+    """The rollouts of one group, in the order of their sample_id, all at once.
+
+    `sandboxes` is shared by all groups of a process and bounds the sandboxes that live at a time.
+    A SandboxError is retried `max_retries` times in a fresh sandbox, then recorded as an
+    INFRA_ERROR with nothing but the prompt in it. Any other error ends the whole group.
+    """
+
+    async def run_sample(sample_id: int) -> Rollout:
+        for attempt in range(max_retries + 1):
+            try:
+                async with sandboxes:
+                    return await run_episode(
+                        task,
+                        policy,
+                        make_sandbox(task),
+                        protocol,
+                        group_id=group_id,
+                        sample_id=sample_id,
+                        seed=seed,
+                        temperature=temperature,
+                    )
+            except SandboxError as error:
+                logging.warning(
+                    'task %s, group %d, sample %d, try %d of %d: %s',
+                    *(task.task_id, group_id, sample_id, attempt + 1, max_retries + 1, error),
+                )
+        return _rollout(
+            protocol.start(task.instruction),
+            reward=0.0,
+            status=Status.INFRA_ERROR,
+            task_id=task.task_id,
+            group_id=group_id,
+            sample_id=sample_id,
+            metrics={'infra_retries': float(max_retries)},
+        )
+
+    async with asyncio.TaskGroup() as running:
+        samples = [running.create_task(run_sample(sample_id)) for sample_id in range(group_size)]
+    return [sample.result() for sample in samples]

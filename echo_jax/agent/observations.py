@@ -1,0 +1,102 @@
+"""What the agent is shown of its commands (PROTOCOL 10, 11): exact texts, each with its role.
+
+Runs the selected commands of one turn in a sandbox; knows no tokens.
+"""
+
+import time
+
+from echo_jax.agent.parser import Command
+from echo_jax.agent.protocol import Span
+from echo_jax.agent.sandbox import CommandResult, Sandbox
+from echo_jax.types import Role
+
+NO_COMMANDS = Span(
+    Role.FEEDBACK, 'No commands provided. Please provide commands to execute or set done.'
+)
+
+
+def truncate(text: str, limit: int, strategy: str) -> list[Span]:
+    """At most `limit` characters of output and a notice of what is missing; 0 is no limit."""
+    if limit <= 0 or len(text) <= limit:
+        return [Span(Role.OUTPUT, text)]
+    half = limit // 2
+    shown = {'start': f'first {limit}', 'end': f'last {limit}'}.get(
+        strategy, f'first {half} and last {half}'
+    )
+    notice = f'[Output truncated: showing {shown} of {len(text)} characters]'
+    if strategy == 'start':
+        return [Span(Role.OUTPUT, text[:limit]), Span(Role.WRAPPER, '\n' + notice)]
+    if strategy == 'end':
+        return [Span(Role.WRAPPER, notice + '\n'), Span(Role.OUTPUT, text[-limit:])]
+    return [
+        Span(Role.OUTPUT, text[:half]),
+        Span(Role.WRAPPER, f'\n{notice}\n'),
+        Span(Role.OUTPUT, text[len(text) - half :]),
+    ]
+
+
+def refusal(command: Command) -> str:
+    """Why a call is not run, '' if it can be."""
+    if command.error:
+        reason = f'parse error: {command.error}'
+    elif command.name != 'bash':
+        reason = f"Unknown tool '{command.name}'. Only 'bash' is supported."
+    elif not command.arguments.get('command'):
+        reason = 'no command provided. Please provide a command in correct format to execute.'
+    else:
+        return ''
+    return f"Command '{command.raw}' skipped due to {reason}"
+
+
+def describe(command: str, result: CommandResult, limit: int, strategy: str) -> list[Span]:
+    """A finished command's observation."""
+    output = result.stdout + (f'\n{result.stderr}' if result.stderr else '')
+    verdict = 'failed' if result.exit_code else 'executed successfully'
+    return [
+        Span(Role.WRAPPER, f"Command '{command}' {verdict}. Output: "),
+        *truncate(output, limit, strategy),
+        Span(Role.WRAPPER, f'\n\n(exit_code={result.exit_code})'),
+    ]
+
+
+def seconds(text: str) -> float:
+    """A call's timeout; raises ValueError where it is no positive number."""
+    value = float(text)
+    if not value > 0:
+        raise ValueError(f'timeout is {text}, expected a positive number of seconds')
+    return value
+
+
+async def execute(
+    commands: list[Command], sandbox: Sandbox, config, deadline: float
+) -> tuple[list[Span], int]:
+    """Runs a turn's commands in order: (their observations, how many were really run).
+
+    `config` is the recipe's `protocol`; `deadline` the agent's, in time.monotonic() seconds. A
+    command gets no more time than that leaves, and none is begun after it.
+    """
+    spans, run = [], 0
+    for command in commands:
+        if spans:
+            spans.append(Span(Role.WRAPPER, '\n\n'))
+        if reason := refusal(command):
+            spans.append(Span(Role.FEEDBACK, reason))
+            continue
+        text = command.arguments['command']
+        timeout = command.arguments.get('timeout', str(config.command_timeout))
+        try:
+            allowed = min(seconds(timeout), deadline - time.monotonic())
+        except ValueError as error:
+            failure = f"Command '{text}' execution error: {error}\n\n(exit_code=-1)"
+            spans.append(Span(Role.WRAPPER, failure))
+            continue
+        if allowed <= 0:
+            break
+        result = await sandbox.run(text, allowed)
+        run += 1
+        if result.timed_out:
+            late = f"Command '{text}' timed out after {timeout} seconds.\n\n(exit_code=-1)"
+            spans.append(Span(Role.WRAPPER, late))
+        else:
+            spans.extend(describe(text, result, config.max_output_chars, config.truncation))
+    return spans, run

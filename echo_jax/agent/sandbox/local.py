@@ -1,0 +1,398 @@
+"""A sandbox from Linux namespaces alone: no daemon, no image, tens of milliseconds to start.
+
+The host system, read-only, is the image; what a task adds lies in memory (tmpfs) and goes with
+the sandbox. It keeps honest work apart and dishonest work inside, on one kernel: use `docker.py`
+with a hardened runtime where tasks come from strangers. There is never a network, whatever
+`Task.allow_internet` says.
+
+The shell. One bash runs every command, so `cd`, variables and functions last. It reads the command
+as one quoted line and reports the exit code on a socket that tells us the sender's process id,
+with a number drawn for that command: no other process can report for it, nor an earlier command
+for a later one. Standard input is /dev/null. Background output that is still coming
+when a command ends shows with the next command, as in a terminal.
+
+When a shell does not survive. `exit`, `exec`, `kill -9 $$` and the like end it: the exit code is
+the shell's own, and its background processes live on. A timeout or endless output (exit code 137)
+kills every process in the sandbox. In both cases the next command gets a fresh shell in the last
+known directory, with the task's variables; its own variables, functions and options are gone.
+"""
+
+import asyncio
+import binascii
+import contextlib
+import functools
+import os
+import pathlib
+import re
+import secrets
+import signal
+import subprocess
+
+from echo_jax import types
+from echo_jax.agent.sandbox import CommandResult, SandboxError, channels, dockerfile, namespaces
+from echo_jax.agent.sandbox.namespaces import check
+
+__all__ = ['LocalSandbox', 'check']
+
+_STARTUP_SEC = 20.0  # for what takes milliseconds, on a machine that may be overloaded
+_DISCARD_BYTES = 64 << 20  # output beyond this ends the command; up to it, it is only not kept
+_MAX_STRAYS = 1_000  # messages of others on the report's socket, in one command
+_KILLED = 128 + signal.SIGKILL
+
+
+class LocalSandbox:
+    """One sandbox (DESIGN 3.7). Start it once; after `stop` it is gone for good.
+
+    `memory_mb` (default: the task's) bounds each process, `disk_mb` all that is written, wherever.
+    `output_bytes` of each stream of a command are kept, from its start; the rest is discarded.
+    """
+
+    def __init__(
+        self,
+        task: types.Task,
+        *,
+        backend: str = 'auto',
+        processes: int = 256,
+        memory_mb: int | None = None,
+        disk_mb: int = 256,
+        files: int = 65_536,
+        cpu_seconds: int = 3_600,
+        open_files: int = 1_024,
+        output_bytes: int = 1 << 20,
+    ):
+        if backend not in ('auto', *namespaces.BACKENDS):
+            raise ValueError(f"backend {backend!r}: want 'auto', 'bubblewrap' or 'unshare'")
+        self.task = task
+        self._backend = backend
+        self._output_bytes = output_bytes
+        memory_mb = task.memory_mb if memory_mb is None else memory_mb
+        self._limits = namespaces.Limits(
+            processes, memory_mb, disk_mb, files, cpu_seconds, open_files
+        )
+        self._workdir, self._env = task.workdir, dict(task.env)
+        self._cwd = ''  # quoted for bash; empty is the workdir
+        self._lock = asyncio.Lock()  # one command or request at a time
+        self._descriptors = contextlib.ExitStack()
+        self._process: subprocess.Popen | None = None  # bwrap or unshare, on the host
+        self._init: int | None = None  # pidfd of the sandbox's process 1
+        self._shell: int | None = None  # pidfd of the shell; None until there is one
+        self._shell_pid = self._last_exit = 0
+        self._unclean = False  # a command was cancelled: kill before the next
+        self._pending = ''  # the request that process 1 has yet to answer
+
+    async def start(self) -> None:
+        """Opens the sandbox and follows the task's environment/Dockerfile.
+
+        Raises SandboxError where namespaces are refused or a RUN fails; ValueError for a Dockerfile
+        that a local sandbox cannot follow.
+        """
+        environment = self.task.path / 'environment'
+        recipe = dockerfile.Recipe((), None, self._env)
+        if (environment / 'Dockerfile').exists():
+            recipe = dockerfile.read_dockerfile(
+                environment / 'Dockerfile', self.task.workdir, self.task.env
+            )
+        if recipe.workdir and self.task.workdir == types.Task.workdir:  # the task names none
+            self._workdir = recipe.workdir
+        self._env = recipe.env | self.task.env
+        for name in self._env:
+            if not re.fullmatch(r'[A-Za-z_]\w*', name, re.ASCII):
+                raise ValueError(
+                    f'{self.task.task_id}: {name!r} is no name for a variable; see env'
+                )
+        copies = [  # all are looked up before anything is opened
+            dockerfile.copy_sources(step, environment) if step.name == 'COPY' else None
+            for step in recipe.steps
+        ]
+        try:
+            await self._open()
+            if self._workdir != types.Task.workdir:  # which is there
+                await self._make_directory(self._workdir)
+            for step, pairs in zip(recipe.steps, copies, strict=True):
+                if pairs is None:
+                    await self._build(step)
+                else:
+                    for path, target in pairs:
+                        await self.upload(path, target)
+            await self.reset()
+        except BaseException:  # cancelled or failed: nothing may stay behind
+            await self.stop()
+            raise
+
+    async def run(self, command: str, timeout: float) -> CommandResult:
+        """Runs `command` in the shell; `timeout` in seconds. See above for what outlives what."""
+        self._require_running()
+        if '\0' in command:  # no shell can hold one; say so as bash would
+            return CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, False)
+        async with self._lock:
+            if self._unclean:
+                await self._kill()
+            if self._shell is None:
+                await self._open_shell()
+            return await self._run(command, timeout)
+
+    async def upload(self, path: pathlib.Path, target: str) -> None:
+        """Copies a file to the path `target`, or a directory's content into the directory `target`.
+
+        Makes directories on the way; all belongs to the sandbox's user and is readable. Raises
+        ValueError for a link that leads outside `path`, SandboxError where it cannot be written.
+        """
+        path, target = pathlib.Path(path), channels.absolute(target)
+        directory = target if path.is_dir() else os.path.dirname(target)
+        archive = channels.archive(path, '.' if path.is_dir() else os.path.basename(target))
+        async with self._lock:
+            request = f'put {len(archive)} {channels.escape(directory)}\n'
+            reply = await self._request(request, archive)
+        if reply != 'done':
+            raise SandboxError(f'cannot upload {path} to {target}: {reply.removeprefix("error ")}')
+
+    async def read(self, path: str) -> bytes:
+        """The bytes of a regular file inside; no link is followed to it, no FIFO is waited for.
+
+        Raises FileNotFoundError where there is none, OSError where it is over `output_bytes`.
+        """
+        limit = self._output_bytes
+        async with self._lock:
+            request = f'get {limit + 1} {channels.escape(channels.absolute(path))}\n'
+            kind, _, content = (await self._request(request)).partition(' ')
+        if kind != 'file':
+            raise FileNotFoundError(f'{path}: no regular file in the sandbox')
+        content = binascii.a2b_base64(content)
+        if len(content) > limit:
+            raise OSError(f'{path}: longer than the {limit} bytes that are read from a sandbox')
+        return content
+
+    async def reset(self) -> None:
+        """Kills everything that runs inside and opens a fresh shell in the task's workdir."""
+        async with self._lock:
+            await self._kill()
+            self._cwd = ''
+            await self._open_shell()
+
+    async def stop(self) -> None:
+        """Ends every process and frees all that was written. Safe to call twice, or unstarted."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if self._init is not None:
+            with contextlib.suppress(ProcessLookupError):  # takes its whole namespace with it
+                signal.pidfd_send_signal(self._init, signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGKILL)  # bwrap alone would leave its child behind
+        self._close_shell()
+        self._descriptors.close()
+        self._init = None
+        ended = os.pidfd_open(process.pid)
+        try:
+            await asyncio.wait_for(channels.ready(ended), _STARTUP_SEC)
+        except TimeoutError:
+            process.kill()
+        finally:
+            os.close(ended)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    # The rest is one sandbox's plumbing, from the outside in.
+
+    async def _open(self) -> None:
+        """Spawns process 1 and waits until it has built the root."""
+        backend = _working_backend(self._backend, os.environ.get('PATH', ''))
+        control, self._control = channels.pipe()
+        script, self._script = channels.pipe()
+        self._stdout, stdout = channels.pipe()
+        self._stderr, stderr = channels.pipe()
+        self._replies, replies = channels.status_pair()
+        self._status, status = channels.status_pair()
+        argv, environment = namespaces.command(backend, self._limits, (script, status, stdout))
+        theirs = (control, script, stdout, stderr, replies, status)
+        for descriptor in (self._control, self._script, self._stdout, self._stderr):
+            os.set_blocking(descriptor, False)
+            self._descriptors.callback(os.close, descriptor)
+        channels.not_for_forks.add(self._control)
+        self._descriptors.callback(channels.not_for_forks.discard, self._control)
+        self._descriptors.callback(self._replies.close)
+        self._descriptors.callback(self._status.close)
+        try:
+            # vfork inside, so the size of this process does not matter; the session of its own
+            # keeps the user's terminal and its Ctrl-C away.
+            self._process = subprocess.Popen(
+                argv,
+                stdin=control,
+                stdout=replies,
+                stderr=stderr,
+                pass_fds=(script, status, stdout),
+                env=environment,
+                start_new_session=True,
+            )
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+        try:
+            message, pid = await asyncio.wait_for(channels.receive(self._replies), _STARTUP_SEC)
+        except TimeoutError:
+            message, pid = b'', 0
+        if message != b'ready\n':
+            lines = channels.available(self._stderr).decode(errors='replace').splitlines()
+            raise SandboxError(f'{backend} opened no sandbox: {"; ".join(lines) or "no answer"}')
+        self._init = os.pidfd_open(pid)
+        self._descriptors.callback(os.close, self._init)
+        # The first that an out-of-memory kernel kills. With CAP_SYS_RESOURCE here, that is final.
+        pathlib.Path(f'/proc/{pid}/oom_score_adj').write_text('1000')
+
+    async def _build(self, step: dockerfile.Step) -> None:
+        """One RUN of the Dockerfile, in a shell of its own."""
+        self._env, env = step.env, self._env
+        self._cwd = channels.quote(step.workdir)
+        await self._make_directory(step.workdir)
+        async with self._lock:
+            await self._kill()
+        result = await self.run(step.arguments[0], self.task.build_timeout_sec)
+        self._env, self._cwd = env, ''
+        if result.exit_code != 0:
+            tail = (result.stderr or result.stdout).strip().replace('\n', '; ')[-500:]
+            raise SandboxError(
+                f'{self.task.task_id}: RUN {step.arguments[0]!r} ended with {result.exit_code} in '
+                f'the local sandbox (no network, read-only system): {tail}'
+            )
+
+    async def _make_directory(self, path: str) -> None:
+        async with self._lock:
+            empty = channels.EMPTY_ARCHIVE
+            await self._request(f'put {len(empty)} {channels.escape(path)}\n', empty)
+
+    async def _request(self, line: str, payload: bytes = b'') -> str:
+        """One request to process 1, its one-line reply."""
+        self._require_running()
+        if self._pending:
+            raise SandboxError(f'the request {self._pending} was interrupted; open a new sandbox')
+        self._pending = line.split()[0]
+        try:
+            await channels.write(self._control, line.encode() + payload)
+            reply = await asyncio.wait_for(channels.receive_line(self._replies), _STARTUP_SEC)
+        except (BrokenPipeError, EOFError, TimeoutError):
+            raise SandboxError(f'the sandbox died or hangs (request {self._pending})') from None
+        self._pending = ''
+        return reply
+
+    def _require_running(self) -> None:
+        if self._init is None:
+            raise SandboxError('the sandbox is not running; call start() first')
+
+    async def _kill(self) -> None:
+        """Ends every process but process 1, and empties the channels that they wrote to."""
+        self._unclean = True
+        await self._request('kill\n')
+        self._unclean = False
+        self._close_shell()
+        channels.available(self._stdout)
+        channels.available(self._stderr)
+
+    def _close_shell(self) -> None:
+        if self._shell is not None:
+            os.close(self._shell)
+        self._shell = None
+
+    async def _open_shell(self) -> None:
+        for attempt in (1, 2):
+            channels.discard(self._status)
+            nonce = secrets.token_hex(8)
+            exports = ''.join(f'export {k}={channels.quote(v)};' for k, v in self._env.items())
+            workdir = channels.quote(self._workdir)
+            line = f'cd -- {self._cwd or workdir} || cd -- {workdir};unset OLDPWD;{exports}'
+            line += f'{channels.report(nonce)}\n'
+            try:
+                await channels.write(self._control, b'shell\n')
+            except BrokenPipeError:
+                raise SandboxError('the sandbox died') from None
+            await channels.write(self._script, line.encode(errors='surrogateescape'))
+            try:
+                self._shell_pid = await asyncio.wait_for(self._first_report(nonce), _STARTUP_SEC)
+                self._shell = os.pidfd_open(self._shell_pid)
+                return
+            except (TimeoutError, ProcessLookupError):  # a fork bomb, perhaps: clear and try again
+                if attempt == 2:
+                    raise SandboxError('no shell starts in the sandbox') from None
+                await self._kill()
+
+    async def _first_report(self, nonce: str) -> int:
+        """The new shell's process id; reports of what an older shell left behind are dropped."""
+        while True:
+            message, pid = await channels.receive(self._status)
+            if message.startswith(nonce.encode()):
+                return pid
+
+    async def _run(self, command: str, timeout: float) -> CommandResult:
+        loop, nonce = asyncio.get_running_loop(), secrets.token_hex(8)
+        ended = loop.create_future()  # how it ended: (kind, exit code)
+        out, err = bytearray(), bytearray()
+        self._seen = self._strays = 0
+        watched = {
+            self._status.fileno(): functools.partial(self._on_report, nonce, ended),
+            self._shell: functools.partial(_settle, ended, 'dead', 0),
+            self._stdout: functools.partial(self._on_output, self._stdout, out, nonce, ended),
+            self._stderr: functools.partial(self._on_output, self._stderr, err, nonce, ended),
+        }
+        for descriptor, callback in watched.items():
+            loop.add_reader(descriptor, callback)
+        self._unclean = True  # until we know how it ended
+        try:
+            kind, exit_code = await asyncio.wait_for(
+                self._finish(channels.script(command, self._last_exit, nonce), ended), timeout
+            )
+        except TimeoutError:
+            kind, exit_code = 'timeout', -1
+        finally:
+            for descriptor in watched:
+                loop.remove_reader(descriptor)
+        if kind == 'dead':
+            exit_code = int(await self._request('wait\n'))
+            self._close_shell()
+        elif kind != 'reported':
+            await self._request('kill\n')
+            self._close_shell()
+        out += channels.available(self._stdout)
+        err += channels.available(self._stderr)
+        self._unclean = False
+        self._last_exit = exit_code if kind == 'reported' else 0
+        limit = self._output_bytes
+        texts = (bytes(stream[:limit]).decode(errors='replace') for stream in (out, err))
+        return CommandResult(*texts, exit_code, kind == 'timeout')
+
+    async def _finish(self, script: bytes, ended: asyncio.Future) -> tuple[str, int]:
+        await channels.write(self._script, script)
+        return await ended
+
+    def _on_report(self, nonce: str, ended: asyncio.Future) -> None:
+        message, pid = channels.receive_now(self._status)
+        report = re.fullmatch(rb'%b (\d+) (.*)' % nonce.encode(), message)
+        if report and pid == self._shell_pid:
+            self._cwd = report[2].decode(errors='surrogateescape')
+            _settle(ended, 'reported', int(report[1]))
+        self._strays += 1
+        if self._strays > _MAX_STRAYS:
+            _settle(ended, 'flood', _KILLED)
+
+    def _on_output(self, descriptor: int, kept: bytearray, nonce: str, ended: asyncio.Future):
+        chunk = os.read(descriptor, 1 << 16)
+        self._seen += len(chunk)
+        # A command that closes every descriptor takes the report's socket away; bash then writes
+        # the report to what is left. It counts, but that shell can serve no longer.
+        report = re.search(rb'%b (\d+) .*' % nonce.encode(), chunk)
+        if report:
+            _settle(ended, 'lost', int(report[1]))
+            chunk = chunk[: report.start()] + chunk[report.end() :]
+        kept += chunk[: max(self._output_bytes - len(kept), 0)]
+        if self._seen > _DISCARD_BYTES:
+            _settle(ended, 'flood', _KILLED)
+
+
+@functools.cache
+def _working_backend(backend: str, path: str) -> str:
+    """`check`, once for each PATH: an episode should not pay for it again."""
+    return check(backend)
+
+
+def _settle(future: asyncio.Future, kind: str, exit_code: int) -> None:
+    if not future.done():
+        future.set_result((kind, exit_code))

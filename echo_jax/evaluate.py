@@ -1,0 +1,219 @@
+"""pass@k and environment cross-entropy of a model, or a check of a task set without one.
+
+    python -m echo_jax.evaluate --config=configs/tiny.py --workdir=runs/tiny \
+        --agent=policy --samples=4 --output=eval.json
+
+`--agent=oracle` runs each task's solution/solve.sh, `nop` nothing: the one must earn the reward and
+the other must not. `policy` samples with the newest weights that the workdir has published.
+"""
+
+import asyncio
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from ml_collections import config_flags
+
+from echo_jax import worker
+from echo_jax.agent.policy.jax import JaxPolicy
+from echo_jax.agent.protocol import Protocol
+from echo_jax.agent.tasks import load_tasks
+from echo_jax.agent.verifier import verify
+from echo_jax.learner import batching
+from echo_jax.learner.step import make_score
+from echo_jax.model.qwen3 import Qwen3, Qwen3Config
+from echo_jax.report import CONSOLE
+from echo_jax.store.rollouts import RolloutStore
+from echo_jax.store.weights import WeightStore
+from echo_jax.types import ENV_TARGETS, Role, Rollout, Status, Task
+from echo_jax.workdir import Workdir, write_whole
+
+SOLUTION_SECONDS = 600.0
+
+
+def solve_rate(rollouts: Sequence[Rollout]) -> float:
+    """The share of rollouts whose reward is at least 0.5; those without a reward count as unsolved."""
+    return float(np.mean([r.reward >= batching.SOLVED_REWARD for r in rollouts]))
+
+
+def pass_at_k(solved: Sequence[bool], k: int) -> float:
+    """The unbiased estimate 1 - C(n - c, k) / C(n, k) for one task (arXiv 2107.03374, eq. 1)."""
+    n, c = len(solved), sum(solved)
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def env_ce(score, params, rollouts: Sequence[Rollout], config) -> dict[str, float]:
+    """Mean of -log p at temperature 1, nats a token, over the environment's tokens, and per role.
+
+    `score(params, batch) -> [R, T]` is `learner.step.make_score`'s. The mean is over the tokens of
+    `loss.targets` of all the rollouts; a role that none of them has is left out.
+    """
+    roles = ENV_TARGETS[config.loss.targets]
+    sums, counts = {role: 0.0 for role in roles}, {role: 0 for role in roles}
+    size = config.batch.groups * config.group_size
+    for start in range(0, len(rollouts), size):
+        batch = batching.make_supervised_batch(rollouts[start : start + size], config, roles)
+        logprobs = np.asarray(score(params, batch), np.float64)
+        for role in roles:
+            chosen = (batch.roles == role) & (batch.env_weight > 0)
+            sums[role] -= logprobs[chosen].sum()
+            counts[role] += int(chosen.sum())
+    total = max(sum(counts.values()), 1)
+    means = {role.name.lower(): sums[role] / counts[role] for role in roles if counts[role]}
+    return {'all': sum(sums.values()) / total, **means}
+
+
+async def run_solution(task: Task, config, oracle: bool) -> tuple[float, Status]:
+    """The reward of a task's own solution, or of nothing at all, in a fresh sandbox."""
+    sandbox = worker.make_sandbox(config)(task)
+    try:
+        await sandbox.start()
+        if oracle:
+            await sandbox.upload(task.path / 'solution', '/solution')
+            await sandbox.run('bash /solution/solve.sh', SOLUTION_SECONDS)
+        return await verify(task, sandbox)
+    finally:
+        await sandbox.stop()
+
+
+async def check_tasks(tasks: Sequence[Task], config, oracle: bool) -> list[dict]:
+    """The results of the agents that need no model."""
+    at_once = asyncio.Semaphore(config.sandbox.at_once)
+
+    async def one(task):
+        async with at_once:
+            reward, status = await run_solution(task, config, oracle)
+        return _result(task.task_id, 0, reward, status, 0)
+
+    return list(await asyncio.gather(*(one(task) for task in tasks)))
+
+
+def evaluate_policy(
+    config: ml_collections.ConfigDict, work: Workdir, tasks: Sequence[Task], samples: int
+) -> tuple[list[dict], dict[str, float]]:
+    """(results, environment CE) of the newest weights over `samples` rollouts of every task."""
+    weights = WeightStore(work.url('weights'))
+    version = weights.latest()
+    if version is None:
+        raise ValueError(
+            f'{work.path} has published no weights yet; run echo_jax.train on it first'
+        )
+    model_config, graphdef, abstract = abstract_model(config)
+    params = load_params(abstract, weights.read(version))
+    protocol = Protocol(work.tokenizer(), config.protocol)
+    policy = JaxPolicy(
+        model_config,
+        graphdef,
+        slots=config.policy.slots,
+        cache_tokens=config.protocol.max_total_tokens,
+    )
+    store = RolloutStore('memory://')
+
+    async def draw():
+        await policy.load(params, version)
+        await worker.collect(
+            list(enumerate(tasks)),
+            store,
+            config=config,
+            protocol=protocol,
+            policy=policy,
+            group_size=samples,
+            temperature=config.eval.temperature,
+        )
+
+    asyncio.run(draw())
+    rollouts = [r for group in store.read_groups(range(len(tasks))) for r in group]
+    score = jax.jit(make_score(graphdef, config.batch.micro_rows))
+    results = [
+        _result(r.task_id, r.sample_id, r.reward, r.status, len(r.turn_starts)) for r in rollouts
+    ]
+    return results, env_ce(score, params, rollouts, config)
+
+
+def abstract_model(
+    config: ml_collections.ConfigDict,
+) -> tuple[Qwen3Config, nnx.GraphDef, nnx.State]:
+    """(sizes, static half, ShapeDtypeStructs of the parameters) of the config's model."""
+    sizes = {key: value for key, value in config.model.items() if key != 'path'}
+    model_config = Qwen3Config(**sizes)
+    model = nnx.eval_shape(lambda: Qwen3(model_config, rngs=nnx.Rngs(0)))
+    return model_config, *nnx.split(model)
+
+
+def flat_params(params: nnx.State) -> dict[str, jax.Array]:
+    """Parameters under the names of the weight store, such as `layers/wq`."""
+    flat = nnx.to_flat_state(params)
+    return {'/'.join(map(str, path)): variable[...] for path, variable in flat}
+
+
+def load_params(abstract: nnx.State, arrays: dict[str, np.ndarray]) -> nnx.State:
+    """The inverse of `flat_params`, in the dtypes of `abstract`."""
+    flat = [
+        (
+            path,
+            variable.replace(jax.numpy.asarray(arrays['/'.join(map(str, path))], variable.dtype)),
+        )
+        for path, variable in nnx.to_flat_state(abstract)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def _result(task_id: str, sample_id: int, reward: float, status: Status, turns: int) -> dict:
+    return {
+        'task_id': task_id,
+        'sample_id': sample_id,
+        'reward': reward,
+        'correct': bool(reward >= batching.SOLVED_REWARD),
+        'status': str(status),
+        'turns': turns,
+    }
+
+
+def summarize(results: list[dict], samples: int) -> dict[str, float]:
+    """{'1': pass@1, '2': ..., up to the samples a task has, in powers of two}."""
+    by_task: dict[str, list[bool]] = {}
+    for result in results:
+        by_task.setdefault(result['task_id'], []).append(result['correct'])
+    ks = [2**i for i in range(samples.bit_length())]
+    return {str(k): float(np.mean([pass_at_k(s, k) for s in by_task.values()])) for k in ks}
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    config = _CONFIG.value
+    if _AGENT.value == 'policy':
+        if not _WORKDIR.value:
+            raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
+        work = Workdir(_WORKDIR.value, config)
+        tasks = load_tasks(pathlib.Path(_TASKS.value)) if _TASKS.value else work.tasks('heldout')
+        results, ce = evaluate_policy(config, work, tasks, _SAMPLES.value)
+    else:
+        if not _TASKS.value:
+            raise ValueError(f'--agent={_AGENT.value} needs --tasks, a folder of Harbor tasks')
+        tasks = load_tasks(pathlib.Path(_TASKS.value))
+        results = asyncio.run(check_tasks(tasks, config, _AGENT.value == 'oracle'))
+        ce = {}
+    samples = _SAMPLES.value if _AGENT.value == 'policy' else 1
+    document = {'results': results, 'pass@k': summarize(results, samples), 'env_ce': ce}
+    if _OUTPUT.value:
+        write_whole(pathlib.Path(_OUTPUT.value), json.dumps(document, indent=1))
+    rates = ', '.join(f'pass@{k} {rate:.1%}' for k, rate in document['pass@k'].items())
+    bad = sum(result['status'] not in (Status.OK, Status.TRUNCATED) for result in results)
+    CONSOLE.print(f'{len(tasks)} tasks, {_AGENT.value}: {rates}; {bad} with an error status')
+
+
+if __name__ == '__main__':
+    _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
+    _WORKDIR = flags.DEFINE_string('workdir', '', 'Run whose newest weights are evaluated.')
+    _TASKS = flags.DEFINE_string('tasks', '', "Folder of Harbor tasks; empty: the run's held-out.")
+    _AGENT = flags.DEFINE_enum('agent', 'policy', ['policy', 'oracle', 'nop'], 'Who acts.')
+    _SAMPLES = flags.DEFINE_integer('samples', 1, 'Rollouts of every task.', lower_bound=1)
+    _OUTPUT = flags.DEFINE_string('output', '', 'JSON file to write.')
+    app.run(main)

@@ -1,0 +1,49 @@
+"""Rewards of a group to advantages, in NumPy on the host. Knows nothing of tokens or batches."""
+
+import numpy as np
+
+ESTIMATORS = ('grpo', 'dr_grpo', 'rloo')
+STD_EPSILON = 1e-6  # the released code's; added to the standard deviation, not to the variance
+
+
+def group_advantages(rewards: np.ndarray, valid: np.ndarray, estimator: str) -> np.ndarray:
+    """Advantages of `rewards` [groups, K] within each group, float32 [groups, K].
+
+    `valid` bool [groups, K]: the others get 0 and take no part in their group's mean. With n valid
+    rewards r in the group, mean m and unbiased (n - 1) standard deviation s:
+
+    - 'grpo' (r - m) / (s + 1e-6), ECHO's released code;
+    - 'dr_grpo' r - m (arXiv 2503.20783);
+    - 'rloo' r - mean of the other n - 1 = (r - m) n / (n - 1) (arXiv 2402.14740).
+
+    A group with fewer than two valid rewards, or with equal ones, gives exactly 0: there is nothing
+    to compare. (Some codes give a lone sample its bare reward, which has no baseline.)
+    """
+    rewards = np.asarray(rewards, np.float64)
+    valid = np.asarray(valid, bool)
+    if estimator not in ESTIMATORS:
+        raise ValueError(f'loss.advantages is {estimator!r}; expected one of {ESTIMATORS}')
+    if rewards.ndim != 2 or rewards.shape != valid.shape:
+        raise ValueError(
+            f'rewards {rewards.shape} and valid {valid.shape} must both be [groups, K]'
+        )
+    if not np.isfinite(rewards[valid]).all():
+        raise ValueError(
+            'a valid reward is not finite; an episode with no finite reward '
+            'is a VERIFIER_ERROR with reward 0'
+        )
+    rewards = np.where(valid, rewards, 0.0)
+    count = valid.sum(axis=1, keepdims=True)
+    low = np.min(rewards, axis=1, keepdims=True, where=valid, initial=np.inf)
+    high = np.max(rewards, axis=1, keepdims=True, where=valid, initial=-np.inf)
+    # Tested on the rewards, since a rounded mean of equal ones leaves 1e-17 to be divided by 1e-6.
+    informative = valid & (count >= 2) & (high > low)
+    others = np.maximum(count - 1, 1)
+    centred = rewards - rewards.sum(axis=1, keepdims=True) / np.maximum(count, 1)
+    centred = np.where(informative, centred, 0.0)
+    if estimator == 'grpo':
+        std = np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / others)
+        centred = centred / (std + STD_EPSILON)
+    elif estimator == 'rloo':
+        centred = centred * count / others
+    return centred.astype(np.float32)

@@ -1,0 +1,243 @@
+"""Rollouts to a Batch, NumPy on the host: rows, and each normalisation as a weight (DESIGN 3.3).
+
+No JAX, no model, no store. The same packer serves reinforcement learning and supervised training.
+"""
+
+import collections
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+
+from echo_jax.learner.advantages import group_advantages
+from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, Batch, Role, Rollout, Status
+
+SOLVED_REWARD = 0.5  # PROTOCOL 16
+
+
+class _Segment(NamedTuple):
+    """A rollout and what it weighs: one number on each of its ACTION and of its target tokens."""
+
+    rollout: Rollout
+    advantage: float
+    policy: np.ndarray  # float32 [T]
+    env: np.ndarray  # float32 [T]
+
+
+def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -> Batch:
+    """The global batch of one step: arrays [R, T], T = `batch.seq_len`.
+
+    R is the same in every step: `batch.groups * group_size` rounded up to a multiple of
+    `batch.micro_rows`. Rows are filled from the front and the rest is padding. The result does not
+    depend on the order of `rollouts`.
+
+    Weights by `loss.reduction`, with N the sequences that count, A_i the ACTION tokens and E_i the
+    target tokens (`loss.targets`) of sequence i:
+
+    - 'sequence_mean': policy 1/(N |A_i|), env 1/(N O_i), where O_i is the number of observation
+      tokens (`loss.env_normalization` 'full_observation') or |E_i| ('selected');
+    - 'token_mean': policy 1/sum |A|, env 1/sum |E|;
+    - 'dr_grpo': 1/(N max_tokens) for both, max_tokens = `protocol.max_total_tokens`.
+
+    A sequence that lacks such tokens still counts in N. An INFRA_ERROR counts nowhere and is left
+    out of the rows, which changes no number since all its weights are 0; with
+    `loss.count_infra_errors` it is a sequence like any other whose reward is 0.
+
+    Raises ValueError for a rollout longer than T, and for more rows than R.
+    """
+    counted = [
+        r for r in rollouts if config.loss.count_infra_errors or r.status != Status.INFRA_ERROR
+    ]
+    advantages = _advantages(counted, config.loss.advantages)
+    actions = [_mask(r, (Role.ACTION,)) for r in counted]
+    targets = [_mask(r, _choice(config.loss, 'targets', ENV_TARGETS)) for r in counted]
+    policy_counts, env_counts = _denominators(counted, actions, targets, config)
+    segments = [
+        _Segment(rollout, advantage, _weight(action, a), _weight(target, e))
+        for rollout, advantage, action, target, a, e in zip(
+            counted, advantages, actions, targets, policy_counts, env_counts
+        )
+    ]
+    return _lay_out(segments, config)
+
+
+def make_supervised_batch(
+    rollouts: Sequence[Rollout],
+    config: ml_collections.ConfigDict,
+    roles: Sequence[Role] = (Role.ACTION,),
+) -> Batch:
+    """A batch whose step with env_coef 1 is plain cross-entropy, the mean over tokens of `roles`.
+
+    policy_weight is 0; env_weight is 1/count on those tokens, over the whole batch. Shapes as in
+    `make_batch`. Rewards and status play no part: choose the rollouts before.
+    """
+    masks = [_mask(r, roles) for r in rollouts]
+    count = sum(m.sum() for m in masks)
+    return _lay_out(
+        [_Segment(r, 0.0, _weight(m, 0), _weight(m, count)) for r, m in zip(rollouts, masks)],
+        config,
+    )
+
+
+def _advantages(rollouts: Sequence[Rollout], estimator: str) -> np.ndarray:
+    """float32 [rollouts]: groups may differ in size, so they are padded to [groups, K]."""
+    members = collections.defaultdict(list)
+    for i, rollout in enumerate(rollouts):
+        members[rollout.group_id].append(i)
+    widest = max(map(len, members.values()), default=0)
+    index = np.full((len(members), widest), -1)
+    for row, group in zip(index, members.values()):
+        row[: len(group)] = group
+    # An INFRA_ERROR gets here only where it counts, and then as 0 whatever it carries.
+    rewards = np.array([0.0 if r.status == Status.INFRA_ERROR else r.reward for r in rollouts])
+    valid = index >= 0
+    matrix = np.zeros(index.shape)
+    matrix[valid] = rewards[index[valid]]
+    advantages = np.zeros(len(rollouts), np.float32)
+    advantages[index[valid]] = group_advantages(matrix, valid, estimator)[valid]
+    return advantages
+
+
+def _denominators(
+    rollouts: Sequence[Rollout],
+    actions: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    config: ml_collections.ConfigDict,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the policy and the env weight of each rollout divide by, float64 [rollouts] each."""
+    n = len(rollouts)
+    action_counts = np.array([m.sum() for m in actions], np.float64)
+    target_counts = np.array([m.sum() for m in targets], np.float64)
+    match config.loss.reduction:
+        case 'sequence_mean':
+            observed = {
+                'full_observation': [_mask(r, OBSERVATION_ROLES).sum() for r in rollouts],
+                'selected': target_counts,
+            }
+            chosen = _choice(config.loss, 'env_normalization', observed)
+            return n * action_counts, n * np.asarray(chosen, np.float64)
+        case 'token_mean':
+            return np.full(n, action_counts.sum()), np.full(n, target_counts.sum())
+        case 'dr_grpo':
+            both = np.full(n, float(n * config.protocol.max_total_tokens))
+            return both, both
+        case other:
+            raise ValueError(
+                f"loss.reduction is {other!r}; expected 'sequence_mean', 'token_mean' or 'dr_grpo'"
+            )
+
+
+def _choice(loss: ml_collections.ConfigDict, key: str, options: dict):
+    if loss[key] not in options:
+        raise ValueError(f'loss.{key} is {loss[key]!r}; expected one of {tuple(options)}')
+    return options[loss[key]]
+
+
+def _mask(rollout: Rollout, roles: Sequence[Role]) -> np.ndarray:
+    """bool [T]: tokens of these roles that something predicts, so never the first."""
+    mask = np.isin(rollout.roles, roles)
+    mask[:1] = False
+    return mask
+
+
+def _weight(mask: np.ndarray, denominator: float) -> np.ndarray:
+    """1/denominator where `mask`; a denominator of 0 is a batch without such tokens: no weight."""
+    value = 1.0 / denominator if denominator else 0.0
+    return np.where(mask, value, 0.0).astype(np.float32)
+
+
+def _lay_out(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Batch:
+    seq_len, micro = config.batch.seq_len, config.batch.micro_rows
+    capacity = -(-config.batch.groups * config.group_size // micro) * micro
+    rows = _assign_rows(segments, seq_len, config.batch.pack)
+    if len(rows) > capacity:
+        raise ValueError(
+            f'{len(segments)} rollouts need {len(rows)} rows of {seq_len} tokens, more than the '
+            f'{capacity} of batch.groups x group_size (to a multiple of batch.micro_rows); '
+            'raise batch.groups'
+        )
+    shape = (capacity, seq_len)
+    dtypes = {'roles': np.uint8, 'tokens': np.int32, 'positions': np.int32, 'segment_ids': np.int32}
+    batch = Batch(*(np.zeros(shape, dtypes.get(name, np.float32)) for name in Batch._fields))
+    for row, members in enumerate(rows):
+        start = 0
+        for number, segment in enumerate(members, start=1):
+            rollout = segment.rollout
+            length = len(rollout.tokens)
+            at = row, slice(start, start + length)
+            batch.tokens[at] = rollout.tokens
+            batch.positions[at] = np.arange(length)
+            batch.segment_ids[at] = number
+            batch.roles[at] = rollout.roles
+            batch.rollout_logprobs[at] = rollout.rollout_logprobs
+            batch.advantages[at] = np.where(rollout.roles == Role.ACTION, segment.advantage, 0.0)
+            batch.policy_weight[at] = segment.policy
+            batch.env_weight[at] = segment.env
+            start += length
+    return batch
+
+
+def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list[list[_Segment]]:
+    """First-fit decreasing where `pack`, else a row each; empty rollouts get none.
+
+    The order is the rollouts' own (length, group, sample), so that every host packs alike.
+    """
+    rows, used = [], []
+    for segment in sorted(segments, key=_packing_order):
+        rollout = segment.rollout
+        length = len(rollout.tokens)
+        if length == 0:
+            continue
+        if length > seq_len:
+            raise ValueError(
+                f'sample {rollout.sample_id} of group {rollout.group_id} has {length} tokens but a '
+                f'row holds {seq_len}; raise batch.seq_len or lower protocol.max_total_tokens'
+            )
+        row = next((i for i, n in enumerate(used) if pack and n + length <= seq_len), len(rows))
+        if row == len(rows):
+            rows.append([])
+            used.append(0)
+        rows[row].append(segment)
+        used[row] += length
+    return rows
+
+
+def _packing_order(segment: _Segment) -> tuple[int, int, int]:
+    rollout = segment.rollout
+    return -len(rollout.tokens), rollout.group_id, rollout.sample_id
+
+
+def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+    """What the rollouts of a step were like, under `rollout/...`; a mean of nothing is left out.
+
+    `version` is the policy version being trained. Rewards are of the rollouts that have one: no
+    INFRA_ERROR. `uninformative_groups` is the share of groups whose rewards are all equal, so that
+    their advantages are 0; staleness is `version` minus the oldest version in a rollout. The
+    rollouts' own metrics appear as means.
+    """
+    values = collections.defaultdict(list)
+    groups = collections.defaultdict(set)
+    for r in rollouts:
+        acting = r.roles == Role.ACTION
+        values['turns'].append(len(r.turn_starts))
+        values['tokens'].append(len(r.tokens))
+        values['action_tokens'].append(acting.sum())
+        values['observation_tokens'].append(np.isin(r.roles, OBSERVATION_ROLES).sum())
+        if acting.any():
+            values['staleness'].append(version - r.policy_versions[acting].min())
+        rewards = [] if r.status == Status.INFRA_ERROR else [r.reward]
+        values['reward'] += rewards
+        values['solved'] += [reward >= SOLVED_REWARD for reward in rewards]
+        groups[r.group_id].update(rewards)
+    values['uninformative_groups'] = [len(rewards) < 2 for rewards in groups.values()]
+    counted = set(values)  # of the arrays themselves, so not what a rollout says of itself
+    for r in rollouts:
+        for name in r.metrics.keys() - counted:
+            values[name].append(r.metrics[name])
+    result = {f'rollout/{name}': float(np.mean(v)) for name, v in values.items() if v}
+    for name in ('tokens', 'staleness'):
+        if values[name]:
+            result[f'rollout/max_{name}'] = float(np.max(values[name]))
+    statuses = collections.Counter(r.status for r in rollouts)
+    return result | {f'rollout/status/{status}': float(statuses[status]) for status in Status}

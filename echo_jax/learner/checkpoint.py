@@ -1,0 +1,197 @@
+"""The learner's state on disk: asynchronous, atomic, verified saves through Orbax.
+
+Weights for the workers go through store/weights.py, not here. What is in `extra` (cursors, random
+state, metrics position) is the program's affair.
+"""
+
+import json
+import os
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be restored; the message is one line and says what to do."""
+
+
+class Checkpointer:
+    """Checkpoints of one run under `directory` (a path or a gs:// URL), the last `keep` of them.
+
+    A step's folder appears whole or not at all, whenever the process dies. Orbax notices a missing
+    or cut file, but not a flipped bit of an array, so a fingerprint of every array is computed on
+    the devices at each save and compared at restore.
+
+    Every process of a multi-host run makes the same calls. `read_only` is for programs beside the
+    learner: only the learner may clear away what an interrupted save has left.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 2, read_only: bool = False):
+        directory = os.fspath(directory).removeprefix('file://')
+        self._directory = directory if '://' in directory else os.path.abspath(directory)
+        self._saved = None
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+                read_only=read_only,
+            ),
+        )
+
+    def save(self, step: int, state: Any, extra: dict) -> None:
+        """Begins to save `state`, a pytree of jax.Array, and `extra`, plain JSON, as `step`.
+
+        Returns when the state is copied to the host, so that the caller may donate it; the rest
+        happens in a thread, whose error the next `save`, `wait` or `close` raises. Saving a step
+        again in the same process does nothing.
+        """
+        if step == self._saved:
+            return
+        latest = self.latest()
+        if latest is not None and step <= latest:
+            raise ValueError(
+                f'cannot save step {step}: {self._directory} holds step {latest}; '
+                'to go back, remove the folders of the later steps'
+            )
+        arrays = {
+            name: [*_kind(leaf), fingerprint]
+            for (name, leaf), fingerprint in zip(_named_leaves(state), _fingerprints(state))
+        }
+        record = json.loads(json.dumps({'extra': extra, 'arrays': arrays}))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(state),
+                extra=ocp.args.JsonSave(record | {'crc32': _crc32(record)}),
+            ),
+            force=True,
+        )
+        self._saved = step
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict, int] | None:
+        """(state, extra, step) of `step`, else of the latest; None where there is none at all.
+
+        `abstract_state`: ShapeDtypeStructs with shardings, which need not be those of the save
+        (without one: the first local device). Top-level entries may be left out, and are not read.
+
+        Raises CheckpointError where the checkpoint is damaged or is of another model or optimizer.
+        """
+        steps = self._manager.all_steps()
+        if step is None:
+            if not steps:
+                return None
+            step = max(steps)
+        elif step not in steps:
+            raise CheckpointError(f'{self._directory} has no step {step}, only {sorted(steps)}')
+        record = self._read(step, 'extra', ocp.args.JsonRestore())
+        crc32 = record.pop('crc32', None) if isinstance(record, dict) else None
+        if crc32 != _crc32(record):
+            raise self._damaged(step, 'extra does not match its checksum')
+        self._check_same_arrays(step, record['arrays'], abstract_state)
+        abstract_state = jax.tree.map(_placed, abstract_state)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        state = self._read(
+            step,
+            'state',
+            ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=True),
+        )
+        for (name, _), fingerprint in zip(_named_leaves(state), _fingerprints(state)):
+            if fingerprint != record['arrays'][name][-1]:
+                raise self._damaged(step, f'{name} does not match its fingerprint')
+        return state, record['extra'], step
+
+    def latest(self) -> int | None:
+        """The last step that is whole."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Until all that was begun is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _read(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        # A damaged file makes Orbax raise anything from KeyError to a bare Exception, by where the
+        # damage lies; nothing narrower holds them all, and nothing is swallowed.
+        except Exception as error:
+            reason = str(error).partition('\n')[0][:200]
+            raise self._damaged(step, f'{item}: {type(error).__name__}: {reason}') from error
+
+    def _damaged(self, step: int, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f'cannot restore step {step} of {self._directory}: {reason}; if its files are damaged, '
+            f'remove the folder {self._directory}/{step} to fall back to the step before it'
+        )
+
+    def _check_same_arrays(self, step: int, saved: dict[str, list], abstract_state: Any) -> None:
+        wanted = {name: _kind(leaf) for name, leaf in _named_leaves(abstract_state)}
+        asked = {name.partition('/')[0] for name in wanted}
+        found = {
+            name: (dtype, shape)
+            for name, (dtype, shape, _) in saved.items()
+            if name.partition('/')[0] in asked
+        }
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise CheckpointError(
+                    f'step {step} of {self._directory} is of another model or optimizer: {name} is '
+                    f'{found.get(name, "absent")} there, {wanted.get(name, "absent")} in this '
+                    "config; use the run's own config, or another workdir"
+                )
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in leaves]
+
+
+def _kind(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, list[int]]:
+    return str(leaf.dtype), list(leaf.shape)
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _crc32(record: Any) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _fingerprints(state: Any) -> list[int]:
+    """One uint32 a leaf, the same on every mesh."""
+    return [int(x) for x in jax.device_get([_fingerprint(leaf) for leaf in jax.tree.leaves(state)])]
+
+
+@jax.jit
+def _fingerprint(array: jax.Array) -> jax.Array:
+    """uint32 scalar, a sum modulo 2**32 of hashed elements, so the order of summing is free.
+
+    Each element is hashed with its place by a bijection: one that differs always shows, and more
+    than one go unseen with a chance of 2**-32.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    if array.dtype.itemsize == 8:
+        array = jax.lax.bitcast_convert_type(array, jnp.uint32)  # one more axis, of length 2
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f'uint{8 * array.dtype.itemsize}'))
+    place, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place = place + iota * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    # The rounds of MurmurHash3's finalizer.
+    mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B9))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

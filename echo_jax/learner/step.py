@@ -1,0 +1,126 @@
+"""One learner update, in one jitted program: both losses, backward, accumulation, clip, optimizer.
+
+The batch has one static shape. The step walks its micro-batches in a loop whose trip count is the
+number of micro-batches that hold a token, so a short batch costs what it holds and never recompiles.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import nnx
+
+from echo_jax.learner.losses import echo_loss
+from echo_jax.model.logprobs import token_logprobs
+from echo_jax.types import Batch
+
+
+class TrainState(NamedTuple):
+    params: nnx.State  # float32, the tree of the model's parameters
+    opt_state: optax.OptState
+    step: jax.Array  # int32 scalar, updates done
+
+
+def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+class TokenScores(NamedTuple):
+    """Of every token given those before it, float32 [R, T], nats. Column 0 is 0, and the first token
+    of a later segment has the score that the segment before it gives, which carries no weight."""
+
+    logprobs: jax.Array  # at the sampling temperature
+    entropy: jax.Array  # likewise
+    logprobs_t1: jax.Array  # at temperature 1; no gradient where the two differ
+
+
+def token_scores(graphdef, params, batch: Batch, temperature: float) -> TokenScores:
+    model = nnx.merge(graphdef, params)
+    hidden_RTD = model(batch.tokens, batch.positions, batch.segment_ids)
+    targets_RT = jnp.roll(batch.tokens, -1, axis=1)
+    logprobs, entropy = token_logprobs(hidden_RTD, model.unembedding, targets_RT, temperature)
+    logprobs_t1 = logprobs
+    if temperature != 1.0:
+        frozen = jax.lax.stop_gradient((hidden_RTD, model.unembedding))
+        logprobs_t1, _ = token_logprobs(*frozen, targets_RT, 1.0)
+    shifted = (jnp.roll(x, 1, axis=1).at[:, 0].set(0.0) for x in (logprobs, entropy, logprobs_t1))
+    return TokenScores(*shifted)
+
+
+def micro_batches(batch: Batch, micro_rows: int) -> tuple[Batch, jax.Array]:
+    """The batch as [micro-batches, micro_rows, T], and how many of them, from the front, hold tokens."""
+    rows, T = batch.tokens.shape
+    if rows % micro_rows:
+        raise ValueError(
+            f'batch of {rows} rows does not divide into micro-batches of {micro_rows}; '
+            'change config.batch.micro_rows'
+        )
+    micro = jax.tree.map(lambda x: x.reshape(-1, micro_rows, T), batch)
+    filled = (micro.segment_ids > 0).any(axis=(1, 2))
+    return micro, jnp.max(jnp.where(filled, jnp.arange(filled.size) + 1, 0))
+
+
+def _accumulate(f: Callable, batch: Batch, micro_rows: int):
+    """The sum of f(micro-batch), a tree of arrays, over the micro-batches that hold tokens."""
+    micro, count = micro_batches(batch, micro_rows)
+
+    def at(i):
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, at(0)))
+    add = lambda i, total: jax.tree.map(jnp.add, total, f(at(i)))  # noqa: E731
+    return jax.lax.fori_loop(0, count, add, zeros)
+
+
+def make_step(
+    graphdef, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """`step(state, batch, env_coef, reference=None) -> (state, metric sums)`; donate the state.
+
+    `env_coef` may be a Python number (0 leaves the term out of the program) or traced.
+    `reference` holds the frozen parameters that `loss.kl_coef` pulls towards.
+    """
+    temperature = config.policy.temperature
+
+    def loss(params, batch, env_coef, reference):
+        scores = token_scores(graphdef, params, batch, temperature)
+        extra = {'entropy': scores.entropy, 'logprobs_t1': scores.logprobs_t1}
+        if config.loss.old_logprobs == 'recomputed':
+            # A batch gets one update, so the policy before the step is the one of this forward pass.
+            extra['old_logprobs'] = jax.lax.stop_gradient(scores.logprobs)
+        if config.loss.kl_coef:
+            extra['reference_logprobs'] = token_scores(
+                graphdef, reference, batch, temperature
+            ).logprobs
+        return echo_loss(scores.logprobs, batch, config, env_coef, **extra)
+
+    def step(state: TrainState, batch: Batch, env_coef, reference=None):
+        def gradients(micro):
+            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(
+                state.params, micro, env_coef, reference
+            )
+            return grads, sums
+
+        grads, sums = _accumulate(gradients, batch, config.batch.micro_rows)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        sums['grad_norm'] = optax.global_norm(grads)
+        return TrainState(params, opt_state, state.step + 1), sums
+
+    return step
+
+
+def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
+    """`score(params, batch) -> float32 [R, T]` log-probabilities, one micro-batch at a time."""
+
+    def score(params, batch: Batch):
+        micro, _ = micro_batches(batch, micro_rows)
+        logprobs = jax.lax.map(
+            lambda b: token_scores(graphdef, params, b, temperature).logprobs, micro
+        )
+        return logprobs.reshape(batch.tokens.shape)
+
+    return score

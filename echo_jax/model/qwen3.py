@@ -1,0 +1,189 @@
+"""Qwen3, the dense decoder, in Flax NNX: grouped-query attention, QK-norm, RoPE, SwiGLU, RMSNorm.
+
+B rows, T tokens, S cached tokens, D model, F ffw, N query heads, K key-value heads, H head dimension,
+V vocabulary, L layers.
+
+The layers are one set of arrays with a leading L and are scanned, so 36 layers compile as one. Every
+parameter carries logical axis names; `learner/sharding.py` maps them to a mesh. The model returns
+hidden states, never logits: `logprobs.token_logprobs` makes what a loss needs of them.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from echo_jax.model import attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+    """Sizes, under the names of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    dtype: str = 'float32'  # of activations and matrix products; parameters are float32
+    remat: bool = False  # compute a layer again in the backward pass instead of keeping it
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f'num_attention_heads={self.num_attention_heads} is no multiple of '
+                f'num_key_value_heads={self.num_key_value_heads}; change config.model'
+            )
+        if self.head_dim % 2:
+            raise ValueError(f'head_dim={self.head_dim} is odd; RoPE rotates pairs, make it even')
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, one array a layer so that decoding updates in place."""
+
+    keys: tuple[jax.Array, ...]  # L of [B, K, S, H]
+    values: tuple[jax.Array, ...]  # L of [B, K, S, H]
+
+
+def init_cache(config: Qwen3Config, batch: int, length: int) -> Cache:
+    shape = (batch, config.num_key_value_heads, length, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    return Cache(*(tuple(jnp.zeros(shape, config.dtype) for _ in layers) for _ in range(2)))
+
+
+def rms_norm(x, scale, eps):
+    """RMSNorm over the last axis in float32, as the reference does, returned in the dtype of x."""
+    x_f32 = x.astype(jnp.float32)
+    normed = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
+    return (normed * scale).astype(x.dtype)
+
+
+def rope(x_BTNH, positions_BT, theta):
+    """Rotary embedding, halves layout (Hugging Face's). Angles in float32: bfloat16 rounds 257 to 256."""
+    half = x_BTNH.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BT1h = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+    sin, cos = jnp.sin(angles_BT1h), jnp.cos(angles_BT1h)
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+class Layers(nnx.Module):
+    """The parameters of all layers, stacked over a leading L."""
+
+    def __init__(self, c: Qwen3Config, *, rngs: nnx.Rngs):
+        L, D, F, H = c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.head_dim
+        N, K = c.num_attention_heads, c.num_key_value_heads
+
+        def ones(*shape, axes):
+            return nnx.Param(jnp.ones((L, *shape)), axes=('layers', *axes))
+
+        def normal(*shape, axes, scale=1.0):
+            draw = jax.random.normal(rngs.params(), (L, *shape)) * (c.initializer_range * scale)
+            return nnx.Param(draw, axes=('layers', *axes))
+
+        into_residual = 1 / math.sqrt(2 * L)  # GPT-2: the residual stream keeps its variance
+        self.attention_norm = ones(D, axes=('embed',))
+        self.wq = normal(D, N * H, axes=('embed', 'heads'))
+        self.wk = normal(D, K * H, axes=('embed', 'kv_heads'))
+        self.wv = normal(D, K * H, axes=('embed', 'kv_heads'))
+        self.q_norm = ones(H, axes=('head_dim',))
+        self.k_norm = ones(H, axes=('head_dim',))
+        self.wo = normal(N * H, D, axes=('heads', 'embed'), scale=into_residual)
+        self.mlp_norm = ones(D, axes=('embed',))
+        self.w_gate = normal(D, F, axes=('embed', 'mlp'))
+        self.w_up = normal(D, F, axes=('embed', 'mlp'))
+        self.w_down = normal(F, D, axes=('mlp', 'embed'), scale=into_residual)
+
+
+class Qwen3(nnx.Module):
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
+        self.config = config
+        V, D = config.vocab_size, config.hidden_size
+        draw = jax.random.normal(rngs.params(), (V, D)) * config.initializer_range
+        self.embedding = nnx.Param(draw, axes=('vocab', 'embed'))
+        self.layers = Layers(config, rngs=rngs)
+        self.final_norm = nnx.Param(jnp.ones(D), axes=('embed',))
+        if not config.tie_word_embeddings:
+            draw = jax.random.normal(rngs.params(), (V, D)) * config.initializer_range
+            self.head = nnx.Param(draw, axes=('vocab', 'embed'))
+
+    @property
+    def unembedding(self) -> jax.Array:
+        """[V, D] float32; the embedding itself where the head is tied."""
+        return (self.embedding if self.config.tie_word_embeddings else self.head)[...]
+
+    def __call__(self, tokens_BT, positions_BT, segment_ids_BT) -> jax.Array:
+        """Hidden states [B, T, D] after the final norm, of whole sequences, several to a row."""
+
+        def body(x_BTD, layer):
+            def attend(q, k, v):
+                return attention.segment_attention(q, k, v, segment_ids_BT)
+
+            return self._layer(layer, x_BTD, positions_BT, attend), None
+
+        if self.config.remat:
+            body = jax.checkpoint(body)
+        x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), self._stacked())
+        return rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
+
+    def extend(self, tokens_BT, positions_BT, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states [B, T, D] of tokens that follow those in the cache, and the longer cache.
+
+        A row's positions are consecutive and within the cache; what the cache holds from its first
+        new position on is overwritten.
+        """
+        keys, values = list(cache.keys), list(cache.values)
+        stacked, x_BTD = self._stacked(), self._embed(tokens_BT)
+        write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
+        for i in range(self.config.num_hidden_layers):
+
+            def attend(q, k, v, i=i):
+                start_B = positions_BT[:, 0]
+                keys[i] = write(keys[i], k.transpose(0, 2, 1, 3), start_B)
+                values[i] = write(values[i], v.transpose(0, 2, 1, 3), start_B)
+                return attention.cache_attention(q, keys[i], values[i], positions_BT)
+
+            layer = jax.tree.map(lambda p, i=i: p[i], stacked)
+            x_BTD = self._layer(layer, x_BTD, positions_BT, attend)
+        hidden = rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
+        return hidden, Cache(tuple(keys), tuple(values))
+
+    def _stacked(self) -> dict[str, jax.Array]:
+        return {
+            name: value[...]
+            for name, value in vars(self.layers).items()
+            if isinstance(value, nnx.Param)
+        }
+
+    def _embed(self, tokens_BT):
+        return self.embedding[...].astype(self.config.dtype)[tokens_BT]
+
+    def _layer(self, p, x_BTD, positions_BT, attend):
+        """One pre-norm decoder layer; `attend(q, k, v) -> [B, T, N, H]` is where the two uses differ."""
+        c = self.config
+        w = {name: value.astype(c.dtype) for name, value in p.items()}
+        B, T, D = x_BTD.shape
+        N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+
+        h_MD = rms_norm(x_BTD, p['attention_norm'], c.rms_norm_eps).reshape(B * T, D)
+        q_BTNH = rms_norm((h_MD @ w['wq']).reshape(B, T, N, H), p['q_norm'], c.rms_norm_eps)
+        k_BTKH = rms_norm((h_MD @ w['wk']).reshape(B, T, K, H), p['k_norm'], c.rms_norm_eps)
+        v_BTKH = (h_MD @ w['wv']).reshape(B, T, K, H)
+        q_BTNH = rope(q_BTNH, positions_BT, c.rope_theta)
+        k_BTKH = rope(k_BTKH, positions_BT, c.rope_theta)
+        mixed_MX = attend(q_BTNH, k_BTKH, v_BTKH).reshape(B * T, N * H)
+        x_BTD += (mixed_MX @ w['wo']).reshape(B, T, D)
+
+        h_MD = rms_norm(x_BTD, p['mlp_norm'], c.rms_norm_eps).reshape(B * T, D)
+        up_MF = jax.nn.silu(h_MD @ w['w_gate']) * (h_MD @ w['w_up'])
+        return x_BTD + (up_MF @ w['w_down']).reshape(B, T, D)

@@ -1,0 +1,59 @@
+"""What both stores need of a TensorStore key-value store: opening a URL, and write-once keys.
+
+It knows nothing of rollouts or weights. Both stores rest on one property of every TensorStore
+driver: the write of one key is atomic, so a reader sees the old value or the new one, never a part.
+"""
+
+import json
+import pathlib
+import zlib
+
+import tensorstore as ts
+
+
+class MissingError(LookupError):
+    """Not in the store, or not any more: look again (`groups`, `latest`) and retry with what is."""
+
+
+class CorruptError(ValueError):
+    """Finished, but its bytes are not what was written: never retried, never returned."""
+
+
+def open_kvstore(url: str | pathlib.Path) -> ts.KvStore:
+    """Opens the folder at `url`: a path, or `file://`, `gs://`, `s3://`, `memory://`.
+
+    Nothing is created before the first write. Every call with `memory://` opens a new empty store.
+    """
+    url = str(url)
+    if '://' not in url:
+        spec = {'driver': 'file', 'path': str(pathlib.Path(url).absolute()) + '/'}
+    else:
+        spec = url if url.endswith('/') else url + '/'
+    return ts.KvStore.open(spec).result()
+
+
+def write_once(kvstore: ts.KvStore, key: str, value: bytes) -> bool:
+    """Writes `key` unless it exists; True if this call wrote it.
+
+    Among writers at the same moment the first wins where the driver has conditional writes
+    (`file`, `memory`, `gs`). On an S3 service without them the last wins, still with a whole value.
+    """
+    found = kvstore.read(key).result()
+    if found.state == 'value':
+        return False
+    stamp = kvstore.write(key, value, if_equal=found.stamp.generation).result()
+    return stamp.generation != b''  # empty: the condition failed, somebody else was first
+
+
+def seal(document: dict) -> bytes:
+    """JSON behind a line with its CRC-32."""
+    text = json.dumps(document).encode()
+    return b'%08x\n' % zlib.crc32(text) + text
+
+
+def unseal(data: bytes) -> dict:
+    """The document that `seal` got; CorruptError on any other bytes."""
+    text = data[9:]
+    if data[:9] != b'%08x\n' % zlib.crc32(text):
+        raise CorruptError(f'checksum of a {len(data)} byte document does not match')
+    return json.loads(text)

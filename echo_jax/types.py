@@ -1,0 +1,95 @@
+"""The nouns: Task, Role, Status, Rollout, Batch. NumPy only; every other module imports this one.
+
+Shapes here use T for the tokens of one rollout, R and T for the rows and columns of a batch.
+"""
+
+import dataclasses
+import enum
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Role(enum.IntEnum):
+    """What a token is, decided once, when it is appended (DESIGN 3.1). Stored as uint8."""
+
+    PROMPT = 0  # up to and including the first generation prompt
+    ACTION = 1  # sampled by the policy
+    SCAFFOLD = 2  # chat template, and a turn end that the harness had to add
+    WARNING = 3  # the format-warning prefix; never trained on
+    FEEDBACK = 4  # parser errors, "no commands"
+    WRAPPER = 5  # what the harness says around the output
+    OUTPUT = 6  # what the terminal wrote
+
+
+# Roles that the environment loss may train on, by `loss.targets` (DESIGN 3.1).
+ENV_TARGETS = {
+    'released': (Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT),
+    'output': (Role.OUTPUT,),
+}
+# Roles counted as the observation: the denominator O_i of `full_observation`.
+OBSERVATION_ROLES = (Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT)
+
+
+class Status(enum.StrEnum):
+    """How an episode ended."""
+
+    OK = 'ok'
+    TRUNCATED = 'truncated'  # a turn, context or token budget ran out
+    AGENT_TIMEOUT = 'agent_timeout'
+    VERIFIER_ERROR = 'verifier_error'  # no finite reward in time; reward 0
+    INFRA_ERROR = 'infra_error'  # nobody's reward: no weight in any mean or loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One Harbor task directory (PROTOCOL 15). Seconds and MiB as the field names say."""
+
+    task_id: str  # the directory's name
+    path: pathlib.Path
+    instruction: str
+    agent_timeout_sec: float = 600.0
+    verifier_timeout_sec: float = 120.0
+    build_timeout_sec: float = 600.0
+    docker_image: str | None = None
+    cpus: float = 1.0
+    memory_mb: int = 1024
+    allow_internet: bool = False
+    workdir: str = '/app'
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One whole episode, flat: arrays are aligned to the token each value describes (DESIGN 3.2)."""
+
+    tokens: np.ndarray  # int32 [T], prompt and everything after
+    roles: np.ndarray  # uint8 [T], Role
+    rollout_logprobs: np.ndarray  # float32 [T], nats at the sampling temperature; 0 unless ACTION
+    policy_versions: np.ndarray  # int32 [T], version that sampled the token; -1 unless ACTION
+    turn_starts: np.ndarray  # int32 [turns], index of each turn's first ACTION token
+    reward: float
+    status: Status
+    task_id: str
+    group_id: int  # numbers the groups of the whole run
+    sample_id: int  # within the group
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Batch(NamedTuple):
+    """What one step trains on; every normalisation is already in the weights (DESIGN 3.3).
+
+    Position t describes token t itself: `roles[r, t]` and the weights belong to `tokens[r, t]`,
+    whose log-probability is predicted from position t - 1. The first token of every segment has
+    weight 0. Padding has segment 0.
+    """
+
+    tokens: np.ndarray  # int32 [R, T]
+    positions: np.ndarray  # int32 [R, T], counted from 0 in every segment
+    segment_ids: np.ndarray  # int32 [R, T], from 1 in every row; 0 is padding
+    roles: np.ndarray  # uint8 [R, T], Role
+    rollout_logprobs: np.ndarray  # float32 [R, T], nats
+    advantages: np.ndarray  # float32 [R, T], the rollout's advantage on its ACTION tokens, else 0
+    policy_weight: np.ndarray  # float32 [R, T], see DESIGN 3.3
+    env_weight: np.ndarray  # float32 [R, T], see DESIGN 3.3

@@ -1,0 +1,81 @@
+"""A rollout worker: task groups in, groups of rollouts in the store.
+
+The learner's program runs it in its own process on one machine. A group is written when all its
+rollouts are there; one that the store has already is not drawn again, so a killed run goes on.
+"""
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterable
+
+import ml_collections
+
+from echo_jax.agent.episode import run_group
+from echo_jax.agent.families import demonstration
+from echo_jax.agent.policy import Policy
+from echo_jax.agent.policy.scripted import ScriptedPolicy
+from echo_jax.agent.protocol import Protocol, format_reply
+from echo_jax.agent.sandbox import Sandbox, local
+from echo_jax.store.rollouts import RolloutStore
+from echo_jax.types import Rollout, Task
+
+Assignments = Iterable[tuple[int, Task]]  # a group's id and its task
+
+
+def make_sandbox(config: ml_collections.ConfigDict) -> Callable[[Task], Sandbox]:
+    """What makes the sandbox of a task; fails early where this machine allows none."""
+    match config.sandbox.backend:
+        case 'local':
+            local.check()
+            return functools.partial(
+                local.LocalSandbox,
+                processes=config.sandbox.processes,
+                memory_mb=config.sandbox.memory_mb,
+                disk_mb=config.sandbox.disk_mb,
+            )
+        case backend:
+            raise ValueError(f"sandbox.backend is {backend!r}; expected 'local'")
+
+
+async def collect(
+    assignments: Assignments,
+    store: RolloutStore,
+    *,
+    config: ml_collections.ConfigDict,
+    protocol: Protocol,
+    policy: Policy | Callable[[Task], Policy],
+    group_size: int,
+    temperature: float,
+    on_group: Callable[[list[Rollout]], None] = lambda group: None,
+) -> None:
+    """Draws every group that the store lacks and writes it; `on_group` sees each as it is written.
+
+    `policy` may be a function of the task. At most `sandbox.at_once` sandboxes live at one time.
+    """
+    sandboxes = asyncio.Semaphore(config.sandbox.at_once)
+    there = set(store.groups())
+
+    async def draw(group_id: int, task: Task) -> None:
+        group = await run_group(
+            task,
+            group_id,
+            policy=policy if hasattr(policy, 'generate') else policy(task),
+            make_sandbox=make_sandbox(config),
+            protocol=protocol,
+            group_size=group_size,
+            seed=config.seed,
+            temperature=temperature,
+            sandboxes=sandboxes,
+        )
+        await asyncio.to_thread(store.write_group, group)
+        on_group(group)
+
+    async with asyncio.TaskGroup() as running:
+        for group_id, task in assignments:
+            if group_id not in there:
+                running.create_task(draw(group_id, task))
+
+
+def demonstrator(tokenizer, task: Task) -> ScriptedPolicy:
+    """The policy that replays a task's own solution, a command a turn."""
+    return ScriptedPolicy(tokenizer, [format_reply(*turn) for turn in demonstration(task)])

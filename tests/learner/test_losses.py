@@ -1,0 +1,371 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
+
+from echo_jax.learner.batching import make_batch, make_supervised_batch
+from echo_jax.learner.losses import echo_loss, finish_metrics
+from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, Batch, Role, Status
+
+VOCABULARY = 300  # a token of random_rollouts is a row of the tables below
+
+
+def lay_out(table, batch):
+    """[R, T] from a value for each token; NaN where there is none, to see that it is masked."""
+    return jnp.where(batch.segment_ids > 0, jnp.asarray(table)[batch.tokens], jnp.nan)
+
+
+def tables(seed=0, scale=0.3):
+    """Log-probabilities of each token: learner, old policy, reference."""
+    rng = np.random.default_rng(seed)
+    current = -rng.uniform(0.1, 3, VOCABULARY)
+    return current, *(current + scale * rng.normal(size=(2, VOCABULARY)))
+
+
+def reference(rollouts, config, env_coef, current, old, frozen, sampler=None):
+    """DESIGN 3.4 again, a rollout at a time, in float64 NumPy; no batch, no weights.
+
+    Returns the loss and its gradient by token, [VOCABULARY].
+    """
+    c, gradient, total = config.loss, np.zeros(VOCABULARY), 0.0
+    kept = [r for r in rollouts if c.count_infra_errors or r.status != Status.INFRA_ERROR]
+    masks = []
+    for r in kept:
+        predicted = np.arange(len(r.tokens)) > 0
+        masks.append(
+            (
+                (r.roles == Role.ACTION) & predicted,
+                np.isin(r.roles, ENV_TARGETS[c.targets]) & predicted,
+                np.isin(r.roles, OBSERVATION_ROLES) & predicted,
+            )
+        )
+    rewards = [0.0 if r.status == Status.INFRA_ERROR else r.reward for r in kept]
+    for r, reward, (acting, target, observed) in zip(kept, rewards, masks):
+        peers = np.array([x for x, k in zip(rewards, kept) if k.group_id == r.group_id])
+        advantage = 0.0
+        if len(set(peers)) > 1:
+            advantage = reward - peers.mean()
+            if c.advantages == 'grpo':
+                advantage /= peers.std(ddof=1) + 1e-6
+            elif c.advantages == 'rloo':
+                advantage *= len(peers) / (len(peers) - 1)
+        if c.reduction == 'sequence_mean':
+            divide_policy = len(kept) * acting.sum()
+            chosen = observed if c.env_normalization == 'full_observation' else target
+            divide_env = len(kept) * chosen.sum()
+        elif c.reduction == 'token_mean':
+            divide_policy = sum(m[0].sum() for m in masks)
+            divide_env = sum(m[1].sum() for m in masks)
+        else:
+            divide_policy = divide_env = len(kept) * config.protocol.max_total_tokens
+        b = r.rollout_logprobs if sampler is None else sampler[r.tokens]
+        before = {'current': current, 'recomputed': old}.get(c.old_logprobs, current)[r.tokens]
+        if c.old_logprobs == 'rollout':
+            before = b
+        for t in np.flatnonzero(acting):
+            match c.mismatch:
+                case 'none':
+                    weight = 1.0
+                case 'token':
+                    weight = min(np.exp(before[t] - b[t]), c.mismatch_cap)
+                case 'sequence':
+                    weight = min(np.exp((before - b)[acting].sum()), c.mismatch_cap)
+                case 'mask':
+                    d = np.exp(before[t] - b[t])
+                    weight = float(1 / c.mismatch_cap <= d <= c.mismatch_cap)
+            token = r.tokens[t]
+            ratio = np.exp(current[token] - before[t])
+            plain = ratio * advantage
+            held = np.clip(ratio, 1 - c.clip_low, 1 + c.clip_high) * advantage
+            total -= weight * min(plain, held) / divide_policy
+            if plain <= held:
+                gradient[token] -= weight * plain / divide_policy
+            if c.kl_coef:
+                x = frozen[token] - current[token]
+                total += c.kl_coef * (np.exp(x) - x - 1) / divide_policy
+                gradient[token] += c.kl_coef * (1 - np.exp(x)) / divide_policy
+        for t in np.flatnonzero(target):
+            total -= env_coef * current[r.tokens[t]] / divide_env
+            gradient[r.tokens[t]] -= env_coef / divide_env
+    return total, gradient
+
+
+def loss_of_table(table, batch, config, env_coef, old, frozen):
+    return echo_loss(
+        lay_out(table, batch),
+        batch,
+        config,
+        env_coef,
+        old_logprobs=lay_out(old, batch),
+        reference_logprobs=lay_out(frozen, batch),
+        entropy=lay_out(-table, batch),
+    )
+
+
+value_and_grad = jax.value_and_grad(loss_of_table, has_aux=True)
+
+
+def hand_batch():
+    """One rollout: prompt, two actions, a wrapper, an output; advantage 2, weights 1/2 and 1/4."""
+    make = lambda *values: np.array([values], np.float32)  # noqa: E731
+    return Batch(
+        tokens=np.array([[5, 6, 7, 8, 9, 0]], np.int32),
+        positions=np.array([[0, 1, 2, 3, 4, 0]], np.int32),
+        segment_ids=np.array([[1, 1, 1, 1, 1, 0]], np.int32),
+        roles=np.array([[0, 1, 1, 5, 6, 0]], np.uint8),
+        rollout_logprobs=make(0, -1.5, -1.0, 0, 0, 0),
+        advantages=make(0, 2, 2, 0, 0, 0),
+        policy_weight=make(0, 0.5, 0.5, 0, 0, 0),
+        env_weight=make(0, 0, 0, 0.25, 0.25, 0),
+    )
+
+
+def test_current_by_hand():
+    logprobs = jnp.array([[jnp.nan, -1.0, -2.0, -3.0, -0.5, jnp.inf]])
+    config = small_config()
+    loss = lambda l: echo_loss(l, hand_batch(), config, 0.1)  # noqa: E731
+    (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    # Ratios are 1: policy -(2 + 2)/2 = -2; env (3 + 0.5)/4 = 0.875; -2 + 0.0875.
+    np.testing.assert_allclose(total, -1.9125, rtol=1e-6)
+    # d policy = -A/2 = -1 on actions; d env = -0.1/4 on targets; nothing from NaN and inf.
+    np.testing.assert_allclose(gradient, [[0, -1, -1, -0.025, -0.025, 0]], rtol=1e-6)
+    metrics = finish_metrics(sums)
+    expected = {
+        'loss': -1.9125,
+        'policy_loss': -2,
+        'env_loss': 0.875,
+        'clip_fraction': 0,
+        'ratio_deviation': 0,
+        'approx_kl': 0,
+        'logprob_gap': (0.5 + 1) / 2,  # |-1 + 1.5|, |-2 + 1|
+        'mismatch_weight': 1,
+        'env_ce': 3.5 / 2,
+        'env_ce/wrapper': 3,
+        'env_ce/output': 0.5,  # and no 'env_ce/feedback': there is none
+        'action_tokens': 2,
+        'target_tokens': 2,
+        'feedback_tokens': 0,
+        'wrapper_tokens': 1,
+        'output_tokens': 1,
+    }
+    assert metrics == pytest.approx(expected, rel=1e-6)
+
+
+def test_rollout_as_old_is_clipped_by_hand():
+    logprobs = jnp.array([[0.0, -1.0, -2.0, -3.0, -0.5, 0.0]])
+    config = small_config(old_logprobs='rollout', clip_high=0.28)
+    loss = lambda l: echo_loss(l, hand_batch(), config, 0)  # noqa: E731
+    (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    # Ratios exp(0.5) = 1.648721, clipped to 1.28, and exp(-1) = 0.367879, which min leaves (A > 0):
+    # -(1.28 x 2 + 0.367879 x 2)/2 = -1.647879. Gradient -0.367879 on the second alone.
+    np.testing.assert_allclose(total, -1.647879, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0, 0, -0.367879, 0, 0, 0]], rtol=1e-5)
+    metrics = finish_metrics(sums)
+    assert metrics['clip_fraction'] == 0.5
+    assert metrics['ratio_deviation'] == pytest.approx((0.648721 + 0.632121) / 2, rel=1e-5)
+    # r - 1 - log r: 1.648721 - 1 - 0.5 = 0.148721; 0.367879 - 1 + 1 = 0.367879
+    assert metrics['approx_kl'] == pytest.approx((0.148721 + 0.367879) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('mismatch', 'weights'),
+    [
+        ('token', (1.5, 0.367879)),  # min(exp(0.5), 1.5), exp(-1)
+        ('sequence', (0.606531, 0.606531)),  # exp(0.5 - 1)
+        ('mask', (0, 0)),  # 1.6487 > 1.5 and 0.3679 < 1/1.5
+    ],
+)
+def test_mismatch_by_hand(mismatch, weights):
+    logprobs = jnp.array([[0.0, -1.0, -2.0, -3.0, -0.5, 0.0]])
+    config = small_config(mismatch=mismatch, mismatch_cap=1.5)
+    loss = lambda l: echo_loss(l, hand_batch(), config, 0)  # noqa: E731
+    (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    # A constant, so the gradient is -w A/2 = -w.
+    np.testing.assert_allclose(gradient[0, 1:3], np.negative(weights), rtol=1e-5)
+    assert finish_metrics(sums)['mismatch_weight'] == pytest.approx(np.mean(weights), rel=1e-5)
+
+
+def test_sequence_correction_is_of_each_rollout_in_a_packed_row():
+    rollouts = [make_rollout('PAAOAA', reward=1.0), make_rollout('PAOA', sample=1, first_token=11)]
+    for r in rollouts:
+        r.rollout_logprobs = np.where(r.roles == Role.ACTION, -1.0, 0).astype(np.float32)
+    config = small_config(mismatch='sequence', mismatch_cap=10.0, advantages='dr_grpo')
+    batch = make_batch(rollouts, config)
+    logprobs = jnp.where(batch.segment_ids == 1, -0.9, -1.4)
+    gradient = jax.grad(lambda l: echo_loss(l, batch, config, 0)[0])(logprobs)
+    # exp(4 x 0.1) and exp(2 x -0.4), A = 1/2 over 2 x 4 and -1/2 over 2 x 2
+    np.testing.assert_allclose(gradient[0, 1], -1.491825 / 16, rtol=1e-5)
+    np.testing.assert_allclose(gradient[0, 7], 0.449329 / 8, rtol=1e-5)
+
+
+def test_temperature_one_and_entropy_are_reported():
+    logprobs = jnp.array([[0.0, -1.0, -2.0, -3.0, -0.5, 0.0]])
+    entropy = jnp.array([[jnp.nan, 0.5, 1.5, 9.0, 9.0, 9.0]])
+    total, sums = echo_loss(
+        logprobs, hand_batch(), small_config(), 0.1, logprobs_t1=2 * logprobs, entropy=entropy
+    )
+    metrics = finish_metrics(sums)
+    assert metrics['env_ce'] == pytest.approx(3.5)  # (6 + 1)/2, the loss as before
+    assert total == pytest.approx(-1.9125)
+    assert metrics['entropy'] == pytest.approx(1.0)  # (0.5 + 1.5)/2
+
+
+variants = st.fixed_dictionaries(
+    {
+        'mismatch': st.sampled_from(['none', 'token', 'sequence', 'mask']),
+        'mismatch_cap': st.just(1.3),
+        'old_logprobs': st.sampled_from(['current', 'recomputed', 'rollout']),
+        'kl_coef': st.sampled_from([0.0, 0.1]),
+        'clip_high': st.just(0.28),
+    }
+).map(lambda v: v | {'mismatch': 'none'} if v['old_logprobs'] == 'rollout' else v)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rollouts=rollout_lists(),
+    weights=loss_settings,
+    variant=variants,
+    env_coef=st.sampled_from([0, 0.05, 1.0]),
+    pack=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_equals_the_objective_in_any_layout(rollouts, weights, variant, env_coef, pack, seed):
+    """Whole, packed or padded, and as a sum over micro-batches in any order of rows."""
+    current, old, frozen = tables(seed)
+    for r in rollouts:  # a sampler near the learner, so that masks and clips go either way
+        near = current[r.tokens] + 0.2 * np.sin(r.tokens)
+        r.rollout_logprobs = np.where(r.roles == Role.ACTION, near, 0).astype(np.float32)
+    config = small_config(pack=pack, **weights, **variant)
+    expected, by_token = reference(rollouts, config, env_coef, current, old, frozen)
+    with jax.enable_x64(True):
+        batch = make_batch(rollouts, config)
+        (total, sums), gradient = value_and_grad(current, batch, config, env_coef, old, frozen)
+        # Weights are float32: 6e-8 each.
+        np.testing.assert_allclose(total, expected, rtol=2e-6, atol=2e-6)
+        np.testing.assert_allclose(gradient, by_token, rtol=2e-6, atol=1e-6)
+
+        # The other layout, rows shuffled, cut into micro-batches.
+        config.batch.pack = not pack
+        rows = np.random.default_rng(seed).permutation(len(batch.tokens))
+        other = Batch(*(array[rows] for array in make_batch(rollouts, config)))
+        pieces = [Batch(*(array[i : i + 5] for array in other)) for i in (0, 5)]
+        parts = [value_and_grad(current, p, config, env_coef, old, frozen) for p in pieces]
+        np.testing.assert_allclose(sum(p[0][0] for p in parts), total, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(sum(p[1] for p in parts), gradient, rtol=1e-9, atol=1e-12)
+        added = jax.tree.map(lambda *x: sum(x), *[p[0][1] for p in parts])
+    assert finish_metrics(added) == pytest.approx(finish_metrics(sums), rel=1e-5, abs=1e-9)
+    assert all(np.isfinite(value) for value in finish_metrics(sums).values())
+
+
+@pytest.mark.parametrize('old_logprobs', ['current', 'recomputed', 'rollout'])
+def test_gradient_is_the_finite_difference(old_logprobs):
+    rollouts = example()
+    current, old, frozen = tables(scale=0.1)
+    for r in rollouts:
+        r.rollout_logprobs = old[r.tokens].astype(np.float32)
+    config = small_config(old_logprobs=old_logprobs, kl_coef=0.2)
+    held = small_config(old_logprobs='recomputed', kl_coef=0.2)
+    with jax.enable_x64(True):
+        batch = make_batch(rollouts, config)
+        _, gradient = value_and_grad(current, batch, config, 0.05, old, frozen)
+        used = np.unique(batch.tokens[(batch.policy_weight > 0) | (batch.env_weight > 0)])
+        assert len(used) > 15 and np.count_nonzero(gradient) == len(used)
+        # 'current' has a constant ratio, so its difference is that of the old policy held at here.
+        before = current if old_logprobs == 'current' else old
+        probe = held if old_logprobs == 'current' else config
+        for token in used:
+            step = np.zeros(VOCABULARY)
+            step[token] = 1e-6
+            up, _ = loss_of_table(current + step, batch, probe, 0.05, before, frozen)
+            down, _ = loss_of_table(current - step, batch, probe, 0.05, before, frozen)
+            np.testing.assert_allclose(gradient[token], (up - down) / 2e-6, rtol=1e-5, atol=1e-9)
+
+
+def example():
+    return [
+        make_rollout('PPAAWROOSAAF', reward=1.0, sample=0),
+        make_rollout('PAAAROOO', reward=0.0, sample=1, first_token=20),
+        make_rollout('PPAFA', reward=0.0, sample=2, first_token=40),
+        make_rollout('PPPP', reward=0.5, group=1, sample=0, first_token=60),
+    ]
+
+
+@pytest.mark.parametrize('old_logprobs', ['current', 'rollout'])
+def test_env_coef_zero_is_grpo_bit_for_bit(old_logprobs):
+    """Loss and gradient, through a softmax, against GRPO with no environment term to leave out."""
+    config = small_config(old_logprobs=old_logprobs)
+    batch = make_batch(example(), config)
+    logits = jax.random.normal(jax.random.key(0), (*batch.tokens.shape, 64))
+
+    def logprobs_of(scale):
+        logprobs = jax.nn.log_softmax(scale * logits)
+        return jnp.take_along_axis(logprobs, batch.tokens[..., None], -1)[..., 0]
+
+    def grpo(scale):
+        logprobs = logprobs_of(scale)
+        acting = batch.policy_weight > 0
+        current = jnp.where(acting, logprobs, 0.0)
+        old = current if old_logprobs == 'current' else jnp.where(acting, batch.rollout_logprobs, 0)
+        ratio = jnp.exp(current - jax.lax.stop_gradient(old))
+        a = batch.advantages
+        return -jnp.sum(batch.policy_weight * jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a))
+
+    def echo(scale, env_coef):
+        return echo_loss(logprobs_of(scale), batch, config, env_coef)[0]
+
+    scale = jnp.linspace(0.5, 2, 64)
+    expected = jax.jit(jax.value_and_grad(grpo))(scale)
+    static = jax.jit(jax.value_and_grad(lambda s: echo(s, 0)))(scale)
+    traced = jax.jit(jax.value_and_grad(echo))(scale, jnp.float32(0))
+    other = jax.jit(jax.value_and_grad(echo))(scale, jnp.float32(0.05))
+    for got in (static, traced):
+        assert got[0] == expected[0]
+        np.testing.assert_array_equal(got[1], expected[1])
+    assert np.abs(expected[1]).max() > 1e-3
+    assert not np.array_equal(other[1], expected[1])
+
+
+def test_a_ratio_beyond_all_bounds_stays_finite():
+    config = small_config(old_logprobs='rollout')
+    batch = hand_batch()._replace(
+        rollout_logprobs=np.full((1, 6), -1e4, np.float32),
+        advantages=-hand_batch().advantages,
+    )
+    loss = lambda l: echo_loss(l, batch, config, 0.05)  # noqa: E731
+    (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.full((1, 6), -1.0))
+    assert np.isfinite(total) and np.isfinite(gradient).all()
+    assert all(np.isfinite(value) for value in finish_metrics(sums).values())
+
+
+def test_supervised_batch_is_plain_cross_entropy():
+    config = small_config()
+    batch = make_supervised_batch(example(), config, (Role.ACTION, Role.OUTPUT))
+    current, old, frozen = tables()
+    (total, _), gradient = value_and_grad(jnp.asarray(current), batch, config, 1.0, old, frozen)
+    tokens = np.concatenate(
+        [r.tokens[np.isin(r.roles, (Role.ACTION, Role.OUTPUT))] for r in example()]
+    )
+    np.testing.assert_allclose(total, -current[tokens].mean(), rtol=1e-5)
+    assert (np.flatnonzero(gradient) == np.sort(tokens)).all()
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'old_logprobs': 'older'}, 'loss.old_logprobs'),
+        ({'mismatch': 'both'}, 'loss.mismatch'),
+        ({'mismatch': 'token', 'mismatch_cap': 0.5}, 'at least 1'),
+        ({'mismatch': 'token', 'old_logprobs': 'rollout'}, 'corrects nothing'),
+        ({'old_logprobs': 'recomputed'}, 'needs the old_logprobs'),
+        ({'kl_coef': 0.1}, 'needs reference_logprobs'),
+    ],
+)
+def test_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        echo_loss(jnp.zeros((1, 6)), hand_batch(), small_config(**settings), 0.05)
+    with pytest.raises(ValueError, match=r'logprobs are \(1, 5\)'):
+        echo_loss(jnp.zeros((1, 5)), hand_batch(), small_config(), 0.05)

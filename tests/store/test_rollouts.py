@@ -1,0 +1,415 @@
+"""Rollout groups: exact round trips, atomic under SIGKILL and rivals, damage never read as data."""
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from echo_jax.store import rollouts as rollouts_module
+from echo_jax.store.kvstore import CorruptError, MissingError
+from echo_jax.store.rollouts import RolloutStore, consume
+from echo_jax.types import Rollout, Status
+
+# Writers are killed by the dozen; a fork server has the imports done once.
+processes = multiprocessing.get_context('forkserver')
+processes.set_forkserver_preload(['echo_jax.store.rollouts'])
+
+
+def make_group(group_id, seed=0, lengths=(300, 0, 1200), version=5):
+    rng = np.random.default_rng([group_id, seed])
+    group = []
+    for sample_id, length in enumerate(lengths):
+        roles = rng.integers(0, 7, length).astype(np.uint8)
+        action = roles == 1
+        group.append(
+            Rollout(
+                tokens=rng.integers(0, 151_000, length).astype(np.int32),
+                roles=roles,
+                rollout_logprobs=np.where(action, -rng.exponential(size=length), 0).astype('f4'),
+                policy_versions=np.where(action, version + sample_id, -1).astype(np.int32),
+                turn_starts=np.flatnonzero(action)[:7].astype(np.int32),
+                reward=float(rng.normal()),
+                status=list(Status)[sample_id % len(Status)],
+                task_id=f'task-{group_id % 7}',
+                group_id=group_id,
+                sample_id=sample_id,
+                metrics={'turns': float(seed), 'seconds/sampling': float(rng.random())},
+            )
+        )
+    return group
+
+
+def assert_equal(actual, expected):
+    """Bit for bit, dtypes, metric order and NaN payloads included."""
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected):
+        for field in dataclasses.fields(Rollout):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            if isinstance(y, np.ndarray):
+                assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), (
+                    field.name
+                )
+            elif field.name == 'reward':
+                assert struct.pack('d', x) == struct.pack('d', y)
+            elif field.name == 'metrics':
+                assert list(x) == list(y)
+                assert struct.pack(f'{len(x)}d', *x.values()) == struct.pack(
+                    f'{len(y)}d', *y.values()
+                )
+            else:
+                assert x == y and type(x) is type(y), field.name
+
+
+any_bits = st.integers(0, 2**64 - 1).map(lambda n: struct.unpack('d', struct.pack('Q', n))[0])
+
+
+@st.composite
+def groups(draw):
+    group_id = draw(st.integers(0, 10**12 - 1))
+    task_id = draw(st.text(max_size=12))
+    group = []
+    for sample_id in draw(st.lists(st.integers(-5, 2**40), min_size=1, max_size=4, unique=True)):
+        length = draw(st.integers(0, 40))
+        bits = hnp.arrays(np.uint32, length)
+        turns = st.lists(st.integers(0, length - 1), max_size=5) if length else st.just([])
+        group.append(
+            Rollout(
+                tokens=draw(bits).view(np.int32),
+                roles=draw(hnp.arrays(np.uint8, length, elements=st.integers(0, 6))),
+                rollout_logprobs=draw(bits).view(np.float32),
+                policy_versions=draw(bits).view(np.int32),
+                turn_starts=np.array(draw(turns), np.int32),
+                reward=draw(any_bits),
+                status=draw(st.sampled_from(Status)),
+                task_id=task_id,
+                group_id=group_id,
+                sample_id=sample_id,
+                metrics=draw(st.dictionaries(st.text(max_size=8), any_bits, max_size=4)),
+            )
+        )
+    return group
+
+
+@settings(max_examples=150, deadline=None)
+@given(groups())
+def test_round_trip_is_exact(group):
+    store = RolloutStore('memory://')
+    assert store.write_group(group)
+    [read] = store.read_groups([group[0].group_id])
+    assert_equal(read, group)
+    for rollout in read:  # the learner may write into what it got
+        assert rollout.tokens.flags.writeable
+
+
+@pytest.mark.parametrize('form', ['path', 'url', 'memory'])
+def test_every_kind_of_url(tmp_path, form):
+    folder = tmp_path / 'a b%20ü' if form == 'path' else tmp_path / 'plain'
+    url = {'path': folder, 'url': f'file://{folder}', 'memory': 'memory://'}[form]
+    store = RolloutStore(url)
+    assert store.groups() == []
+    long = make_group(3, lengths=(34_096, 200))
+    for group in (make_group(11), long):
+        assert store.write_group(group)
+    if form != 'memory':
+        assert list((folder / 'groups').iterdir())
+        store = RolloutStore(url)
+    assert store.groups() == [3, 11]
+    first, second = store.read_groups([11, 3])
+    assert_equal(first, make_group(11))
+    assert_equal(second, long)
+
+
+def test_group_is_smaller_than_its_arrays(tmp_path):
+    """Constant versions, few roles and small token ids: 13 bytes a token go below 8."""
+    RolloutStore(tmp_path).write_group(make_group(0, lengths=(8192,) * 4))
+    assert (tmp_path / 'groups' / f'{0:012d}').stat().st_size < 8 * 4 * 8192
+
+
+def test_first_write_wins():
+    store = RolloutStore('memory://')
+    assert store.write_group(make_group(1, seed=1)) is True
+    assert store.write_group(make_group(1, seed=2)) is False
+    assert_equal(store.read_groups([1])[0], make_group(1, seed=1))
+
+
+def test_absent_group_is_one_clear_error(tmp_path):
+    store = RolloutStore(tmp_path)
+    with pytest.raises(MissingError, match=r'group 4 is not in .*groups\(\)'):
+        store.read_groups([4])
+    store.write_group(make_group(4))
+    store.delete([4, 5])
+    assert store.groups() == []
+
+
+def test_min_version_is_the_oldest_token():
+    store = RolloutStore('memory://')
+    for group_id, version in [(0, 2), (1, 4), (2, 3)]:
+        store.write_group(make_group(group_id, version=version))  # versions v and v + 2
+    unsampled = make_group(7, lengths=(0, 0))
+    store.write_group(unsampled)
+    assert store.groups(min_version=0) == [0, 1, 2, 7]
+    assert store.groups(min_version=3) == [1, 2, 7]
+    assert store.groups(min_version=5) == [7]  # no token of it is stale
+
+
+def test_cursor_by_hand():
+    assert consume(None, []) == []
+    assert consume(None, [3, 1, 2]) == [[1, 4]]
+    assert consume([[0, 3]], [3, 7]) == [[0, 4], [7, 8]]
+    assert consume([[0, 4], [7, 8]], [5, 6, 4]) == [[0, 8]]
+    assert consume([[0, 4]], [2]) == [[0, 4]]
+    state = [[0, 4]]
+    consume(state, [9])
+    assert state == [[0, 4]], 'a cursor in a checkpoint must not change under it'
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 30)), max_size=6), st.sets(st.integers(0, 30)))
+def test_each_group_is_consumed_exactly_once(steps, present):
+    store = RolloutStore('memory://')
+    for group_id in present:
+        store.write_group(make_group(group_id, lengths=(2,)))
+    state = None
+    for ids in steps:
+        state = json.loads(json.dumps(consume(state, ids)))
+    assert store.groups(state=state) == sorted(present - set().union(*steps))
+
+
+def broken(**changes):
+    group = make_group(1)
+    group[2] = dataclasses.replace(group[2], **changes)
+    return group
+
+
+@pytest.mark.parametrize(
+    'group, message',
+    [
+        ([], '0 rollouts'),
+        (broken(group_id=2), 'expected group 1'),
+        (broken(task_id='other'), "expected group 1 of task 'task-1'"),
+        (broken(sample_id=0), 'distinct'),
+        (broken(roles=np.zeros(5, np.uint8)), r'roles is uint8 \[5\]; expected uint8 \[1200\]'),
+        (broken(tokens=np.zeros(1200)), r'tokens is float64 \[1200\]; expected int32'),
+        (broken(roles=np.full(1200, 7, np.uint8)), 'role 7'),
+        (broken(turn_starts=np.array([1200], np.int32)), 'turn_starts'),
+        (broken(status='no such'), 'no such'),
+    ],
+)
+def test_what_is_no_group_is_refused(group, message):
+    store = RolloutStore('memory://')
+    with pytest.raises(ValueError, match=message):
+        store.write_group(group)
+    assert store.groups() == []
+
+
+def damaged(data):
+    """Truncations and bit flips all over the file, every byte of the prefix included."""
+    cuts = {0, 1, 47, 48, 49, len(data) - 1, *range(0, len(data), max(1, len(data) // 60))}
+    for cut in cuts:
+        yield f'cut to {cut}', data[:cut]
+    for place in {*range(64), *range(64, len(data), max(1, len(data) // 200)), len(data) - 1}:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << (place % 8)
+        yield f'bit of byte {place}', bytes(flipped)
+    yield 'a tail', data + b'\0'
+    yield 'zeros', bytes(len(data))
+
+
+def test_damage_is_never_data(tmp_path):
+    store = RolloutStore(tmp_path)
+    store.write_group(make_group(6))
+    file = tmp_path / 'groups' / f'{6:012d}'
+    whole = file.read_bytes()
+    for what, data in damaged(whole):
+        file.write_bytes(data)
+        with pytest.raises(CorruptError, match=r'group 6 in .*delete\(\[6\]\)') as caught:
+            store.read_groups([6])
+        assert '\n' not in str(caught.value), what
+        if data[:48] == whole[:48]:
+            assert store.groups(min_version=6) == []
+            assert store.groups(min_version=5) == [6]
+        else:
+            with pytest.raises(CorruptError, match='group 6'):
+                store.groups(min_version=5)
+    file.write_bytes(whole)
+    assert_equal(store.read_groups([6])[0], make_group(6))
+    file.rename(file.with_name(f'{7:012d}'))  # a whole group under another one's name
+    with pytest.raises(CorruptError, match='holds group 6'):
+        store.read_groups([7])
+
+
+def forge(payload, header_bytes, payload_bytes):
+    chunk = rollouts_module._compress(payload)
+    fields = (b'echogrp1', 6, 0, payload_bytes, header_bytes, zlib.crc32(chunk))
+    prefix = struct.pack('<8sqqQQI', *fields)
+    return prefix + struct.pack('<I', zlib.crc32(prefix)) + chunk
+
+
+KEY_6 = f'groups/{6:012d}'
+GOOD = {
+    'task_id': 't',
+    'sample_id': [0],
+    'status': ['ok'],
+    'tokens': [0],
+    'turns': [0],
+    'metrics': [[]],
+}
+
+
+@pytest.mark.parametrize(
+    'header',
+    [
+        b'cos\nsystem\n(S"false"\ntR.',  # a pickle
+        b'[' * 200_000,
+        b'[]',
+        *(
+            json.dumps(GOOD | change).encode()
+            for change in [
+                {'tokens': [-8]},
+                {'tokens': [1 << 62]},
+                {'tokens': ['0']},
+                {'tokens': 5},
+                {'turns': [-1]},
+                {'tokens': []},
+                {'status': ['gone']},
+                {'status': []},
+                {'sample_id': []},
+                {'sample_id': [0, 0]},
+                {'metrics': [['a']]},
+                {'metrics': None},
+                {'task_id': 3},
+            ]
+        ),
+    ],
+)
+def test_hostile_header_with_right_checksums(header):
+    store = RolloutStore('memory://')
+    reward = bytes(8)
+    good = json.dumps(GOOD).encode()
+    size = len(good) + 8
+    store._kvstore.write(KEY_6, forge(good + reward, len(good), size)).result()
+    assert store.read_groups([6])[0][0].task_id == 't'  # the forgery itself works
+    size = len(header) + 8
+    store._kvstore.write(KEY_6, forge(header + reward, len(header), size)).result()
+    with pytest.raises(CorruptError):
+        store.read_groups([6])
+
+
+@pytest.mark.parametrize('payload_bytes', [8, 1 << 26, 1 << 62])
+def test_compressed_bomb_is_refused(payload_bytes):
+    store = RolloutStore('memory://')
+    bomb = forge(bytes(1 << 27), 8, payload_bytes)
+    assert len(bomb) < 1 << 14
+    store._kvstore.write(KEY_6, bomb).result()
+    with pytest.raises(CorruptError):
+        store.read_groups([6])
+
+
+BASE = make_group(0, lengths=(20_000, 5_000))
+
+
+def numbered(group_id):
+    """A group made fast, so that a writer spends its time writing."""
+    return [
+        dataclasses.replace(
+            rollout,
+            group_id=group_id,
+            tokens=rollout.tokens + group_id,
+            metrics={'turns': float(group_id)},
+        )
+        for rollout in BASE
+    ]
+
+
+def write_forever(url, first, ready):
+    store = RolloutStore(url)
+    ready.set()
+    for group_id in itertools.count(first):
+        store.write_group(numbered(group_id))
+
+
+def test_killed_writer_leaves_whole_groups_or_none(tmp_path):
+    store, seen = RolloutStore(tmp_path), set()
+    rng = np.random.default_rng(0)
+    pace = None  # seconds that four groups take on this machine now
+    for _ in range(20):
+        ready = processes.Event()
+        args = (str(tmp_path), max(0, len(seen) - 1), ready)  # repeats one and goes on
+        writer = processes.Process(target=write_forever, args=args, daemon=True)
+        writer.start()
+        assert ready.wait(60)
+        start = time.monotonic()
+        stop = start + (60 if pace is None else rng.uniform(0, pace))
+        while time.monotonic() < stop and (pace or len(seen) < 4):
+            check_new(store, seen)  # reads while it writes
+        pace = pace or time.monotonic() - start
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        check_new(store, seen)
+    assert len(seen) > 4
+    assert sorted(seen) == list(range(len(seen)))
+    # What the dead left behind is in nobody's way.
+    for group_id in range(len(seen) + 2):
+        assert store.write_group(numbered(group_id)) is (group_id not in seen)
+    check_new(store, seen)
+
+
+def check_new(store, seen):
+    new = sorted(set(store.groups(min_version=5)) - seen)
+    for group_id, group in zip(new, store.read_groups(new)):
+        assert_equal(group, numbered(group_id))
+    seen.update(new)
+
+
+def write_in_rivalry(url, seed, barrier, won):
+    store = RolloutStore(url)
+    for group_id in range(30):
+        group = make_group(group_id, seed=seed, lengths=(3000,))
+        barrier.wait(60)
+        if store.write_group(group):
+            won.put((group_id, seed))
+    won.put(None)
+
+
+def test_rival_processes_have_one_winner(tmp_path):
+    barrier, won = processes.Barrier(3), processes.Queue()
+    writers = [
+        processes.Process(target=write_in_rivalry, args=args, daemon=True)
+        for args in [(str(tmp_path), seed, barrier, won) for seed in range(3)]
+    ]
+    for writer in writers:
+        writer.start()
+    results = []
+    while results.count(None) < 3:
+        results.append(won.get(timeout=60))
+    for writer in writers:
+        writer.join(60)
+    winners = [result for result in results if result is not None]
+    assert sorted(group_id for group_id, _ in winners) == list(range(30))
+    store = RolloutStore(tmp_path)
+    for group_id, seed in winners:
+        expected = make_group(group_id, seed=seed, lengths=(3000,))
+        assert_equal(store.read_groups([group_id])[0], expected)
+
+
+def test_store_imports_without_jax():
+    script = (
+        'import sys, echo_jax.store.rollouts, echo_jax.store.weights; '
+        "print(sorted({'jax', 'jaxlib', 'flax', 'torch'} & set(sys.modules)))"
+    )
+    env = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == '[]', done.stderr
