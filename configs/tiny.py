@@ -1,6 +1,7 @@
 """A small Qwen3 learns to work in a real shell, on one CPU, in minutes.
 
-    make quickstart        # or: python -m echo_jax.train --config=configs/tiny.py --workdir=runs/tiny
+    make quickstart
+    python -m echo_jax.train --config=configs/tiny.py --workdir=runs/tiny  # the same, by hand
 
 Hardware: two CPU cores, 4 GiB of memory, Linux namespaces. Result: see experiments/tiny/README.md.
 `--config=configs/tiny.py:grpo` is the same run without the environment term.

@@ -11,7 +11,6 @@ import asyncio
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -32,14 +31,14 @@ from echo_jax.model.qwen3 import Qwen3, Qwen3Config
 from echo_jax.report import CONSOLE
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
-from echo_jax.types import ENV_TARGETS, Role, Rollout, Status, Task
+from echo_jax.types import ENV_TARGETS, Rollout, Status, Task
 from echo_jax.workdir import Workdir, write_whole
 
 SOLUTION_SECONDS = 600.0
 
 
 def solve_rate(rollouts: Sequence[Rollout]) -> float:
-    """The share of rollouts whose reward is at least 0.5; those without a reward count as unsolved."""
+    """The share of rollouts whose reward is at least 0.5; one without a reward is unsolved."""
     return float(np.mean([r.reward >= batching.SOLVED_REWARD for r in rollouts]))
 
 

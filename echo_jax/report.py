@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress, metrics.jsonl, TensorBoard, tables, a rollout, curves.png."""
+"""What a person sees of a run: progress, metrics, TensorBoard, tables, a rollout, curves."""
 
 import json
 import pathlib
@@ -60,7 +60,7 @@ class Metrics:
 
 
 class Progress:
-    """A bar with the newest numbers and the time left; one line a while where there is no terminal."""
+    """A bar with the newest numbers and the time left; a line a while where no terminal is."""
 
     def __init__(self, title: str, total: int, done: int = 0):
         self._title, self._total, self._start, self._done = title, total, time.monotonic(), done
@@ -113,7 +113,7 @@ def before_and_after(summary: dict) -> None:
 
 
 def rollout(tokenizer: transformers.PreTrainedTokenizerFast, rollout: Rollout) -> None:
-    """One rollout, coloured by role. What the terminal wrote is shown with its control codes out."""
+    """One rollout, coloured by role. The control codes that the terminal wrote are left out."""
     text = rich.text.Text()
     cuts = np.flatnonzero(np.diff(rollout.roles)) + 1
     for ids, roles in zip(np.split(rollout.tokens, cuts), np.split(rollout.roles, cuts)):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
@@ -33,7 +33,7 @@ from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.optimizer import make_optimizer
-from echo_jax.learner.step import TrainState, init_state, make_score, make_step
+from echo_jax.learner.step import init_state, make_score, make_step
 from echo_jax.model.qwen3 import Qwen3
 from echo_jax.store.kvstore import CorruptError
 from echo_jax.store.rollouts import RolloutStore, consume
@@ -96,7 +96,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     report.heading(f'Tasks and tokenizer in {work.path}')
     tokenizer = work.tokenizer()
     protocol = Protocol(tokenizer, config.protocol)
-    limits = lambda text: len(protocol.prompt_ids(text)), config.protocol.max_prompt_tokens  # noqa: E731
+    limits = lambda text: len(protocol.prompt_ids(text)), config.protocol.max_prompt_tokens
     source = TaskSource(work.tasks('train'), *limits)
     heldout = TaskSource(work.tasks('heldout'), *limits)
     tasks = task_iterator(source, seed=config.seed, groups=config.batch.groups)
@@ -128,7 +128,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     def draw(
         params, version, tasks_, store, group_ids, samples, temperature
     ) -> list[list[Rollout]]:
-        """The groups `group_ids` of `tasks_`, drawn with these weights unless the store has them."""
+        """Groups `group_ids` of `tasks_`, drawn with these weights unless the store has them."""
 
         async def sample():
             await policy.load(params, version)
@@ -240,7 +240,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         checkpointer.close()
         raise
 
-    # ------------------------------------------------------------------------------- what it learned
+    # ------------------------------------------------------------------------------ what it learned
     weights.publish(flat_params(state.params), done)
     after = evaluate(state.params, done, 'heldout_after')
     ce_after = env_ce(score, state.params, fixed, config)['all']
@@ -380,7 +380,7 @@ def compile_step(config, graphdef, abstract, placed, mesh, optimizer_config):
     )
     step = jax.jit(
         make_step(graphdef, optimizer, config),
-        in_shardings=(shardings, sharding.batch_sharding(mesh), None, None),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), None),  # env_coef is static
         out_shardings=(shardings, None),
         donate_argnums=0,
         static_argnums=2,
@@ -443,6 +443,7 @@ class Clock:
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    logging.set_verbosity(logging.WARNING)
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
     try:
         train(config, Workdir(_WORKDIR.value, config))

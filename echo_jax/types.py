@@ -62,7 +62,7 @@ class Task:
 
 @dataclasses.dataclass
 class Rollout:
-    """One whole episode, flat: arrays are aligned to the token each value describes (DESIGN 3.2)."""
+    """One whole episode, flat: an array is aligned to the tokens it describes (DESIGN 3.2)."""
 
     tokens: np.ndarray  # int32 [T], prompt and everything after
     roles: np.ndarray  # uint8 [T], Role

@@ -1,7 +1,8 @@
-"""The optimizer of a recipe: clipping by global norm, a linear warm-up to a constant rate, AdamW or Muon.
+"""The optimizer of a recipe: clipping by global norm, a linear warm-up, AdamW or Muon.
 
-Muon (optax's) orthogonalises the momentum of every matrix and leaves vectors and embeddings to AdamW.
-A small random model learns to copy in a third of the steps with it; the paper's recipe is AdamW.
+Muon (optax's) orthogonalises the momentum of every matrix and leaves vectors and embeddings to
+AdamW. A small random model learns to copy in a third of the steps with it; the paper's recipe is
+AdamW.
 """
 
 import jax
@@ -11,7 +12,10 @@ from optax import contrib
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """`config` has name, learning_rate, warmup_steps, decay_steps, b1, b2, weight_decay, max_grad_norm."""
+    """The optax chain of a recipe's `optimizer`.
+
+    Reads name, learning_rate, warmup_steps, decay_steps, b1, b2, weight_decay, max_grad_norm.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     if config.decay_steps:

@@ -1,7 +1,7 @@
 """One learner update, in one jitted program: both losses, backward, accumulation, clip, optimizer.
 
 The batch has one static shape. The step walks its micro-batches in a loop whose trip count is the
-number of micro-batches that hold a token, so a short batch costs what it holds and never recompiles.
+number of those that hold a token, so a short batch costs what it holds and never recompiles.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,11 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> Tr
 
 
 class TokenScores(NamedTuple):
-    """Of every token given those before it, float32 [R, T], nats. Column 0 is 0, and the first token
-    of a later segment has the score that the segment before it gives, which carries no weight."""
+    """Of every token given those before it, float32 [R, T], nats.
+
+    Column 0 is 0. The first token of a later segment has the score that the segment before it
+    gives, which carries no weight.
+    """
 
     logprobs: jax.Array  # at the sampling temperature
     entropy: jax.Array  # likewise
@@ -51,7 +54,7 @@ def token_scores(graphdef, params, batch: Batch, temperature: float) -> TokenSco
 
 
 def micro_batches(batch: Batch, micro_rows: int) -> tuple[Batch, jax.Array]:
-    """The batch as [micro-batches, micro_rows, T], and how many of them, from the front, hold tokens."""
+    """The batch as [micro-batches, micro_rows, T], and how many, from the front, hold tokens."""
     rows, T = batch.tokens.shape
     if rows % micro_rows:
         raise ValueError(
@@ -89,7 +92,7 @@ def make_step(
         scores = token_scores(graphdef, params, batch, temperature)
         extra = {'entropy': scores.entropy, 'logprobs_t1': scores.logprobs_t1}
         if config.loss.old_logprobs == 'recomputed':
-            # A batch gets one update, so the policy before the step is the one of this forward pass.
+            # A batch gets one update: the policy before the step is the one of this forward pass.
             extra['old_logprobs'] = jax.lax.stop_gradient(scores.logprobs)
         if config.loss.kl_coef:
             extra['reference_logprobs'] = token_scores(

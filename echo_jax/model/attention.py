@@ -1,15 +1,18 @@
-"""Causal attention within segments, for training, and attention over a key-value cache, for sampling.
+"""Causal attention within segments, for training, and over a key-value cache, for sampling.
 
 B rows, T tokens, S cached tokens, N query heads, K key-value heads, G = N // K, H head dimension.
 
-On a CPU, XLA runs plain two-dimensional products at over 100 GFLOP/s and batched ones at 10 to 40, so
-`segment_attention` walks the (row, key-value head) pairs one at a time, folds a head's G queries
-into the query length, and skips the key blocks that causality hides. Its own VJP keeps the output and
-the log-sum-exp and computes the probabilities again. Measured in experiments/benchmarks/attention.py.
+On a CPU, XLA runs plain two-dimensional products at over 100 GFLOP/s and batched ones at 10 to 40.
+So `segment_attention` walks the (row, key-value head) pairs one at a time, folds a head's G queries
+into the query length, and skips the key blocks that causality hides. Its own VJP keeps the output
+and the log-sum-exp and computes the probabilities again. experiments/benchmarks/attention.py
+measures it.
 """
 
 import jax
 import jax.numpy as jnp
+
+from echo_jax.model.precision import sum_dtype
 
 BLOCK = 128  # queries of one product; keys come in multiples of it
 HIDDEN = -1e30  # a masked score; finite, so that a row without keys gives no NaN
@@ -36,10 +39,10 @@ def _blocks(T):
 
 
 def _scores(q_GtH, k_SH, segments_t, segments_S, start):
-    """Masked, scaled float32 scores [G, t, S] of the queries from position `start` on."""
+    """Masked, scaled scores [G, t, S], in `sum_dtype`, of the queries from position `start` on."""
     G, t, H = q_GtH.shape
     S = k_SH.shape[0]
-    scores = jnp.dot(q_GtH.reshape(G * t, H), k_SH.T, preferred_element_type=jnp.float32)
+    scores = jnp.dot(q_GtH.reshape(G * t, H), k_SH.T, preferred_element_type=sum_dtype(q_GtH))
     seen = start + jnp.arange(t)[:, None] >= jnp.arange(S)[None, :]
     seen &= segments_t[:, None] == segments_S[None, :]
     return jnp.where(seen, scores.reshape(G, t, S) * H**-0.5, HIDDEN)
@@ -74,15 +77,16 @@ def _attend_forward(q_PGTH, k_PTH, v_PTH, segments_PT):
 def _attend_backward(residuals, d_out_PGTH):
     def one_head(args):
         q_GTH, k_TH, v_TH, segments_T, out_GTH, lse_GT, d_out_GTH = args
-        G, T, H = q_GTH.shape
-        d_q, d_k, d_v = [], jnp.zeros((T, H), jnp.float32), jnp.zeros((T, H), jnp.float32)
+        _, T, H = q_GTH.shape
+        wide = sum_dtype(q_GTH)
+        d_q, d_k, d_v = [], jnp.zeros((T, H), wide), jnp.zeros((T, H), wide)
         for start, stop in _blocks(T):
             q, d_out = q_GTH[:, start:stop], d_out_GTH[:, start:stop]
             scores = _scores(q, k_TH[:stop], segments_T[start:stop], segments_T[:stop], start)
             weights = jnp.exp(scores - lse_GT[:, start:stop, None])
-            inner = (d_out.astype(jnp.float32) * out_GTH[:, start:stop]).sum(-1, keepdims=True)
+            inner = (d_out.astype(wide) * out_GTH[:, start:stop]).sum(-1, keepdims=True)
             d_out = d_out.reshape(-1, H)
-            d_weights = jnp.dot(d_out, v_TH[:stop].T, preferred_element_type=jnp.float32)
+            d_weights = jnp.dot(d_out, v_TH[:stop].T, preferred_element_type=wide)
             d_scores = weights * (d_weights.reshape(weights.shape) - inner) * H**-0.5
             d_scores = d_scores.reshape(-1, stop).astype(q.dtype)
             weights = weights.reshape(-1, stop).astype(q.dtype)
@@ -107,7 +111,9 @@ def cache_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT):
     K, S = k_BKSH.shape[1:3]
     G = N // K
     q_BKGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum('BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        'BKGTH,BKSH->BKGTS', q_BKGTH, k_BKSH, preferred_element_type=sum_dtype(q_BTNH)
+    )
     seen_BTS = jnp.arange(S) <= positions_BT[..., None]
     weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores * H**-0.5, HIDDEN), axis=-1)
     out_BKGTH = jnp.einsum('BKGTS,BKSH->BKGTH', weights.astype(v_BKSH.dtype), v_BKSH)

@@ -9,6 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from echo_jax.model.precision import sum_dtype
+
 BLOCK = 1024  # tokens whose logits exist at one time
 
 
@@ -30,10 +32,9 @@ def token_logprobs(hidden, unembedding, targets, temperature=1.0):
 
 
 def _logits(hidden_mD, unembedding_VD, temperature):
-    logits_mV = jnp.dot(
-        hidden_mD, unembedding_VD.T.astype(hidden_mD.dtype), preferred_element_type=jnp.float32
-    )
-    return logits_mV / temperature
+    unembedding_DV = unembedding_VD.T.astype(hidden_mD.dtype)
+    wide = sum_dtype(hidden_mD)
+    return jnp.dot(hidden_mD, unembedding_DV, preferred_element_type=wide) / temperature
 
 
 def _in_blocks(f, *arrays):
@@ -68,6 +69,7 @@ def _forward(hidden, unembedding_VD, targets, temperature):
 def _backward(temperature, residuals, cotangents):
     hidden, unembedding_VD, targets, lse = residuals
     D = hidden.shape[-1]
+    wide = sum_dtype(hidden)
 
     def block(d_unembedding_VD, xs):
         hidden_mD, targets_m, lse_m, d_m = xs
@@ -77,7 +79,7 @@ def _backward(temperature, residuals, cotangents):
             :, None
         ]
         d_logits_mV = d_logits_mV.astype(hidden_mD.dtype)
-        d_unembedding_VD += jnp.dot(d_logits_mV.T, hidden_mD, preferred_element_type=jnp.float32)
+        d_unembedding_VD += jnp.dot(d_logits_mV.T, hidden_mD, preferred_element_type=wide)
         return d_unembedding_VD, d_logits_mV @ unembedding_VD.astype(hidden_mD.dtype)
 
     flat = (hidden.reshape(-1, D), targets.reshape(-1), lse, cotangents[0].reshape(-1))
@@ -86,7 +88,7 @@ def _backward(temperature, residuals, cotangents):
     count = -(-size // step)
     padded = [jnp.pad(a, [(0, count * step - size), *[(0, 0)] * (a.ndim - 1)]) for a in flat]
     xs = tuple(a.reshape(count, step, *a.shape[1:]) for a in padded)
-    d_unembedding, d_hidden = jax.lax.scan(block, jnp.zeros(unembedding_VD.shape, jnp.float32), xs)
+    d_unembedding, d_hidden = jax.lax.scan(block, jnp.zeros(unembedding_VD.shape, wide), xs)
     d_hidden = d_hidden.reshape(-1, D)[:size].reshape(hidden.shape)
     return d_hidden, d_unembedding.astype(unembedding_VD.dtype), None
 

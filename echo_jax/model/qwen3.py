@@ -1,11 +1,11 @@
 """Qwen3, the dense decoder, in Flax NNX: grouped-query attention, QK-norm, RoPE, SwiGLU, RMSNorm.
 
-B rows, T tokens, S cached tokens, D model, F ffw, N query heads, K key-value heads, H head dimension,
-V vocabulary, L layers.
+B rows, T tokens, S cached tokens, D model, F ffw, N query heads, K key-value heads, H head
+dimension, V vocabulary, L layers.
 
-The layers are one set of arrays with a leading L and are scanned, so 36 layers compile as one. Every
-parameter carries logical axis names; `learner/sharding.py` maps them to a mesh. The model returns
-hidden states, never logits: `logprobs.token_logprobs` makes what a loss needs of them.
+The layers are one set of arrays with a leading L and are scanned, so 36 layers compile as one.
+Every parameter carries logical axis names; `learner/sharding.py` maps them to a mesh. The model
+returns hidden states, never logits: `logprobs.token_logprobs` makes what a loss needs of them.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from echo_jax.model import attention
+from echo_jax.model.precision import sum_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +63,18 @@ def init_cache(config: Qwen3Config, batch: int, length: int) -> Cache:
 
 def rms_norm(x, scale, eps):
     """RMSNorm over the last axis in float32, as the reference does, returned in the dtype of x."""
-    x_f32 = x.astype(jnp.float32)
-    normed = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
+    wide = x.astype(sum_dtype(x))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (normed * scale).astype(x.dtype)
 
 
 def rope(x_BTNH, positions_BT, theta):
-    """Rotary embedding, halves layout (Hugging Face's). Angles in float32: bfloat16 rounds 257 to 256."""
-    half = x_BTNH.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BT1h = positions_BT[..., None, None].astype(jnp.float32) * frequencies
+    """Rotary embedding, halves layout (Hugging Face's); not in bfloat16, where 257 is 256."""
+    half, wide = x_BTNH.shape[-1] // 2, sum_dtype(x_BTNH)
+    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angles_BT1h = positions_BT[..., None, None].astype(wide) * frequencies
     sin, cos = jnp.sin(angles_BT1h), jnp.cos(angles_BT1h)
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
@@ -169,7 +170,7 @@ class Qwen3(nnx.Module):
         return self.embedding[...].astype(self.config.dtype)[tokens_BT]
 
     def _layer(self, p, x_BTD, positions_BT, attend):
-        """One pre-norm decoder layer; `attend(q, k, v) -> [B, T, N, H]` is where the two uses differ."""
+        """One pre-norm decoder layer; the two uses differ in `attend(q, k, v) -> [B, T, N, H]`."""
         c = self.config
         w = {name: value.astype(c.dtype) for name, value in p.items()}
         B, T, D = x_BTD.shape

@@ -3,11 +3,11 @@
 B slots, S cached tokens a slot, C tokens of one prefill, P slots of one prefill, V vocabulary.
 
 An episode's keys and values stay in its slot from turn to turn: a request whose context begins with
-what an idle slot has cached takes that slot and prefills only what is new. Shapes are fixed, a slot's
-numbers depend on its own tokens alone, and a context is prefilled in pieces that are cut the same
-way whatever else runs: so a sample depends on its seed and never on timing, as long as there are no
-more episodes than slots. The device works in a thread, so sandboxes go on meanwhile. Sampling on
-many GPUs is `vllm.py`'s.
+what an idle slot has cached takes that slot and prefills only what is new. Shapes are fixed, the
+numbers of a slot depend on its own tokens alone, and a context is prefilled in pieces that are cut
+the same way whatever else runs: so a sample depends on its seed and never on timing, as long as
+there are no more episodes than slots. The device works in a thread, so sandboxes go on meanwhile.
+Sampling on many GPUs is `vllm.py`'s.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ class JaxPolicy:
     """Implements `Policy` over a model of `model/qwen3.py`; `load` gives it weights."""
 
     def __init__(self, config: Qwen3Config, graphdef, *, slots: int, cache_tokens: int):
-        """`slots` episodes keep their caches; a context with its continuation fits `cache_tokens`."""
+        """`slots` episodes keep their caches; `cache_tokens` hold a context and what follows."""
         self._cache_tokens = cache_tokens
         self._slots = [_Slot() for _ in range(slots)]
         # A prefill writes a whole piece of C tokens, so the last one may reach past the end.
@@ -219,7 +219,7 @@ class JaxPolicy:
 
 
 def _begins(context: np.ndarray, cached: np.ndarray) -> int:
-    """How many cached tokens the context can use: all of them where it goes on from them, else 0."""
+    """How many cached tokens the context can use: all where it goes on from them, else 0."""
     n = len(cached)
     return n if n < len(context) and np.array_equal(context[:n], cached) else 0
 

@@ -1,4 +1,4 @@
-"""What an episode needs of a sandbox (DESIGN 3.7): `local.py` (namespaces), `docker.py`, `harbor.py`."""
+"""What an episode needs of a sandbox (DESIGN 3.7): `local.py`, `docker.py`, `harbor.py`."""
 
 import pathlib
 from typing import NamedTuple, Protocol

@@ -184,7 +184,8 @@ class LocalSandbox:
         self._init = None
         ended = os.pidfd_open(process.pid)
         try:
-            await asyncio.wait_for(channels.ready(ended), _STARTUP_SEC)
+            async with asyncio.timeout(_STARTUP_SEC):
+                await channels.ready(ended)
         except TimeoutError:
             process.kill()
         finally:
@@ -229,7 +230,8 @@ class LocalSandbox:
             for descriptor in theirs:
                 os.close(descriptor)
         try:
-            message, pid = await asyncio.wait_for(channels.receive(self._replies), _STARTUP_SEC)
+            async with asyncio.timeout(_STARTUP_SEC):
+                message, pid = await channels.receive(self._replies)
         except TimeoutError:
             message, pid = b'', 0
         if message != b'ready\n':
@@ -268,8 +270,9 @@ class LocalSandbox:
             raise SandboxError(f'the request {self._pending} was interrupted; open a new sandbox')
         self._pending = line.split()[0]
         try:
-            await channels.write(self._control, line.encode() + payload)
-            reply = await asyncio.wait_for(channels.receive_line(self._replies), _STARTUP_SEC)
+            async with asyncio.timeout(_STARTUP_SEC):
+                await channels.write(self._control, line.encode() + payload)
+                reply = await channels.receive_line(self._replies)
         except (BrokenPipeError, EOFError, TimeoutError):
             raise SandboxError(f'the sandbox died or hangs (request {self._pending})') from None
         self._pending = ''
@@ -307,7 +310,8 @@ class LocalSandbox:
                 raise SandboxError('the sandbox died') from None
             await channels.write(self._script, line.encode(errors='surrogateescape'))
             try:
-                self._shell_pid = await asyncio.wait_for(self._first_report(nonce), _STARTUP_SEC)
+                async with asyncio.timeout(_STARTUP_SEC):
+                    self._shell_pid = await self._first_report(nonce)
                 self._shell = os.pidfd_open(self._shell_pid)
                 return
             except (TimeoutError, ProcessLookupError):  # a fork bomb, perhaps: clear and try again
@@ -337,9 +341,9 @@ class LocalSandbox:
             loop.add_reader(descriptor, callback)
         self._unclean = True  # until we know how it ended
         try:
-            kind, exit_code = await asyncio.wait_for(
-                self._finish(channels.script(command, self._last_exit, nonce), ended), timeout
-            )
+            async with asyncio.timeout(timeout):
+                await channels.write(self._script, channels.script(command, self._last_exit, nonce))
+                kind, exit_code = await ended
         except TimeoutError:
             kind, exit_code = 'timeout', -1
         finally:
@@ -358,10 +362,6 @@ class LocalSandbox:
         limit = self._output_bytes
         texts = (bytes(stream[:limit]).decode(errors='replace') for stream in (out, err))
         return CommandResult(*texts, exit_code, kind == 'timeout')
-
-    async def _finish(self, script: bytes, ended: asyncio.Future) -> tuple[str, int]:
-        await channels.write(self._script, script)
-        return await ended
 
     def _on_report(self, nonce: str, ended: asyncio.Future) -> None:
         message, pid = channels.receive_now(self._status)
