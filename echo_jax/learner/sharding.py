@@ -40,7 +40,7 @@ def param_shardings(abstract_params: nnx.State, mesh: Mesh, rules: dict) -> nnx.
 
 
 def state_shardings(abstract_state, params_shardings, mesh: Mesh):
-    """Shardings of a training state: what mirrors the parameters lies like them, the rest is whole."""
+    """Shardings of a training state: mirrors of the parameters lie like them, the rest is whole."""
     by_path = {
         _names(path): sharding
         for path, sharding in jax.tree_util.tree_leaves_with_path(params_shardings)

@@ -635,6 +635,23 @@ def test_cancelled_command_is_cleared_away(task, backend):
     assert asyncio.run(main()).stdout == 'fresh\n0\n'
 
 
+def test_a_dead_sandbox_says_so(task, backend):
+    async def main(command: str | None):
+        async with opened(task, backend) as sandbox:
+            inits = [p for p in descendants(os.getpid()) if _status(p, 'NSpid').split()[-1] == '1']
+            running = asyncio.create_task(sandbox.run(command, SEC)) if command else None
+            await asyncio.sleep(0.2)
+            for pid in inits:
+                os.kill(pid, signal.SIGKILL)
+            if not running:
+                await asyncio.sleep(0.2)
+            with pytest.raises(SandboxError, match='died'):
+                await (running or sandbox.run('true', SEC))
+
+    asyncio.run(main('sleep 60'))
+    asyncio.run(main(None))
+
+
 _PARENT = """
 import asyncio, pathlib, sys
 from echo_jax import types

@@ -125,11 +125,14 @@ class LocalSandbox:
         if '\0' in command:  # no shell can hold one; say so as bash would
             return CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, False)
         async with self._lock:
-            if self._unclean:
-                await self._kill()
-            if self._shell is None:
-                await self._open_shell()
-            return await self._run(command, timeout)
+            try:
+                if self._unclean:
+                    await self._kill()
+                if self._shell is None:
+                    await self._open_shell()
+                return await self._run(command, timeout)
+            except BrokenPipeError:
+                raise SandboxError('the sandbox died') from None
 
     async def upload(self, path: pathlib.Path, target: str) -> None:
         """Copies a file to the path `target`, or a directory's content into the directory `target`.
@@ -304,10 +307,7 @@ class LocalSandbox:
             workdir = channels.quote(self._workdir)
             line = f'cd -- {self._cwd or workdir} || cd -- {workdir};unset OLDPWD;{exports}'
             line += f'{channels.report(nonce)}\n'
-            try:
-                await channels.write(self._control, b'shell\n')
-            except BrokenPipeError:
-                raise SandboxError('the sandbox died') from None
+            await channels.write(self._control, b'shell\n')
             await channels.write(self._script, line.encode(errors='surrogateescape'))
             try:
                 async with asyncio.timeout(_STARTUP_SEC):
