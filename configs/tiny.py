@@ -80,7 +80,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
 
     c.optimizer = ml_collections.ConfigDict()  # of reinforcement learning
     c.optimizer.name = 'adamw'  # or 'muon'
-    c.optimizer.learning_rate = 1e-3
+    c.optimizer.learning_rate = 3e-4
     c.optimizer.warmup_steps = 5
     c.optimizer.decay_steps = 0  # 0: constant after the warm-up
     c.optimizer.b1 = 0.9
@@ -107,10 +107,11 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.tasks.heldout_count = 128
 
     c.warm_start = ml_collections.ConfigDict()  # supervised steps before reinforcement learning
-    c.warm_start.steps = 300  # 0: none
-    c.warm_start.explore_steps = 150  # of these, on exploration transcripts; the rest on solutions
+    c.warm_start.steps = 160  # 0: none
+    c.warm_start.explore_steps = 110  # the first, on exploration; then in turn with solutions
+    c.warm_start.rollouts = 64  # a step
     c.warm_start.explorations = 1500  # transcripts
-    c.warm_start.demonstrations = 500  # training tasks whose solutions are shown
+    c.warm_start.demonstrations = 200  # training tasks whose solutions are shown
     c.warm_start.save_every = 50  # steps between two saves
     c.warm_start.optimizer = ml_collections.ConfigDict(c.optimizer.to_dict())
     c.warm_start.optimizer.name = 'muon'

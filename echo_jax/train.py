@@ -38,7 +38,7 @@ from echo_jax.model.qwen3 import Qwen3
 from echo_jax.store.kvstore import CorruptError
 from echo_jax.store.rollouts import RolloutStore, consume
 from echo_jax.store.weights import WeightStore
-from echo_jax.types import Role, Rollout, Task
+from echo_jax.types import Role, Rollout
 from echo_jax.workdir import Workdir, write_whole
 
 LEARNED_ROLES = tuple(role for role in Role if role != Role.PROMPT)
@@ -113,7 +113,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         lambda: nnx.state(Qwen3(model_config, rngs=nnx.Rngs(config.seed))), out_shardings=placed
     )
     score = jax.jit(make_score(graphdef, config.batch.micro_rows))
-    programs = functools.partial(compile_step, config, graphdef, abstract, placed, mesh)
+    programs = Programs(config, graphdef, abstract, placed, mesh)
 
     # ----------------------------------------------------------------------- policy and the stores
     policy = JaxPolicy(
@@ -272,11 +272,12 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
 
 def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) -> nnx.State:
-    """Supervised steps on exploration transcripts, then on the training tasks' own solutions.
+    """Supervised steps; the parameters that reinforcement learning starts from.
 
-    Both are rollouts: a scripted policy wrote them through the protocol, in real sandboxes. All
-    tokens after the prompt are learned, so the model that reinforcement learning starts from has
-    the format and has seen terminal output. Returns the parameters.
+    First, plain language modelling of exploration transcripts, then every other step the training
+    tasks' own solutions, of which only the agent's tokens are learned. So the model has the format
+    and has seen terminal output, but has still to learn what its tasks' terminal prints. Both are
+    rollouts: a scripted policy wrote them through the protocol, in real sandboxes.
     """
     options = config.warm_start
     step, abstract_state, optimizer = programs(options.optimizer)
@@ -291,71 +292,74 @@ def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) 
         checkpointer.close()
         return state.params
 
-    phases = {
-        'explore': (work.tasks('explore'), options.explore_steps),
-        'solve': (work.tasks('train')[: options.demonstrations], options.steps),
-    }
-    transcripts = {}
-    for name, (tasks, _) in phases.items():
-        store = RolloutStore(work.url('rollouts', f'warm_start_{name}'))
-        there = len(store.groups())
-        with report.Progress(f'{name}: transcripts', len(tasks), there) as progress:
-            transcripts[name] = write_transcripts(tasks, store, tokenizer, collect, stop, progress)
+    def save():
+        if checkpointer.latest() != done:
+            checkpointer.save(done, state, {'seconds': clock.seconds()})
 
-    size = config.batch.groups * config.group_size
+    transcripts = {}
+    for name, tasks in (
+        ('explore', work.tasks('explore')),
+        ('solve', work.tasks('train')[: options.demonstrations]),
+    ):
+        store = RolloutStore(work.url('rollouts', f'warm_start_{name}'))
+        transcripts[name] = write_transcripts(name, tasks, store, tokenizer, collect, stop)
+
     try:
         with report.Progress('warm start', options.steps, done) as progress:
             while done < options.steps:
                 stop.check()
-                name = 'explore' if done < options.explore_steps else 'solve'
-                since = 0 if name == 'explore' else options.explore_steps
-                chosen = shuffled(len(transcripts[name]), size, done - since, config.seed)
+                name, number, roles = lesson(done, options.explore_steps)
+                chosen = shuffled(len(transcripts[name]), options.rollouts, number, config.seed)
                 batch = batching.make_supervised_batch(
-                    [transcripts[name][i] for i in chosen], config, LEARNED_ROLES
+                    [transcripts[name][i] for i in chosen], config, roles
                 )
-                state, sums = step(state, batch, 1.0, None)
+                state, sums = step(state, sharding.put_batch(batch, programs.mesh), 1.0, None)
                 done += 1
                 if done % 10 == 0 or done == options.steps:
-                    values = {'train/loss': finish_metrics(sums)['loss']}
+                    values = {f'train/loss_{name}': finish_metrics(sums)['loss']}
                     require_finite(values, done)
                     metrics.write(done, values)
-                    progress.show(done, loss=values['train/loss'])
+                    progress.show(done, **{f'loss_{name}': values[f'train/loss_{name}']})
                 if done % options.save_every == 0:
-                    checkpointer.save(done, state, {'seconds': clock.seconds()})
-    except Stopped:
-        if checkpointer.latest() != done:
-            checkpointer.save(done, state, {'seconds': clock.seconds()})
+                    save()
+    finally:
+        save()
         checkpointer.close()
-        raise
-    if checkpointer.latest() != done:
-        checkpointer.save(done, state, {'seconds': clock.seconds()})
-    checkpointer.close()
-    metrics.close()
+        metrics.close()
     return state.params
 
 
-def write_transcripts(
-    tasks: Sequence[Task], store, tokenizer, collect, stop, progress
-) -> list[Rollout]:
-    """The scripted rollout of every task, cut to the row; drawn unless the store has it."""
+def lesson(done: int, explore_steps: int) -> tuple[str, int, tuple[Role, ...]]:
+    """What the warm start's next step reads: (kind, its how-many-eth batch, the roles learned)."""
+    since = done - explore_steps
+    if since < 0:
+        return 'explore', done, LEARNED_ROLES
+    if since % 2:
+        return 'explore', explore_steps + since // 2, LEARNED_ROLES
+    return 'solve', since // 2, (Role.ACTION,)
+
+
+def write_transcripts(name, tasks, store, tokenizer, collect, stop) -> list[Rollout]:
+    """The scripted rollout of every task, drawn unless the store has it."""
     written = len(store.groups())
+    with report.Progress(f'transcripts: {name}', len(tasks), written) as progress:
 
-    def count(_group):
-        nonlocal written
-        written += 1
-        progress.show(written)
+        def count(_group):
+            nonlocal written
+            written += 1
+            progress.show(written)
 
-    stop.run(
-        collect(
-            list(enumerate(tasks)),
-            store,
-            policy=functools.partial(worker.demonstrator, tokenizer),
-            group_size=1,
-            temperature=1.0,
-            on_group=count,
+        stop.run(
+            collect(
+                list(enumerate(tasks)),
+                store,
+                policy=functools.partial(worker.demonstrator, tokenizer),
+                group_size=1,
+                temperature=1.0,
+                on_group=count,
+            )
         )
-    )
-    return [group[0] for group in store.read_groups(range(len(tasks)))]
+    return [rollout for group in store.read_groups(range(len(tasks))) for rollout in group]
 
 
 def shuffled(count: int, size: int, batch: int, seed: int) -> list[int]:
@@ -368,24 +372,34 @@ def shuffled(count: int, size: int, batch: int, seed: int) -> list[int]:
     return [int(orders[place // count][place % count]) for place in places]
 
 
-def compile_step(config, graphdef, abstract, placed, mesh, optimizer_config):
-    """(jitted step, abstract state with shardings, optimizer) of one optimizer's config."""
-    optimizer = make_optimizer(optimizer_config)
-    shapes = jax.eval_shape(lambda params: init_state(params, optimizer), abstract)
-    shardings = sharding.state_shardings(shapes, placed, mesh)
-    abstract_state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        shardings,
-    )
-    step = jax.jit(
-        make_step(graphdef, optimizer, config),
-        in_shardings=(shardings, sharding.batch_sharding(mesh), None),  # env_coef is static
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-        static_argnums=2,
-    )
-    return step, abstract_state, optimizer
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What the jitted steps of a run share."""
+
+    config: ml_collections.ConfigDict
+    graphdef: nnx.GraphDef
+    abstract: nnx.State  # of the parameters
+    placed: nnx.State  # their shardings
+    mesh: jax.sharding.Mesh
+
+    def __call__(self, optimizer_config: ml_collections.ConfigDict):
+        """(jitted step, abstract state with shardings, optimizer)."""
+        optimizer = make_optimizer(optimizer_config)
+        shapes = jax.eval_shape(lambda params: init_state(params, optimizer), self.abstract)
+        shardings = sharding.state_shardings(shapes, self.placed, self.mesh)
+        abstract_state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
+        step = jax.jit(
+            make_step(self.graphdef, optimizer, self.config),
+            in_shardings=(shardings, sharding.batch_sharding(self.mesh), None),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+            static_argnums=2,  # env_coef: 0 leaves the environment term out of the program
+        )
+        return step, abstract_state, optimizer
 
 
 def timed(values: dict[str, float]) -> dict[str, float]:

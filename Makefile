@@ -1,0 +1,32 @@
+# echo_jax: `make help` says what there is.
+PYTHON ?= python3
+VENV := .venv
+WORKDIR ?= runs/tiny
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: help setup quickstart test lint clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "echo_jax needs Python 3.11 or newer; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+setup: $(VENV)/installed  ## virtual environment in .venv with everything that is needed
+
+quickstart: setup  ## train the tiny agent on this machine's CPU, into WORKDIR (runs/tiny)
+	$(VENV)/bin/python -m echo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
+
+test: setup  ## all tests
+	$(VENV)/bin/python -m pytest
+
+lint: setup  ## ruff, check and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
