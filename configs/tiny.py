@@ -18,7 +18,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
         raise ValueError(f"configs/tiny.py has the variants 'echo' and 'grpo', not {variant!r}")
     c = ml_collections.ConfigDict()
     c.seed = 0  # every random number of the run is derived from it
-    c.num_steps = 60  # learner updates of reinforcement learning
+    c.num_steps = 100  # learner updates of reinforcement learning
     c.group_size = 8  # rollouts of one task drawn together
     c.max_staleness = 0  # 0: rollouts of a step are sampled from the weights that it updates
 
@@ -80,7 +80,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
 
     c.optimizer = ml_collections.ConfigDict()  # of reinforcement learning
     c.optimizer.name = 'adamw'  # or 'muon'
-    c.optimizer.learning_rate = 3e-4
+    c.optimizer.learning_rate = 2e-4
     c.optimizer.warmup_steps = 5
     c.optimizer.decay_steps = 0  # 0: constant after the warm-up
     c.optimizer.b1 = 0.9
@@ -107,11 +107,13 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.tasks.heldout_count = 128
 
     c.warm_start = ml_collections.ConfigDict()  # supervised steps before reinforcement learning
-    c.warm_start.steps = 160  # 0: none
-    c.warm_start.explore_steps = 110  # the first, on exploration; then in turn with solutions
+    c.warm_start.steps = 210  # 0: none
+    c.warm_start.explore_steps = 140  # the first, on exploration; then in turn with practice
     c.warm_start.rollouts = 64  # a step
     c.warm_start.explorations = 1500  # transcripts
-    c.warm_start.demonstrations = 200  # training tasks whose solutions are shown
+    c.warm_start.demonstrations = 900  # training tasks that are shown
+    # How they are gone about, in turn: solved, answered without a look, left after a look.
+    c.warm_start.habits = ('solve', 'guess', 'leave')
     c.warm_start.save_every = 50  # steps between two saves
     c.warm_start.optimizer = ml_collections.ConfigDict(c.optimizer.to_dict())
     c.warm_start.optimizer.name = 'muon'

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 import jax
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from echo_jax import worker
+from echo_jax import program, worker
 from echo_jax.agent.policy.jax import JaxPolicy
 from echo_jax.agent.protocol import Protocol
+from echo_jax.agent.sandbox import Sandbox
 from echo_jax.agent.tasks import load_tasks
 from echo_jax.agent.verifier import verify
 from echo_jax.learner import batching
@@ -69,9 +70,8 @@ def env_ce(score, params, rollouts: Sequence[Rollout], config) -> dict[str, floa
     return {'all': sum(sums.values()) / total, **means}
 
 
-async def run_solution(task: Task, config, oracle: bool) -> tuple[float, Status]:
+async def run_solution(task: Task, sandbox: Sandbox, oracle: bool) -> tuple[float, Status]:
     """The reward of a task's own solution, or of nothing at all, in a fresh sandbox."""
-    sandbox = worker.make_sandbox(config)(task)
     try:
         await sandbox.start()
         if oracle:
@@ -85,10 +85,11 @@ async def run_solution(task: Task, config, oracle: bool) -> tuple[float, Status]
 async def check_tasks(tasks: Sequence[Task], config, oracle: bool) -> list[dict]:
     """The results of the agents that need no model."""
     at_once = asyncio.Semaphore(config.sandbox.at_once)
+    make_sandbox = worker.make_sandbox(config)
 
     async def one(task):
         async with at_once:
-            reward, status = await run_solution(task, config, oracle)
+            reward, status = await run_solution(task, make_sandbox(task), oracle)
         return _result(task.task_id, 0, reward, status, 0)
 
     return list(await asyncio.gather(*(one(task) for task in tasks)))
@@ -187,9 +188,13 @@ def summarize(results: list[dict], samples: int) -> dict[str, float]:
 def main(argv: Sequence[str]) -> None:
     del argv
     config = _CONFIG.value
+    output = pathlib.Path(_OUTPUT.value)
+    output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
     if _AGENT.value == 'policy':
         if not _WORKDIR.value:
             raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
+        if not (pathlib.Path(_WORKDIR.value) / 'config.json').exists():
+            raise ValueError(f'{_WORKDIR.value} holds no run; name the --workdir of echo_jax.train')
         work = Workdir(_WORKDIR.value, config)
         tasks = load_tasks(pathlib.Path(_TASKS.value)) if _TASKS.value else work.tasks('heldout')
         results, ce = evaluate_policy(config, work, tasks, _SAMPLES.value)
@@ -202,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
     samples = _SAMPLES.value if _AGENT.value == 'policy' else 1
     document = {'results': results, 'pass@k': summarize(results, samples), 'env_ce': ce}
     if _OUTPUT.value:
-        write_whole(pathlib.Path(_OUTPUT.value), json.dumps(document, indent=1))
+        write_whole(output, json.dumps(document, indent=1))
     rates = ', '.join(f'pass@{k} {rate:.1%}' for k, rate in document['pass@k'].items())
     bad = sum(result['status'] not in (Status.OK, Status.TRUNCATED) for result in results)
     CONSOLE.print(f'{len(tasks)} tasks, {_AGENT.value}: {rates}; {bad} with an error status')
@@ -215,4 +220,5 @@ if __name__ == '__main__':
     _AGENT = flags.DEFINE_enum('agent', 'policy', ['policy', 'oracle', 'nop'], 'Who acts.')
     _SAMPLES = flags.DEFINE_integer('samples', 1, 'Rollouts of every task.', lower_bound=1)
     _OUTPUT = flags.DEFINE_string('output', '', 'JSON file to write.')
-    app.run(main)
+    flags.mark_flag_as_required('config')
+    program.run(main)

@@ -13,6 +13,7 @@ import rich.text
 import tensorboardX
 import transformers
 
+from echo_jax.program import printable
 from echo_jax.types import Role, Rollout
 
 CONSOLE = rich.console.Console(highlight=False)
@@ -96,7 +97,7 @@ class Progress:
 
 
 def heading(text: str) -> None:
-    CONSOLE.print(f'[bold]{text}[/bold]')
+    CONSOLE.print(printable(text), style='bold', markup=False)
 
 
 def before_and_after(summary: dict) -> None:
@@ -118,10 +119,7 @@ def rollout(tokenizer: transformers.PreTrainedTokenizerFast, rollout: Rollout) -
     cuts = np.flatnonzero(np.diff(rollout.roles)) + 1
     for ids, roles in zip(np.split(rollout.tokens, cuts), np.split(rollout.roles, cuts)):
         piece = tokenizer.decode(ids, skip_special_tokens=False)
-        piece = ''.join(
-            c if c.isprintable() or c == '\n' else '\N{REPLACEMENT CHARACTER}' for c in piece
-        )
-        text.append(piece, style=_STYLES[Role(roles[0])])
+        text.append(printable(piece), style=_STYLES[Role(roles[0])])
     heading(f'A solved rollout of {rollout.task_id} (green: the agent; cyan: the terminal)')
     CONSOLE.print(text)
 

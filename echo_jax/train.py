@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import json
+import operator
 import signal
 import sys
 import time
@@ -19,14 +20,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
-from echo_jax import report, worker
+from echo_jax import program, report, worker
 from echo_jax.agent.policy.jax import JaxPolicy
 from echo_jax.agent.protocol import Protocol
-from echo_jax.agent.sandbox import SandboxError
 from echo_jax.agent.tasks import TaskSource, task_iterator
 from echo_jax.evaluate import abstract_model, env_ce, flat_params, load_params, solve_rate
 from echo_jax.learner import batching, sharding
@@ -35,13 +35,17 @@ from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.learner.step import init_state, make_score, make_step
 from echo_jax.model.qwen3 import Qwen3
-from echo_jax.store.kvstore import CorruptError
 from echo_jax.store.rollouts import RolloutStore, consume
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import Role, Rollout
 from echo_jax.workdir import Workdir, write_whole
 
 LEARNED_ROLES = tuple(role for role in Role if role != Role.PROMPT)
+_COUNTS = (
+    *('group_size', 'batch.groups', 'batch.micro_rows', 'policy.slots'),
+    *('sandbox.at_once', 'eval.samples', 'eval.every', 'checkpoint.every', 'checkpoint.keep'),
+    *('warm_start.rollouts', 'warm_start.demonstrations', 'warm_start.save_every'),
+)
 
 
 class Stopped(Exception):
@@ -72,6 +76,8 @@ class Stop:
             task = asyncio.ensure_future(work)
             loop = asyncio.get_running_loop()
             self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+            if self.requested:  # before there was anything to cancel
+                task.cancel()
             try:
                 await task
             finally:
@@ -89,8 +95,6 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     """Trains to the end, from where the workdir stands, and returns what summary.json holds."""
     stop = Stop()
     clock = Clock()
-    worker.make_sandbox(config)  # fails now where this machine allows no sandbox
-    check_choices(config)
 
     # --------------------------------------------------------------- tasks and their conversation
     report.heading(f'Tasks and tokenizer in {work.path}')
@@ -162,7 +166,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         params = warm_start(config, work, params, programs, tokenizer, collect, stop, clock)
 
     # ------------------------------------------------------------------- where reinforcement starts
-    step, abstract_state, optimizer = programs(config.optimizer)
+    step, abstract_state, initial_state = programs(config.optimizer)
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     metrics = report.Metrics(work.path)
@@ -173,7 +177,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         clock.resume(extra['seconds'])
         report.CONSOLE.print(f'resumed at step {done} of {config.num_steps}')
     else:
-        state, cursor, done = init_state(params, optimizer), None, 0
+        state, cursor, done = initial_state(params), None, 0
     metrics.resume(done)
     weights.rewind(done)
     rollouts = RolloutStore(work.url('rollouts', 'train'))
@@ -183,8 +187,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
     # ---------------------------------------------------------------------- reinforcement learning
     def save():
-        extra = {'tasks': tasks.get_state(), 'cursor': cursor, 'seconds': clock.seconds()}
-        checkpointer.save(done, state, extra)
+        if checkpointer.latest() != done:
+            extra = {'tasks': tasks.get_state(), 'cursor': cursor, 'seconds': clock.seconds()}
+            checkpointer.save(done, state, extra)
 
     try:
         with report.Progress('train', config.num_steps, done) as progress:
@@ -193,7 +198,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 started = time.monotonic()
                 weights.publish(flat_params(state.params), done)
                 version = weights.latest()
-                published = load_params(abstract, weights.read(version))
+                published = jax.device_put(load_params(abstract, weights.read(version)), placed)
                 group_ids = range(done * config.batch.groups, (done + 1) * config.batch.groups)
                 before = tasks.get_state()
                 try:
@@ -234,19 +239,17 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                     reward=values['rollout/reward'],
                     env_ce=values.get('train/env_ce', float('nan')),
                 )
+        save()
     except Stopped:
-        if checkpointer.latest() != done:
-            save()
-        checkpointer.close()
+        save()
         raise
+    finally:
+        checkpointer.close()
 
     # ------------------------------------------------------------------------------ what it learned
     weights.publish(flat_params(state.params), done)
     after = evaluate(state.params, done, 'heldout_after')
     ce_after = env_ce(score, state.params, fixed, config)['all']
-    if checkpointer.latest() != done:
-        save()
-    checkpointer.close()
     summary = {
         'solve_rate_before': solved_before,
         'solve_rate_after': solve_rate(after),
@@ -274,16 +277,17 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) -> nnx.State:
     """Supervised steps; the parameters that reinforcement learning starts from.
 
-    First, plain language modelling of exploration transcripts, then every other step the training
-    tasks' own solutions, of which only the agent's tokens are learned. So the model has the format
-    and has seen terminal output, but has still to learn what its tasks' terminal prints. Both are
-    rollouts: a scripted policy wrote them through the protocol, in real sandboxes.
+    First, plain language modelling of exploration transcripts; then, in turn with these, training
+    tasks gone about by `warm_start.habits`, of which only the agent's tokens are learned. So the
+    model has the format and has seen terminal output, sometimes solves and sometimes guesses or
+    leaves, and has still to learn what its tasks' terminal prints. Both are rollouts: a scripted
+    policy wrote them through the protocol, in real sandboxes.
     """
     options = config.warm_start
-    step, abstract_state, optimizer = programs(options.optimizer)
+    step, abstract_state, initial_state = programs(options.optimizer)
     checkpointer = Checkpointer(work.url('checkpoints', 'warm_start'), keep=1)
     metrics = report.Metrics(work.path, 'warm_start.jsonl')
-    state, done = init_state(params, optimizer), 0
+    state, done = initial_state(params), 0
     if restored := checkpointer.restore(abstract_state):
         state, extra, done = restored
         clock.resume(extra['seconds'])
@@ -297,12 +301,13 @@ def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) 
             checkpointer.save(done, state, {'seconds': clock.seconds()})
 
     transcripts = {}
-    for name, tasks in (
-        ('explore', work.tasks('explore')),
-        ('solve', work.tasks('train')[: options.demonstrations]),
+    for name, tasks, habits in (
+        ('explore', work.tasks('explore'), ['solve']),
+        ('practice', work.tasks('train')[: options.demonstrations], options.habits),
     ):
         store = RolloutStore(work.url('rollouts', f'warm_start_{name}'))
-        transcripts[name] = write_transcripts(name, tasks, store, tokenizer, collect, stop)
+        policy = worker.demonstrator(tokenizer, habits)
+        transcripts[name] = write_transcripts(name, tasks, store, policy, collect, stop)
 
     try:
         with report.Progress('warm start', options.steps, done) as progress:
@@ -315,15 +320,18 @@ def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) 
                 )
                 state, sums = step(state, sharding.put_batch(batch, programs.mesh), 1.0, None)
                 done += 1
-                if done % 10 == 0 or done == options.steps:
-                    values = {f'train/loss_{name}': finish_metrics(sums)['loss']}
-                    require_finite(values, done)
-                    metrics.write(done, values)
-                    progress.show(done, **{f'loss_{name}': values[f'train/loss_{name}']})
-                if done % options.save_every == 0:
+                saving = done % options.save_every == 0 or done == options.steps
+                if saving or done % 10 == 0:
+                    values = finish_metrics(sums)
+                    require_finite(values, done)  # also before a save: no run goes on from NaN
+                    metrics.write(done, {f'train/loss_{name}': values['loss']})
+                    progress.show(done, **{f'loss_{name}': values['loss']})
+                if saving:
                     save()
-    finally:
+    except Stopped:
         save()
+        raise
+    finally:
         checkpointer.close()
         metrics.close()
     return state.params
@@ -336,10 +344,10 @@ def lesson(done: int, explore_steps: int) -> tuple[str, int, tuple[Role, ...]]:
         return 'explore', done, LEARNED_ROLES
     if since % 2:
         return 'explore', explore_steps + since // 2, LEARNED_ROLES
-    return 'solve', since // 2, (Role.ACTION,)
+    return 'practice', since // 2, (Role.ACTION,)
 
 
-def write_transcripts(name, tasks, store, tokenizer, collect, stop) -> list[Rollout]:
+def write_transcripts(name, tasks, store, policy, collect, stop) -> list[Rollout]:
     """The scripted rollout of every task, drawn unless the store has it."""
     written = len(store.groups())
     with report.Progress(f'transcripts: {name}', len(tasks), written) as progress:
@@ -353,7 +361,7 @@ def write_transcripts(name, tasks, store, tokenizer, collect, stop) -> list[Roll
             collect(
                 list(enumerate(tasks)),
                 store,
-                policy=functools.partial(worker.demonstrator, tokenizer),
+                policy=policy,
                 group_size=1,
                 temperature=1.0,
                 on_group=count,
@@ -383,9 +391,10 @@ class Programs:
     mesh: jax.sharding.Mesh
 
     def __call__(self, optimizer_config: ml_collections.ConfigDict):
-        """(jitted step, abstract state with shardings, optimizer)."""
+        """(jitted step, abstract state with shardings, function of parameters to a first state)."""
         optimizer = make_optimizer(optimizer_config)
-        shapes = jax.eval_shape(lambda params: init_state(params, optimizer), self.abstract)
+        init = functools.partial(init_state, optimizer=optimizer)
+        shapes = jax.eval_shape(init, self.abstract)
         shardings = sharding.state_shardings(shapes, self.placed, self.mesh)
         abstract_state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -399,7 +408,8 @@ class Programs:
             donate_argnums=0,
             static_argnums=2,  # env_coef: 0 leaves the environment term out of the program
         )
-        return step, abstract_state, optimizer
+        # Placed at once: arrays that lie elsewhere would have the step compiled a second time.
+        return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
 
 
 def timed(values: dict[str, float]) -> dict[str, float]:
@@ -422,6 +432,9 @@ def require_finite(values: dict[str, float], step: int) -> None:
 
 def check_choices(config: ml_collections.ConfigDict) -> None:
     """Refuses what this program cannot do, or would silently ignore."""
+    for key in _COUNTS:
+        if (value := operator.attrgetter(key)(config)) < 1:
+            raise ValueError(f'{key} is {value}; expected at least 1')
     if config.policy.backend != 'jax':
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax'")
     if config.max_staleness != 0:
@@ -439,6 +452,7 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
             f'warm_start.steps={config.warm_start.steps}'
         )
+    sharding.make_mesh(config)  # raises where it does not fit the devices
 
 
 @dataclasses.dataclass
@@ -459,19 +473,16 @@ def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
+    check_choices(config)  # before the workdir is this config's for good
+    worker.make_sandbox(config)  # fails now where this machine allows no sandbox
     try:
         train(config, Workdir(_WORKDIR.value, config))
     except Stopped:
         sys.exit('stopped; the same command goes on from here')
-    except (ValueError, CheckpointError, SandboxError, CorruptError, FloatingPointError) as error:
-        if _TRACEBACK.value:
-            raise
-        sys.exit(f'error: {error}')
 
 
 if __name__ == '__main__':
     _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
     _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: made, or resumed.')
-    _TRACEBACK = flags.DEFINE_bool('traceback', False, 'Show where an error came from.')
     flags.mark_flags_as_required(['config', 'workdir'])
-    app.run(main)
+    program.run(main, CheckpointError)

@@ -31,7 +31,7 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         ours, file = json.loads(config.to_json()), self.path / 'config.json'
         if not file.exists():
-            if any(self.path.iterdir()):
+            if any(path.name != 'config.json.partial' for path in self.path.iterdir()):
                 raise ValueError(
                     f'{self.path} is not empty and holds no run; give another --workdir'
                 )

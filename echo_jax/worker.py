@@ -6,12 +6,13 @@ rollouts are there; one that the store has already is not drawn again, so a kill
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 import ml_collections
 
 from echo_jax.agent.episode import run_group
-from echo_jax.agent.families import demonstration
+from echo_jax.agent.families import practice
 from echo_jax.agent.policy import Policy
 from echo_jax.agent.policy.scripted import ScriptedPolicy
 from echo_jax.agent.protocol import Protocol, format_reply
@@ -52,6 +53,7 @@ async def collect(
 
     `policy` may be a function of the task. At most `sandbox.at_once` sandboxes live at one time.
     """
+    sandbox = make_sandbox(config)
     sandboxes = asyncio.Semaphore(config.sandbox.at_once)
     there = set(store.groups())
 
@@ -60,7 +62,7 @@ async def collect(
             task,
             group_id,
             policy=policy if hasattr(policy, 'generate') else policy(task),
-            make_sandbox=make_sandbox(config),
+            make_sandbox=sandbox,
             protocol=protocol,
             group_size=group_size,
             seed=config.seed,
@@ -76,6 +78,16 @@ async def collect(
                 running.create_task(draw(group_id, task))
 
 
-def demonstrator(tokenizer, task: Task) -> ScriptedPolicy:
-    """The policy that replays a task's own solution, a command a turn."""
-    return ScriptedPolicy(tokenizer, [format_reply(*turn) for turn in demonstration(task)])
+def demonstrator(tokenizer, habits: Sequence[str]) -> Callable[[Task], ScriptedPolicy]:
+    """Policies that replay a task's own solution, a command a turn, by the habits in turn.
+
+    A task always gets the same habit: by the number in its id, else by the length of its id.
+    """
+
+    def policy(task: Task) -> ScriptedPolicy:
+        digits = re.search(r'\d+', task.task_id)
+        number = int(digits[0]) if digits else len(task.task_id)
+        turns = practice(task, habits[number % len(habits)])
+        return ScriptedPolicy(tokenizer, [format_reply(*turn) for turn in turns])
+
+    return policy

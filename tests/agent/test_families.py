@@ -19,6 +19,7 @@ from echo_jax.agent.families import (
     demonstration,
     draft_task,
     generate_tasks,
+    practice,
     write_task,
 )
 from echo_jax.agent.tasks import load_task, load_tasks
@@ -226,6 +227,18 @@ def test_demonstration_is_look_act_done(tmp_path):
     (task.path / 'solution' / 'solve.sh').write_text('#!/bin/bash\n\n')
     with pytest.raises(ValueError, match='no command'):
         demonstration(task)
+
+
+def test_habits_solve_guess_and_leave(tmp_path):
+    task_id, draft = draft_task(0, 'train', list(FAMILIES).index('delete'))
+    write_task(tmp_path / task_id, 'delete', draft)
+    task = load_task(tmp_path / task_id)
+    look, act, done = demonstration(task)
+    assert practice(task, 'solve') == [look, act, done]
+    assert practice(task, 'guess') == [act, done]
+    assert practice(task, 'leave') == [look, done]
+    with pytest.raises(ValueError, match="habits names 'nap'"):
+        practice(task, 'nap')
 
 
 def test_sessions_copy_much_earn_nothing_and_repeat(tmp_path):

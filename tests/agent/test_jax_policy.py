@@ -21,8 +21,10 @@ CONFIG = Qwen3Config(
     head_dim=16,
     initializer_range=0.2,
 )
-GRAPHDEF, PARAMS = nnx.split(Qwen3(CONFIG, rngs=nnx.Rngs(0)))
+GRAPHDEF, _ = nnx.split(nnx.eval_shape(lambda: Qwen3(CONFIG, rngs=nnx.Rngs(0))))
+PARAMS = jax.jit(lambda: nnx.state(Qwen3(CONFIG, rngs=nnx.Rngs(0))))()
 STOP = (7,)
+ROW = 256  # tokens of a full pass; longer than any episode here
 
 
 def make_policy(slots=8, cache_tokens=160):
@@ -33,13 +35,25 @@ def prompt(seed, length):
     return np.random.default_rng(seed).integers(8, 96, length).astype(np.int32)
 
 
-def full_logprobs(tokens, temperature):
-    """[T] log-probabilities by one forward pass over everything, no cache."""
+@jax.jit
+def full_logits(row):
     model = nnx.merge(GRAPHDEF, PARAMS)
-    row = jnp.asarray(tokens)[None]
-    hidden = model(row, jnp.arange(row.shape[1])[None], jnp.ones_like(row))
-    logp = jax.nn.log_softmax(hidden[0] @ model.unembedding.T / temperature)
-    return np.r_[0.0, np.asarray(logp)[np.arange(len(tokens) - 1), tokens[1:]]]
+    hidden = model(row[None], jnp.arange(ROW)[None], jnp.ones((1, ROW), jnp.int32))
+    return hidden[0] @ model.unembedding.T
+
+
+def next_token_logits(tokens):
+    """[T - 1, V] of tokens 1 to T - 1, by one forward pass over everything, no cache."""
+    row = np.zeros(ROW, np.int32)  # what comes after a token changes nothing before it
+    row[: len(tokens)] = tokens
+    return np.asarray(full_logits(row))[: len(tokens) - 1]
+
+
+def full_logprobs(tokens, temperature):
+    logits = next_token_logits(tokens) / temperature
+    logits -= logits.max(-1, keepdims=True)
+    picked = logits[np.arange(len(logits)), tokens[1:]]
+    return np.r_[0.0, picked - np.log(np.exp(logits).sum(-1))]
 
 
 async def episode(policy, seed, turns=3, temperature=1.0, delay=0.0):
@@ -85,11 +99,8 @@ def test_logprobs_equal_full_forward_passes(temperature):
 
 
 def test_greedy_is_the_argmax_of_full_forward_passes():
-    model = nnx.merge(GRAPHDEF, PARAMS)
     ((tokens, sampled, _),) = play([9], temperature=0.0)
-    row = jnp.asarray(tokens)[None]
-    hidden = model(row, jnp.arange(row.shape[1])[None], jnp.ones_like(row))
-    best = np.r_[-1, np.asarray((hidden[0] @ model.unembedding.T).argmax(-1))[:-1]]
+    best = np.r_[-1, next_token_logits(tokens).argmax(-1)]
     np.testing.assert_array_equal(tokens[sampled], best[sampled])
 
 
@@ -175,12 +186,17 @@ def test_new_weights_drop_the_cache():
 
 def test_a_cancelled_generation_frees_its_slot():
     async def main():
-        policy = make_policy(slots=1)
+        policy = make_policy(slots=3)
         await policy.load(PARAMS, 0)
         ask = {'temperature': 1.0, 'stop_token_ids': ()}
-        task = asyncio.create_task(policy.generate(prompt(0, 9), max_tokens=140, seed=0, **ask))
-        await asyncio.sleep(0.05)
-        task.cancel()
+        tasks = [
+            asyncio.create_task(policy.generate(prompt(0, 9), max_tokens=140, seed=s, **ask))
+            for s in range(3)
+        ]
+        await asyncio.sleep(0.005)
+        assert not any(task.done() for task in tasks)
+        for task in tasks:
+            task.cancel()
         return await policy.generate(prompt(1, 9), max_tokens=4, seed=1, **ask)
 
     assert len(asyncio.run(main()).token_ids) == 4

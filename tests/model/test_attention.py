@@ -17,6 +17,8 @@ CASES = {
     'one query head a block apart': (2, BLOCK + 1, 1, 1, 6, [2, BLOCK - 2, 1]),
     'a remainder, one key-value head': (1, 2 * BLOCK + 37, 4, 1, 2, [90, 150, 20]),
 }
+# Tiny programs run often enough without LLVM's optimizations, which take half of their compilation.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -58,7 +60,7 @@ def plain(q, k, v, segments):
     return jnp.einsum('bnts,bsnh->btnh', jax.nn.softmax(scores, axis=-1), v)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def with_gradients(attend, q, k, v, segments, cotangent):
     out, pull = jax.vjp(lambda *qkv: attend(*qkv, segments), q, k, v)
     return out, pull(cotangent.astype(out.dtype))
@@ -70,7 +72,7 @@ def test_two_tokens_by_hand():
     k = jnp.zeros((1, 2, 1, 4)).at[0, :, 0, 0].set(jnp.array([3.0, 1.0]))
     v = jnp.zeros((1, 2, 1, 4)).at[0, :, 0, 0].set(jnp.array([10.0, 20.0]))
     first = 1 / (1 + np.exp(-2.0))
-    attend = jax.jit(segment_attention)
+    attend = jit(segment_attention)
     together = attend(q, k, v, jnp.array([[1, 1]]))[0, :, 0, 0]
     np.testing.assert_allclose(together, [10.0, 10 * first + 20 * (1 - first)], rtol=1e-12)
     apart = attend(q, k, v, jnp.array([[1, 2]]))[0, :, 0, 0]
@@ -105,7 +107,7 @@ def test_lower_precision_keeps_its_dtype_and_the_value(dtype, tolerance):
 
 def test_a_segment_knows_nothing_of_its_neighbours():
     q, k, v, segments = draw('less than a block')
-    attend = jax.jit(segment_attention)
+    attend = jit(segment_attention)
     before = attend(q, k, v, segments)
     foreign = (segments != 2)[..., None, None]
     after = attend(q, k + 9.0 * foreign, v - 7.0 * foreign, segments)
@@ -119,11 +121,11 @@ def test_over_a_cache_it_is_the_same_attention(start):
     """The queries from `start` on; what lies behind the last token in the cache is not seen."""
     q, k, v, _ = draw('less than a block')
     B, T = q.shape[:2]
-    whole = jax.jit(segment_attention)(q, k, v, jnp.ones((B, T), jnp.int32))
+    whole = jit(segment_attention)(q, k, v, jnp.ones((B, T), jnp.int32))
     rest = ((0, 0), (0, 0), (0, 6), (0, 0))
     keys, values = (np.pad(x.transpose(0, 2, 1, 3), rest, constant_values=1e4) for x in (k, v))
     positions = jnp.tile(jnp.arange(start, T), (B, 1))
-    out = jax.jit(cache_attention)(q[:, start:], keys, values, positions)
+    out = jit(cache_attention)(q[:, start:], keys, values, positions)
     np.testing.assert_allclose(out, whole[:, start:], rtol=1e-9, atol=1e-11)
 
 
@@ -132,7 +134,7 @@ def test_every_row_of_a_cache_has_its_own_length():
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     lengths = np.array([2, 12, 7])
     last = np.take_along_axis(q, lengths[:, None, None, None], axis=1)
-    out = jax.jit(cache_attention)(last, keys, values, lengths[:, None])
+    out = jit(cache_attention)(last, keys, values, lengths[:, None])
     for b, length in enumerate(lengths):
         row = np.s_[b : b + 1, : length + 1]
         whole = written_out(q[row], k[row], v[row], np.ones((1, length + 1)))

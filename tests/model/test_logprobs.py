@@ -13,6 +13,8 @@ from echo_jax.model.logprobs import BLOCK, token_logprobs
 V, D = 11, 5
 # Tokens: one, within a block, two rows, exactly two blocks, and a block with a remainder.
 SHAPES = [(1,), (2, 9), (2, BLOCK), (BLOCK + 3,)]
+# Tiny programs run often enough without LLVM's optimizations, which take half of their compilation.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -41,7 +43,7 @@ def plain(hidden, unembedding, targets, temperature):
     return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jit, static_argnums=(0, 4))
 def with_gradients(f, hidden, unembedding, targets, temperature, cotangent):
     out, pull = jax.vjp(lambda h, u: f(h, u, targets, temperature), hidden, unembedding)
     return out, pull(cotangent)
@@ -50,7 +52,7 @@ def with_gradients(f, hidden, unembedding, targets, temperature, cotangent):
 def test_by_hand():
     """Logits 2 ln 2 and 0, at temperature 2: ln 2 and 0, so probabilities 2/3 and 1/3."""
     hidden, unembedding = jnp.array([[2.0], [2.0]]), jnp.array([[jnp.log(2.0)], [0.0]])
-    score = jax.jit(token_logprobs, static_argnums=3)
+    score = jit(token_logprobs, static_argnums=3)
     logp, entropy = score(hidden, unembedding, jnp.array([0, 1]), 2.0)
     np.testing.assert_allclose(logp, np.log([2 / 3, 1 / 3]), rtol=1e-12)
     expected = -(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3))

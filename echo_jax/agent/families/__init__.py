@@ -11,10 +11,18 @@ runs no command and tokenizes nothing.
 
 from echo_jax.agent.families.drafts import FAMILIES, Draft
 from echo_jax.agent.families.words import NUMBERS, SPLITS, SYLLABLES, WORDS, is_heldout
-from echo_jax.agent.families.write import demonstration, draft_task, generate_tasks, write_task
+from echo_jax.agent.families.write import (
+    HABITS,
+    demonstration,
+    draft_task,
+    generate_tasks,
+    practice,
+    write_task,
+)
 
 __all__ = [
     'FAMILIES',
+    'HABITS',
     'NUMBERS',
     'SPLITS',
     'SYLLABLES',
@@ -24,5 +32,6 @@ __all__ = [
     'draft_task',
     'generate_tasks',
     'is_heldout',
+    'practice',
     'write_task',
 ]

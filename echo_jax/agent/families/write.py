@@ -160,3 +160,24 @@ def demonstration(task: Task) -> list[tuple[str, str | None, bool]]:
         raise ValueError(f'{path} has no command; a demonstration needs one command a line')
     turns = [(_THOUGHTS.get(line.split()[0], 'Look first.'), line, False) for line in commands]
     return [*turns, ('Done.', None, True)]
+
+
+HABITS = ('solve', 'guess', 'leave')
+
+
+def practice(task: Task, habit: str) -> list[tuple[str, str | None, bool]]:
+    """The turns of somebody who goes about a task in a certain way, as `demonstration` gives them.
+
+    'solve' is the demonstration; 'guess' is the same without its first command, the look, so that
+    who imitates it can only guess; 'leave' looks and does no more. Raises ValueError for another
+    habit.
+    """
+    turns = demonstration(task)
+    match habit:
+        case 'solve':
+            return turns
+        case 'guess':
+            return turns[1:]
+        case 'leave':
+            return [turns[0], turns[-1]]
+    raise ValueError(f'warm_start.habits names {habit!r}; choose among {HABITS}')

@@ -1,0 +1,75 @@
+"""The entry of every program: flags in, an exit code out, an expected error as one line.
+
+It knows no program; what a program expects to go wrong besides EXPECTED, it says itself.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import app, flags
+
+from echo_jax.agent.sandbox import SandboxError
+from echo_jax.store.kvstore import MissingError
+
+# transformers says at import that there is no PyTorch; nothing here wants it.
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+
+EXPECTED = (ValueError, OSError, FloatingPointError, SandboxError, MissingError)
+# What absl and ml_collections raise while they parse; a key that a config lacks is any of the last.
+_FLAG_ERRORS = (flags.Error, ValueError, OSError, SyntaxError)
+_KEY_ERRORS = (AttributeError, LookupError, TypeError)
+
+
+def run(main: Callable[[Sequence[str]], None], *expected: type[Exception]) -> None:
+    """Parses the flags, runs `main(argv)` and ends the process.
+
+    A wrong flag, Ctrl-C, and an error of EXPECTED or `expected`, alone or out of a task group, are
+    one line on stderr and exit code 1. `--traceback` shows where an error came from instead.
+    """
+    flags.DEFINE_bool('traceback', False, 'Show where an error came from.')
+
+    def guarded(argv):
+        with _one_line(*EXPECTED, *expected):
+            main(argv)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey; only newlines stay."""
+    return ''.join(c if c.isprintable() or c == '\n' else '\N{REPLACEMENT CHARACTER}' for c in text)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except (*_FLAG_ERRORS, *_KEY_ERRORS) as error:
+        if '--traceback' in argv:
+            raise
+        # Their messages may hold a whole traceback; the last line says it.
+        reason = str(error).strip().rpartition('\n')[2].strip(' "\'')
+        if isinstance(error, _KEY_ERRORS):
+            given = ' '.join(argument for argument in argv if argument.startswith('--config.'))
+            reason = f'{given}: the config has no such key ({reason})'
+        sys.exit(f'error: {printable(reason)}')
+    if len(rest) > 1:
+        sys.exit(f'error: unexpected argument {rest[1]!r}; flags begin with --')
+    return rest
+
+
+@contextlib.contextmanager
+def _one_line(*expected: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit('stopped')
+    except (*expected, ExceptionGroup) as error:
+        cause = error
+        while isinstance(cause, ExceptionGroup):  # the first of the tasks that failed
+            cause = cause.exceptions[0]
+        if flags.FLAGS.traceback or not isinstance(cause, expected):
+            raise
+        reason = ' '.join(str(cause).split()) or type(cause).__name__
+        sys.exit(f'error: {printable(reason)}')

@@ -1,0 +1,117 @@
+"""Tokens a second of the jitted training step, with segment_attention and with plain attention.
+
+    python experiments/benchmarks/learner.py [--config configs/tiny.py] [--rounds 5] [--short]
+
+The step is `learner.step.make_step`'s with the recipe's optimizer and ECHO's term: forward, both
+losses, backward over micro-batches, clip, update, the state donated. The batch is random tokens, a
+rollout a row, every row full; with --short rows are half full, and the padding is not counted. The
+same step with benchmarks/attention.py's plain einsum in place of segment_attention alternates with
+it; medians of the rounds, the first not counted. A ratio above 1 means that segment_attention's
+step is faster. One JSON line.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from attention import plain_attention
+from flax import nnx
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from echo_jax.learner.batching import make_batch
+from echo_jax.learner.optimizer import make_optimizer
+from echo_jax.learner.step import init_state, make_step
+from echo_jax.model import attention
+from echo_jax.model.qwen3 import Qwen3, Qwen3Config
+from echo_jax.types import Batch, Role, Rollout, Status
+
+
+def draw_rollouts(config, length: int) -> list[Rollout]:
+    """`batch.groups` groups: a prompt of a quarter, then actions and output in turns of 24."""
+    rng = np.random.default_rng(0)
+    roles = np.where(np.arange(length) // 24 % 2, Role.OUTPUT, Role.ACTION).astype(np.uint8)
+    roles[: length // 4] = Role.PROMPT
+    return [
+        Rollout(
+            tokens=rng.integers(0, config.model.vocab_size, length, np.int32),
+            roles=roles,
+            rollout_logprobs=np.where(roles == Role.ACTION, -1.0, 0.0).astype(np.float32),
+            policy_versions=np.where(roles == Role.ACTION, 0, -1).astype(np.int32),
+            turn_starts=np.flatnonzero(np.diff(roles == Role.ACTION) & (roles[1:] == Role.ACTION))
+            + 1,
+            reward=float(rng.integers(2)),
+            status=Status.OK,
+            task_id='benchmark',
+            group_id=group,
+            sample_id=sample,
+        )
+        for group in range(config.batch.groups)
+        for sample in range(config.group_size)
+    ]
+
+
+def make_run(config, batch: Batch, attend: Callable) -> Callable[[], float]:
+    """A function that takes one step and returns its seconds; `attend` is compiled into it."""
+    sizes = {key: value for key, value in config.model.items() if key != 'path'}
+    graphdef, params = nnx.split(Qwen3(Qwen3Config(**sizes), rngs=nnx.Rngs(0)))
+    optimizer = make_optimizer(config.optimizer)
+    state = init_state(params, optimizer)
+    step = jax.jit(make_step(graphdef, optimizer, config), donate_argnums=0, static_argnums=2)
+    ours, attention.segment_attention = attention.segment_attention, attend
+    program = step.lower(state, batch, config.loss.env_coef).compile()
+    attention.segment_attention = ours
+
+    def run():
+        nonlocal state
+        start = time.perf_counter()
+        state, sums = program(state, batch)
+        jax.block_until_ready((state, sums))
+        return time.perf_counter() - start
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--config', default='configs/tiny.py')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--short', action='store_true', help='rows are half full')
+    args = parser.parse_args()
+    config = importlib.import_module(args.config.removesuffix('.py').replace('/', '.')).get_config()
+    length = config.batch.seq_len // (2 if args.short else 1)
+    batch = jax.device_put(make_batch(draw_rollouts(config, length), config))
+    tokens = int((batch.segment_ids > 0).sum())
+    ways = {'segment': attention.segment_attention, 'plain': plain_attention}
+    runs = {name: make_run(config, batch, attend) for name, attend in ways.items()}
+    seconds = {name: [] for name in runs}
+    for number in range(args.rounds + 1):
+        for name, run in runs.items():
+            taken = run()
+            if number:
+                seconds[name].append(taken)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    result = {
+        'benchmark': 'learner',
+        'config': args.config,
+        'rows': len(batch.tokens),
+        'tokens_a_step': tokens,
+        'device': jax.devices()[0].device_kind,
+        'tokens_per_s': round(tokens / medians['segment']),
+        'plain_tokens_per_s': round(tokens / medians['plain']),
+        'ratio': round(medians['plain'] / medians['segment'], 3),
+        'load': round(os.getloadavg()[0], 1),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == '__main__':
+    main()

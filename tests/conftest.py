@@ -1,0 +1,24 @@
+"""One small training run, made once, that the programs' tests share; copy it before writing."""
+
+import pathlib
+
+import pytest
+from small_run import Programs
+
+from echo_jax.agent.sandbox import SandboxError, local
+
+
+@pytest.fixture(scope='session')
+def programs(tmp_path_factory) -> Programs:
+    try:
+        local.check()
+    except SandboxError as error:
+        pytest.skip(str(error))
+    return Programs(tmp_path_factory.mktemp('compiled'))
+
+
+@pytest.fixture(scope='session')
+def finished(programs, tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp('run') / 'finished'
+    programs.train(workdir)
+    return workdir
