@@ -18,7 +18,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
         raise ValueError(f"configs/tiny.py has the variants 'echo' and 'grpo', not {variant!r}")
     c = ml_collections.ConfigDict()
     c.seed = 0  # every random number of the run is derived from it
-    c.num_steps = 100  # learner updates of reinforcement learning
+    c.num_steps = 80  # learner updates of reinforcement learning
     c.group_size = 8  # rollouts of one task drawn together
     c.max_staleness = 0  # 0: rollouts of a step are sampled from the weights that it updates
 

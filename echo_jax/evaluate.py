@@ -85,7 +85,7 @@ async def run_solution(task: Task, sandbox: Sandbox, oracle: bool) -> tuple[floa
 async def check_tasks(tasks: Sequence[Task], config, oracle: bool) -> list[dict]:
     """The results of the agents that need no model."""
     at_once = asyncio.Semaphore(config.sandbox.at_once)
-    make_sandbox = worker.make_sandbox(config)
+    make_sandbox = worker.sandbox_maker(config)
 
     async def one(task):
         async with at_once:
@@ -118,15 +118,16 @@ def evaluate_policy(
 
     async def draw():
         await policy.load(params, version)
-        await worker.collect(
-            list(enumerate(tasks)),
-            store,
-            config=config,
-            protocol=protocol,
-            policy=policy,
-            group_size=samples,
-            temperature=config.eval.temperature,
-        )
+        for wave in worker.waves(enumerate(tasks), samples, config.policy.slots):
+            await worker.collect(
+                wave,
+                store,
+                config=config,
+                protocol=protocol,
+                policy=policy,
+                group_size=samples,
+                temperature=config.eval.temperature,
+            )
 
     asyncio.run(draw())
     rollouts = [r for group in store.read_groups(range(len(tasks))) for r in group]

@@ -49,14 +49,23 @@ def _parse(argv: list[str]) -> list[str]:
         if '--traceback' in argv:
             raise
         # Their messages may hold a whole traceback; the last line says it.
-        reason = str(error).strip().rpartition('\n')[2].strip(' "\'')
+        reason = str(error).strip().rpartition('\n')[2].strip()
         if isinstance(error, _KEY_ERRORS):
             given = ' '.join(argument for argument in argv if argument.startswith('--config.'))
-            reason = f'{given}: the config has no such key ({reason})'
+            if not given:  # the recipe's own mistake
+                raise
+            reason = f'{given} names no key of the config: {_innermost(error)}'
         sys.exit(f'error: {printable(reason)}')
     if len(rest) > 1:
         sys.exit(f'error: unexpected argument {rest[1]!r}; flags begin with --')
     return rest
+
+
+def _innermost(error: Exception) -> str:
+    """The words of an error that was raised with another error as its message."""
+    while isinstance(error, Exception):
+        error = error.args[0] if error.args else ''
+    return ' '.join(str(error).split())
 
 
 @contextlib.contextmanager

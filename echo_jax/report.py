@@ -154,5 +154,6 @@ def curves(file: pathlib.Path, rows: list[dict]) -> None:
         axes.set(title=title, xlabel='learner step')
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(file, dpi=120)

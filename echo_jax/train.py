@@ -127,7 +127,12 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         cache_tokens=config.protocol.max_total_tokens,
     )
     weights = WeightStore(work.url('weights'))
-    collect = functools.partial(worker.collect, config=config, protocol=protocol)
+    collect = functools.partial(
+        worker.collect,
+        config=config,
+        make_sandbox=worker.sandbox_maker(config),
+        protocol=protocol,
+    )
 
     def draw(
         params, version, tasks_, store, group_ids, samples, temperature
@@ -136,13 +141,10 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
         async def sample():
             await policy.load(params, version)
-            await collect(
-                list(zip(group_ids, tasks_)),
-                store,
-                policy=policy,
-                group_size=samples,
-                temperature=temperature,
-            )
+            for wave in worker.waves(zip(group_ids, tasks_), samples, config.policy.slots):
+                await collect(
+                    wave, store, policy=policy, group_size=samples, temperature=temperature
+                )
 
         stop.run(sample())
         return store.read_groups(group_ids)
@@ -447,6 +449,10 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
             f'batch.seq_len={config.batch.seq_len} cannot hold a rollout of '
             f'protocol.max_total_tokens={config.protocol.max_total_tokens}; raise it'
         )
+    if config.policy.slots < (size := max(config.group_size, config.eval.samples)):
+        raise ValueError(
+            f'policy.slots={config.policy.slots} cannot hold a group of {size} rollouts; raise it'
+        )
     if not 0 <= config.warm_start.explore_steps <= config.warm_start.steps:
         raise ValueError(
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
@@ -474,7 +480,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
     check_choices(config)  # before the workdir is this config's for good
-    worker.make_sandbox(config)  # fails now where this machine allows no sandbox
+    worker.sandbox_maker(config)  # fails now where this machine allows no sandbox
     try:
         train(config, Workdir(_WORKDIR.value, config))
     except Stopped:

@@ -7,7 +7,7 @@ rollouts are there; one that the store has already is not drawn again, so a kill
 import asyncio
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import ml_collections
 
@@ -23,7 +23,7 @@ from echo_jax.types import Rollout, Task
 Assignments = Iterable[tuple[int, Task]]  # a group's id and its task
 
 
-def make_sandbox(config: ml_collections.ConfigDict) -> Callable[[Task], Sandbox]:
+def sandbox_maker(config: ml_collections.ConfigDict) -> Callable[[Task], Sandbox]:
     """What makes the sandbox of a task; fails early where this machine allows none."""
     match config.sandbox.backend:
         case 'local':
@@ -43,6 +43,7 @@ async def collect(
     store: RolloutStore,
     *,
     config: ml_collections.ConfigDict,
+    make_sandbox: Callable[[Task], Sandbox],
     protocol: Protocol,
     policy: Policy | Callable[[Task], Policy],
     group_size: int,
@@ -53,7 +54,6 @@ async def collect(
 
     `policy` may be a function of the task. At most `sandbox.at_once` sandboxes live at one time.
     """
-    sandbox = make_sandbox(config)
     sandboxes = asyncio.Semaphore(config.sandbox.at_once)
     there = set(store.groups())
 
@@ -62,7 +62,7 @@ async def collect(
             task,
             group_id,
             policy=policy if hasattr(policy, 'generate') else policy(task),
-            make_sandbox=sandbox,
+            make_sandbox=make_sandbox,
             protocol=protocol,
             group_size=group_size,
             seed=config.seed,
@@ -76,6 +76,16 @@ async def collect(
         for group_id, task in assignments:
             if group_id not in there:
                 running.create_task(draw(group_id, task))
+
+
+def waves(assignments: Assignments, group_size: int, slots: int) -> Iterator[list]:
+    """The assignments in lists whose episodes each have a slot of the embedded policy.
+
+    Beyond that an episode may lose its slot to another, by chance, and is prefilled anew: the same
+    tokens, but not the same bits. So each list is collected before the next.
+    """
+    assignments, size = list(assignments), max(1, slots // group_size)
+    return (assignments[i : i + size] for i in range(0, len(assignments), size))
 
 
 def demonstrator(tokenizer, habits: Sequence[str]) -> Callable[[Task], ScriptedPolicy]:

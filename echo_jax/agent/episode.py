@@ -79,7 +79,8 @@ async def run_episode(
     finally:
         await _stop(sandbox)
     metrics = dataclasses.asdict(counts)
-    metrics |= {f'stop/{ending}': 1, 'correct': reward >= CORRECT_THRESHOLD}
+    metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
+    metrics['correct'] = reward >= CORRECT_THRESHOLD
     return _rollout(
         conversation,
         reward=reward - length_penalty(conversation, protocol.config),

@@ -214,7 +214,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
     `version` is the policy version being trained. Rewards are of the rollouts that have one: no
     INFRA_ERROR. `uninformative_groups` is the share of groups whose rewards are all equal, so that
     their advantages are 0; staleness is `version` minus the oldest version in a rollout. The
-    rollouts' own metrics appear as means.
+    rollouts' own metrics appear as means over those that have them.
     """
     values = collections.defaultdict(list)
     groups = collections.defaultdict(set)
@@ -231,10 +231,9 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
         values['solved'] += [reward >= SOLVED_REWARD for reward in rewards]
         groups[r.group_id].update(rewards)
     values['uninformative_groups'] = [len(rewards) < 2 for rewards in groups.values()]
-    counted = set(values)  # of the arrays themselves, so not what a rollout says of itself
-    for r in rollouts:
-        for name in r.metrics.keys() - counted:
-            values[name].append(r.metrics[name])
+    own = {name for r in rollouts for name in r.metrics} - set(values)
+    for name in sorted(own):
+        values[name] = [r.metrics[name] for r in rollouts if name in r.metrics]
     result = {f'rollout/{name}': float(np.mean(v)) for name, v in values.items() if v}
     for name in ('tokens', 'staleness'):
         if values[name]:

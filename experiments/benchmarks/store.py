@@ -16,12 +16,15 @@ import os
 import pathlib
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 
 import ml_dtypes
 import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore

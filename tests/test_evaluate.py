@@ -1,0 +1,132 @@
+"""evaluate as a process, and its numbers by hand."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from small_run import SETTINGS, config_flags
+
+from configs.tiny import get_config
+from echo_jax.agent.families import FAMILIES, generate_tasks
+from echo_jax.evaluate import env_ce, pass_at_k, solve_rate, summarize
+from echo_jax.types import Role, Rollout, Status
+
+RESULT = {'task_id', 'sample_id', 'reward', 'correct', 'status', 'turns'}
+
+
+@pytest.fixture(scope='module')
+def tasks(tmp_path_factory):
+    """A task of every family."""
+    folder = tmp_path_factory.mktemp('tasks') / 'heldout'
+    return generate_tasks(folder, split='heldout', count=len(FAMILIES), seed=3)
+
+
+def evaluate(programs, output, *flags) -> tuple[dict, str]:
+    done = programs.run('evaluate', '--config=configs/tiny.py', f'--output={output}', *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text()), done.stdout
+
+
+@pytest.mark.parametrize('agent, reward', [('oracle', 1.0), ('nop', 0.0)])
+def test_agents_without_a_model(programs, tasks, tmp_path, agent, reward):
+    output = tmp_path / 'new' / 'eval.json'
+    document, said = evaluate(programs, output, f'--tasks={tasks}', f'--agent={agent}')
+    assert [result.keys() for result in document['results']] == [RESULT] * len(FAMILIES)
+    names = sorted(path.name for path in tasks.iterdir() if path.is_dir())
+    assert [result['task_id'] for result in document['results']] == names
+    got = {(r['reward'], r['correct'], r['status']) for r in document['results']}
+    assert got == {(reward, bool(reward), 'ok')}
+    assert document['pass@k'] == {'1': reward} and document['env_ce'] == {}
+    assert f'10 tasks, {agent}: pass@1 {reward:.1%}; 0 with an error status' in said
+    assert not programs.alive()
+
+
+def test_policy_of_a_run(programs, finished, tmp_path):
+    flags = [f'--workdir={finished}', *config_flags(SETTINGS), '--samples=2']
+    document, _ = evaluate(programs, tmp_path / 'eval.json', *flags)
+    drawn = [(r['task_id'].split('-')[1], r['sample_id']) for r in document['results']]
+    assert drawn == [(f'{task:05d}', sample) for task in range(4) for sample in range(2)]
+    assert all(1 <= result['turns'] <= 4 for result in document['results'])
+    assert {result['status'] for result in document['results']} <= {'ok', 'truncated'}
+    solved = np.mean([result['correct'] for result in document['results']])
+    assert document['pass@k'].keys() == {'1', '2'} and document['pass@k']['1'] == solved
+    # The newest weights: their CE is of the kind that the run ended with.
+    ended = json.loads((finished / 'summary.json').read_text())['env_ce_after']
+    assert document['env_ce']['all'] == pytest.approx(ended, abs=0.3)
+    assert document['env_ce'].keys() <= {'all', 'feedback', 'wrapper', 'output'}
+
+
+def test_without_weights_or_a_run(programs, finished, tmp_path):
+    flags = ['--config=configs/tiny.py', *config_flags(SETTINGS)]
+    line = programs.fails('evaluate', *flags, f'--workdir={tmp_path / "typo"}')
+    assert f'{tmp_path}/typo holds no run' in line and not (tmp_path / 'typo').exists()
+    (tmp_path / 'run').mkdir()
+    shutil.copy(finished / 'config.json', tmp_path / 'run')
+    line = programs.fails('evaluate', *flags, f'--workdir={tmp_path / "run"}')
+    assert 'has published no weights yet' in line
+    line = programs.fails('evaluate', *flags, '--agent=oracle')
+    assert '--agent=oracle needs --tasks' in line
+
+
+def test_pass_at_k_by_hand():
+    # 5 samples, 2 solved. Of the C(5,2) = 10 pairs, C(3,2) = 3 hold no solved one.
+    solved = [True, False, True, False, False]
+    assert pass_at_k(solved, 1) == pytest.approx(2 / 5)
+    assert pass_at_k(solved, 2) == pytest.approx(1 - 3 / 10)
+    assert pass_at_k(solved, 3) == pytest.approx(1 - 1 / 10)  # one triple of the ten
+    assert pass_at_k(solved, 4) == 1  # any four hold one
+    assert pass_at_k([False] * 4, 4) == 0
+
+
+def test_summarize_is_the_mean_over_tasks():
+    corrects = {'a': [True, False, False], 'b': [False, False, False], 'c': [True, True, True]}
+    results = [
+        {'task_id': task, 'correct': correct} for task, many in corrects.items() for correct in many
+    ]
+    # Powers of two up to 3 samples. Task a: 1/3, and 1 - C(2,2)/C(3,2) = 2/3.
+    assert summarize(results, 3) == pytest.approx({'1': (1 / 3 + 1) / 3, '2': (2 / 3 + 1) / 3})
+
+
+def rollout(roles: list[Role], reward=0.0, sample=0) -> Rollout:
+    n = len(roles)
+    return Rollout(
+        tokens=np.arange(1, n + 1, dtype=np.int32),
+        roles=np.array(roles, np.uint8),
+        rollout_logprobs=np.zeros(n, np.float32),
+        policy_versions=np.full(n, -1, np.int32),
+        turn_starts=np.zeros(0, np.int32),
+        reward=reward,
+        status=Status.OK,
+        task_id='task',
+        group_id=0,
+        sample_id=sample,
+    )
+
+
+@pytest.mark.parametrize('rows_a_batch', [1, 2])
+def test_env_ce_by_hand(rows_a_batch):
+    config = get_config()
+    config.batch.groups, config.group_size, config.batch.micro_rows = 1, rows_a_batch, 1
+    config.batch.seq_len = 8
+    rollouts = [
+        rollout([Role.PROMPT, Role.ACTION, Role.WARNING, Role.WRAPPER, Role.OUTPUT, Role.OUTPUT]),
+        rollout([Role.PROMPT, Role.ACTION, Role.OUTPUT], sample=1),
+    ]
+
+    def score(_params, batch):  # token n has log-probability -n / 10
+        return -batch.tokens / 10
+
+    # First: WRAPPER is token 4, OUTPUT 5 and 6; second: OUTPUT is token 3. A warning never counts.
+    assert env_ce(score, None, rollouts, config) == pytest.approx(
+        {'all': (0.4 + 0.5 + 0.6 + 0.3) / 4, 'wrapper': 0.4, 'output': (0.5 + 0.6 + 0.3) / 3}
+    )
+    config.loss.targets = 'output'
+    assert env_ce(score, None, rollouts, config)['all'] == pytest.approx((0.5 + 0.6 + 0.3) / 3)
+
+
+def test_solve_rate_counts_half_a_reward_as_solved():
+    rollouts = [rollout([Role.PROMPT], reward) for reward in (0.0, 0.49, 0.5, 1.0)]
+    assert solve_rate(rollouts) == 0.5
+    assert not math.isnan(solve_rate(rollouts[:1]))
