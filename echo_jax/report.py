@@ -125,35 +125,34 @@ def rollout(tokenizer: transformers.PreTrainedTokenizerFast, rollout: Rollout) -
 
 
 def curves(file: pathlib.Path, rows: list[dict]) -> None:
-    """Reward, environment CE and held-out solve rate over the steps of a run."""
+    """Reward, environment CE and held-out solve rate over the steps of a run.
+
+    What every step measures on its few tasks is noisy: it is drawn faint, its running mean over 10
+    steps full.
+    """
     figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout='constrained')
-    left, right = figure.subplots(1, 2)
-    panels = (
+    panels = zip(
+        figure.subplots(1, 2),
+        ('reward and solve rate', 'environment CE, nats a token'),
+        (('rollout/reward', 'training reward'), ('train/env_ce', 'training rollouts')),
         (
-            left,
-            'reward and solve rate',
-            (
-                ('rollout/reward', '-', 'training reward'),
-                ('eval/solve_rate', 'o-', 'held-out solve rate'),
-            ),
-        ),
-        (
-            right,
-            'environment CE, nats a token',
-            (
-                ('train/env_ce', '-', 'training rollouts'),
-                ('eval/env_ce', 'o-', 'held-out rollouts of the warm start'),
-            ),
+            ('eval/solve_rate', 'held-out solve rate'),
+            ('eval/env_ce', 'held-out rollouts of the warm start'),
         ),
     )
-    for axes, title, lines in panels:
-        for key, style, label in lines:
-            points = [(row['step'], row[key]) for row in rows if key in row]
-            if points:
-                axes.plot(*zip(*points), style, label=label, markersize=4)
+    for axes, title, (noisy, noisy_label), (heldout, heldout_label) in panels:
+        steps, values = _points(rows, noisy)
+        axes.plot(steps, values, color='tab:blue', alpha=0.25, linewidth=1)
+        means = [np.mean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
+        axes.plot(steps, means, color='tab:blue', label=noisy_label)
+        axes.plot(*_points(rows, heldout), 'o-', color='tab:orange', label=heldout_label, ms=4)
         axes.set(title=title, xlabel='learner step')
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+        axes.legend()
     figure.savefig(file, dpi=120)
+
+
+def _points(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    points = [(row['step'], row[key]) for row in rows if key in row]
+    return [step for step, _ in points], [value for _, value in points]

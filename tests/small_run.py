@@ -11,6 +11,7 @@ from collections.abc import Callable
 ROOT = pathlib.Path(__file__).parents[1]
 # Every part of a run, as small as it goes. The replies of the transcripts fit, so that commands run
 # in sandboxes; two layers of 32 learn nothing of them.
+HELDOUT = 6  # more than the policy has slots
 SETTINGS = dict(
     num_steps=6,
     group_size=2,
@@ -32,7 +33,7 @@ SETTINGS = dict(
     ),
     policy=dict(slots=4),
     sandbox=dict(at_once=4),
-    tasks=dict(train_count=40, heldout_count=4),
+    tasks=dict(train_count=40, heldout_count=HELDOUT),
     warm_start=dict(
         steps=6, explore_steps=3, rollouts=4, explorations=6, demonstrations=6, save_every=2
     ),

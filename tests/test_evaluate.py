@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from small_run import SETTINGS, config_flags
+from small_run import HELDOUT, SETTINGS, config_flags
 
 from configs.tiny import get_config
 from echo_jax.agent.families import FAMILIES, generate_tasks
@@ -47,7 +47,7 @@ def test_policy_of_a_run(programs, finished, tmp_path):
     flags = [f'--workdir={finished}', *config_flags(SETTINGS), '--samples=2']
     document, _ = evaluate(programs, tmp_path / 'eval.json', *flags)
     drawn = [(r['task_id'].split('-')[1], r['sample_id']) for r in document['results']]
-    assert drawn == [(f'{task:05d}', sample) for task in range(4) for sample in range(2)]
+    assert drawn == [(f'{task:05d}', sample) for task in range(HELDOUT) for sample in range(2)]
     assert all(1 <= result['turns'] <= 4 for result in document['results'])
     assert {result['status'] for result in document['results']} <= {'ok', 'truncated'}
     solved = np.mean([result['correct'] for result in document['results']])

@@ -13,7 +13,7 @@ import time
 import matplotlib.image
 import numpy as np
 import pytest
-from small_run import SETTINGS, SUMMARY, metrics, summary, wait_for
+from small_run import HELDOUT, SETTINGS, SUMMARY, metrics, summary, wait_for
 from tensorboardX.proto.event_pb2 import Event
 
 from configs.tiny import get_config
@@ -101,7 +101,7 @@ def test_stores_hold_whole_groups(finished):
             assert set(rollout.policy_versions[acting]) == {group_id // GROUPS}
     assert len({group[0].task_id for group in drawn}) == len(ids)  # the first epoch of 40 tasks
     for name in ('heldout_before', 'heldout_after'):
-        heldout = RolloutStore(finished / 'rollouts' / name).read_groups(range(4))
+        heldout = RolloutStore(finished / 'rollouts' / name).read_groups(range(HELDOUT))
         assert all(rollout.task_id.startswith('heldout-') for [rollout] in heldout)
 
 

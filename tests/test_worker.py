@@ -110,6 +110,19 @@ def test_no_more_sandboxes_than_allowed(collect, tasks, tmp_path, monkeypatch):
     assert {r.status for group in groups for r in group} == {Status.OK}
 
 
+def test_a_wave_has_no_more_episodes_than_slots():
+    def sizes(groups, group_size, slots):
+        return [
+            len(wave) for wave in worker.waves(zip(range(groups), 'abcdefgh'), group_size, slots)
+        ]
+
+    assert list(worker.waves(zip([4, 7, 9], 'abc'), 2, 5)) == [[(4, 'a'), (7, 'b')], [(9, 'c')]]
+    assert sizes(8, 8, 64) == [8]
+    assert sizes(8, 1, 3) == [3, 3, 2]
+    assert sizes(2, 5, 4) == [1, 1]
+    assert sizes(0, 1, 3) == []
+
+
 def test_unknown_backend():
     config = get_config()
     config.sandbox.backend = 'chroot'
