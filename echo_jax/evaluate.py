@@ -17,7 +17,6 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags
-from flax import nnx
 from ml_collections import config_flags
 
 from echo_jax import program, worker
@@ -28,7 +27,8 @@ from echo_jax.agent.tasks import load_tasks
 from echo_jax.agent.verifier import verify
 from echo_jax.learner import batching
 from echo_jax.learner.step import make_score
-from echo_jax.model.qwen3 import Qwen3, Qwen3Config
+from echo_jax.model import params as model_params
+from echo_jax.model.qwen3 import Qwen3Config
 from echo_jax.report import CONSOLE
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
@@ -105,8 +105,9 @@ def evaluate_policy(
         raise ValueError(
             f'{work.path} has published no weights yet; run echo_jax.train on it first'
         )
-    model_config, graphdef, abstract = abstract_model(config)
-    params = load_params(abstract, weights.read(version))
+    model_config = Qwen3Config.of(config.model)
+    graphdef, abstract = model_params.abstract(model_config)
+    params = model_params.unflatten(abstract, weights.read(version))
     protocol = Protocol(work.tokenizer(), config.protocol)
     policy = JaxPolicy(
         model_config,
@@ -136,34 +137,6 @@ def evaluate_policy(
         _result(r.task_id, r.sample_id, r.reward, r.status, len(r.turn_starts)) for r in rollouts
     ]
     return results, env_ce(score, params, rollouts, config)
-
-
-def abstract_model(
-    config: ml_collections.ConfigDict,
-) -> tuple[Qwen3Config, nnx.GraphDef, nnx.State]:
-    """(sizes, static half, ShapeDtypeStructs of the parameters) of the config's model."""
-    sizes = {key: value for key, value in config.model.items() if key != 'path'}
-    model_config = Qwen3Config(**sizes)
-    model = nnx.eval_shape(lambda: Qwen3(model_config, rngs=nnx.Rngs(0)))
-    return model_config, *nnx.split(model)
-
-
-def flat_params(params: nnx.State) -> dict[str, jax.Array]:
-    """Parameters under the names of the weight store, such as `layers/wq`."""
-    flat = nnx.to_flat_state(params)
-    return {'/'.join(map(str, path)): variable[...] for path, variable in flat}
-
-
-def load_params(abstract: nnx.State, arrays: dict[str, np.ndarray]) -> nnx.State:
-    """The inverse of `flat_params`, in the dtypes of `abstract`."""
-    flat = [
-        (
-            path,
-            variable.replace(jax.numpy.asarray(arrays['/'.join(map(str, path))], variable.dtype)),
-        )
-        for path, variable in nnx.to_flat_state(abstract)
-    ]
-    return nnx.from_flat_state(flat)
 
 
 def _result(task_id: str, sample_id: int, reward: float, status: Status, turns: int) -> dict:

@@ -3,10 +3,14 @@
 It knows no program; what a program expects to go wrong besides EXPECTED, it says itself.
 """
 
+import asyncio
 import contextlib
+import dataclasses
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 
 from absl import app, flags
 
@@ -82,3 +86,60 @@ def _one_line(*expected: type[Exception]) -> Iterator[None]:
             raise
         reason = ' '.join(str(cause).split()) or type(cause).__name__
         sys.exit(f'error: {printable(reason)}')
+
+
+class Stopped(Exception):
+    """Asked to stop by Ctrl-C or SIGTERM: raised where the state is whole."""
+
+
+class Stop:
+    """Turns signals into a request that the program answers between steps and while it waits."""
+
+    def __init__(self):
+        self.requested, self._cancel = False, None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, *_):
+        self.requested = True
+        if self._cancel:
+            self._cancel()
+
+    def check(self) -> None:
+        if self.requested:
+            raise Stopped
+
+    def run(self, work: Coroutine) -> None:
+        """Runs `work` to its end, or cancels it, sandboxes included, and raises Stopped."""
+
+        async def cancellable():
+            task = asyncio.ensure_future(work)
+            loop = asyncio.get_running_loop()
+            self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+            if self.requested:  # before there was anything to cancel
+                task.cancel()
+            try:
+                await task
+            finally:
+                self._cancel = None
+
+        try:
+            asyncio.run(cancellable())
+        except asyncio.CancelledError:
+            self.check()
+            raise
+        self.check()
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds that a run has taken, those before a resume included."""
+
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    before: float = 0.0
+
+    def resume(self, seconds: float) -> None:
+        self.before, self.started = seconds, time.monotonic()
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started

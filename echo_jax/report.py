@@ -51,6 +51,12 @@ class Metrics:
         partial.rename(self._file)
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Raises FloatingPointError for what is not finite: no run goes on from there."""
+        if wrong := [name for name, value in values.items() if not np.isfinite(value)]:
+            raise FloatingPointError(
+                f'step {step}: {", ".join(wrong)} not finite; lower the learning rate or look at '
+                'what this step read, then run again: it resumes at the last checkpoint'
+            )
         with self._file.open('a') as file:
             file.write(json.dumps({'step': step, **values}) + '\n')
         for name, value in values.items():

@@ -4,6 +4,8 @@ The batch has one static shape. The step walks its micro-batches in a loop whose
 number of those that hold a token, so a short batch costs what it holds and never recompiles.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +15,9 @@ import ml_collections
 import optax
 from flax import nnx
 
+from echo_jax.learner import sharding
 from echo_jax.learner.losses import echo_loss
+from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.model.logprobs import token_logprobs
 from echo_jax.types import Batch
 
@@ -127,3 +131,35 @@ def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
         return logprobs.reshape(batch.tokens.shape)
 
     return score
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMaker:
+    """What the jitted steps of a run share."""
+
+    config: ml_collections.ConfigDict
+    graphdef: nnx.GraphDef
+    abstract: nnx.State  # of the parameters
+    placed: nnx.State  # their shardings
+    mesh: jax.sharding.Mesh
+
+    def __call__(self, optimizer_config: ml_collections.ConfigDict):
+        """(jitted step, abstract state with shardings, function of parameters to a first state)."""
+        optimizer = make_optimizer(optimizer_config)
+        init = functools.partial(init_state, optimizer=optimizer)
+        shapes = jax.eval_shape(init, self.abstract)
+        shardings = sharding.state_shardings(shapes, self.placed, self.mesh)
+        abstract_state = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
+        step = jax.jit(
+            make_step(self.graphdef, optimizer, self.config),
+            in_shardings=(shardings, sharding.batch_sharding(self.mesh), None),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+            static_argnums=2,  # env_coef: 0 leaves the environment term out of the program
+        )
+        # Placed at once: arrays that lie elsewhere would have the step compiled a second time.
+        return step, abstract_state, lambda params: jax.device_put(init(params), shardings)

@@ -38,6 +38,11 @@ class Qwen3Config:
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
     remat: bool = False  # compute a layer again in the backward pass instead of keeping it
 
+    @classmethod
+    def of(cls, model) -> 'Qwen3Config':
+        """From the `model` of a recipe, whose keys these are but for `path`."""
+        return cls(**{key: value for key, value in model.items() if key != 'path'})
+
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
