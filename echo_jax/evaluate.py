@@ -124,6 +124,7 @@ def evaluate_policy(
                 wave,
                 store,
                 config=config,
+                make_sandbox=worker.sandbox_maker(config),
                 protocol=protocol,
                 policy=policy,
                 group_size=samples,

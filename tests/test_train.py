@@ -165,9 +165,9 @@ def test_killed_in_every_part(programs, finished, tmp_path):
     workdir = tmp_path / 'run'
     moments = {
         'tasks': lambda: (workdir / 'tasks' / '.train.partial').exists(),
-        'transcripts': lambda: groups(workdir, 'warm_start_explore') >= 2,
+        'transcripts': lambda: groups(workdir, 'warm_start_explore') and len(programs.alive()) > 1,
         'warm start': lambda: checkpoints(workdir, 'warm_start') == [2],
-        'sampling': lambda: groups(workdir) == GROUPS + 1,
+        'sampling': lambda: groups(workdir) > GROUPS,
         'saving': lambda: any((workdir / 'checkpoints' / 'train').glob('*tmp*')),
         'the last evaluation': lambda: groups(workdir, 'heldout_after') >= 1,
     }
@@ -205,7 +205,7 @@ def test_stopped_by_signals(programs, finished, tmp_path):
 
     stop(signal.SIGINT, lambda: groups(workdir, 'warm_start_explore') >= 1)
     assert groups(workdir, 'warm_start_explore') < 6 or groups(workdir, 'warm_start_practice') < 6
-    stop(signal.SIGTERM, lambda: groups(workdir) == GROUPS + 1)
+    stop(signal.SIGTERM, lambda: groups(workdir) > GROUPS)
     done = len(metrics(workdir))
     assert 0 < done < STEPS and max(checkpoints(workdir)) == done
     stop(signal.SIGINT, lambda: groups(workdir, 'heldout_after') >= 1)
@@ -246,13 +246,6 @@ def test_grpo_is_echo_without_its_term(programs, finished, tmp_path):
             ['--config=configs/tiny.py', '--config.nope=1'],
             ['--config.nope=1 names no key', "'nope'"],
         ),
-        (['--config=configs/tiny.py', '--config.num_step=1'], ['mean "num_steps"']),
-        (['--config=configs/tiny.py', '--config.num_steps=many'], ['num_steps', "'many'"]),
-        (['--config=configs/tiny.py', '--nope'], ["'nope'"]),
-        (['--config=configs/tiny.py', 'stray'], ["'stray'"]),
-        ([], ['--config']),
-        (['--config=configs/none.py'], ['configs/none.py', 'No such file']),
-        (['--config=configs/tiny.py:nope'], ["'nope'", "'echo'", "'grpo'"]),
         (['--config=configs/tiny.py', '--config.batch.seq_len=200'], ['seq_len=200', 'raise it']),
         (['--config=configs/tiny.py', '--config.eval.every=0'], ['eval.every is 0']),
         (['--config=configs/tiny.py', '--config.mesh.data=2'], ['data=2', '1 devices']),
@@ -309,12 +302,6 @@ def test_no_namespaces(programs, tmp_path):
     assert 'bwrap is not installed' in line and 'unshare is not installed' in line
     assert 'install bubblewrap and allow user namespaces' in line
     assert not (tmp_path / 'run').exists()
-
-
-def test_traceback_on_request(programs, tmp_path):
-    flags = ['--config=configs/tiny.py', '--config.eval.every=0', '--traceback']
-    done = programs.run('train', *flags, f'--workdir={tmp_path / "run"}')
-    assert done.returncode == 1 and 'Traceback' in done.stderr
 
 
 @pytest.mark.timeout(600)
