@@ -7,11 +7,12 @@ import numpy as np
 from flax import nnx
 
 from echo_jax import program, report, worker
+from echo_jax.agent.sandbox import SandboxError
 from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.store.rollouts import RolloutStore
-from echo_jax.types import Role, Rollout
+from echo_jax.types import Role, Rollout, Status
 
 LEARNED_ROLES = tuple(role for role in Role if role != Role.PROMPT)
 
@@ -89,7 +90,7 @@ def lesson(done: int, explore_steps: int) -> tuple[str, int, tuple[Role, ...]]:
 
 
 def write_transcripts(name, tasks, store, policy, collect, stop) -> list[Rollout]:
-    """The scripted rollout of every task, drawn unless the store has it."""
+    """The scripted rollouts, drawn unless the store has them, but for those whose sandbox failed."""
     written = len(store.groups())
     with report.Progress(f'transcripts: {name}', len(tasks), written) as progress:
 
@@ -108,7 +109,13 @@ def write_transcripts(name, tasks, store, policy, collect, stop) -> list[Rollout
                 on_group=count,
             )
         )
-    return [rollout for group in store.read_groups(range(len(tasks))) for rollout in group]
+    rollouts = [group[0] for group in store.read_groups(range(len(tasks)))]
+    failed = sum(rollout.status == Status.INFRA_ERROR for rollout in rollouts)
+    if failed:
+        report.CONSOLE.print(f'{failed} of {len(rollouts)} transcripts left out: INFRA_ERROR')
+    if failed == len(rollouts):
+        raise SandboxError(f'every transcript in {store.url} is an INFRA_ERROR; see the log')
+    return [rollout for rollout in rollouts if rollout.status != Status.INFRA_ERROR]
 
 
 def shuffled(count: int, size: int, batch: int, seed: int) -> list[int]:
