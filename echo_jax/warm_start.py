@@ -90,7 +90,7 @@ def lesson(done: int, explore_steps: int) -> tuple[str, int, tuple[Role, ...]]:
 
 
 def write_transcripts(name, tasks, store, policy, collect, stop) -> list[Rollout]:
-    """The scripted rollouts, drawn unless the store has them, but for those whose sandbox failed."""
+    """The scripted rollouts, drawn unless the store has them, less those whose sandbox failed."""
     written = len(store.groups())
     with report.Progress(f'transcripts: {name}', len(tasks), written) as progress:
 
