@@ -71,7 +71,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, done: int = 0):
         self._title, self._total, self._start, self._done = title, total, time.monotonic(), done
-        self._last_line = 0.0
+        self._last_line = self._start  # the first estimate is no estimate
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn('[bold]{task.description}'),
             rich.progress.BarColumn(bar_width=24),
