@@ -1,8 +1,7 @@
 """The optimizer of a recipe: clipping by global norm, a linear warm-up, AdamW or Muon.
 
 Muon (optax's) orthogonalises the momentum of every matrix and leaves vectors and embeddings to
-AdamW. A small random model learns to copy in a third of the steps with it; the paper's recipe is
-AdamW.
+AdamW. The paper's recipe is AdamW.
 """
 
 import jax
