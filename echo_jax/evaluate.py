@@ -32,7 +32,7 @@ from echo_jax.model.qwen3 import Qwen3Config
 from echo_jax.report import CONSOLE
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
-from echo_jax.types import ENV_TARGETS, Rollout, Status, Task
+from echo_jax.types import ENV_TARGETS, SOLVED_REWARD, Rollout, Status, Task
 from echo_jax.workdir import Workdir, write_whole
 
 SOLUTION_SECONDS = 600.0
@@ -40,7 +40,7 @@ SOLUTION_SECONDS = 600.0
 
 def solve_rate(rollouts: Sequence[Rollout]) -> float:
     """The share of rollouts whose reward is at least 0.5; one without a reward is unsolved."""
-    return float(np.mean([r.reward >= batching.SOLVED_REWARD for r in rollouts]))
+    return float(np.mean([r.reward >= SOLVED_REWARD for r in rollouts]))
 
 
 def pass_at_k(solved: Sequence[bool], k: int) -> float:
@@ -116,6 +116,7 @@ def evaluate_policy(
         cache_tokens=config.protocol.max_total_tokens,
     )
     store = RolloutStore('memory://')
+    make_sandbox = worker.sandbox_maker(config)  # opens a sandbox to know: once, not each wave
 
     async def draw():
         await policy.load(params, version)
@@ -124,7 +125,7 @@ def evaluate_policy(
                 wave,
                 store,
                 config=config,
-                make_sandbox=worker.sandbox_maker(config),
+                make_sandbox=make_sandbox,
                 protocol=protocol,
                 policy=policy,
                 group_size=samples,
@@ -145,7 +146,7 @@ def _result(task_id: str, sample_id: int, reward: float, status: Status, turns: 
         'task_id': task_id,
         'sample_id': sample_id,
         'reward': reward,
-        'correct': bool(reward >= batching.SOLVED_REWARD),
+        'correct': bool(reward >= SOLVED_REWARD),
         'status': str(status),
         'turns': turns,
     }

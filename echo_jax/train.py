@@ -33,7 +33,7 @@ from echo_jax.model import params as model_params
 from echo_jax.model.qwen3 import Qwen3, Qwen3Config
 from echo_jax.store.rollouts import RolloutStore, consume
 from echo_jax.store.weights import WeightStore
-from echo_jax.types import Rollout
+from echo_jax.types import SOLVED_REWARD, Rollout
 from echo_jax.warm_start import warm_start
 from echo_jax.workdir import Workdir, write_whole
 
@@ -224,7 +224,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         {'step': done, 'eval/solve_rate': summary['solve_rate_after'], 'eval/env_ce': ce_after},
     ]
     report.curves(work.path / 'curves.png', rows)
-    solved = [r for r in after if r.reward >= batching.SOLVED_REWARD]
+    solved = [r for r in after if r.reward >= SOLVED_REWARD]
     if solved:
         report.rollout(tokenizer, solved[0])
     report.before_and_after(summary)

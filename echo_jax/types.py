@@ -30,6 +30,8 @@ ENV_TARGETS = {
 }
 # Roles counted as the observation: the denominator O_i of `full_observation`.
 OBSERVATION_ROLES = (Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT)
+# From this reward on a rollout is correct: its task is solved (PROTOCOL 16).
+SOLVED_REWARD = 0.5
 
 
 class Status(enum.StrEnum):

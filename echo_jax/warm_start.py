@@ -29,15 +29,15 @@ def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) 
     options = config.warm_start
     step, abstract_state, initial_state = programs(options.optimizer)
     checkpointer = Checkpointer(work.url('checkpoints', 'warm_start'), keep=1)
-    metrics = report.Metrics(work.path, 'warm_start.jsonl')
     state, done = initial_state(params), 0
     if restored := checkpointer.restore(abstract_state):
         state, extra, done = restored
         clock.resume(extra['seconds'])
-    metrics.resume(done)
     if done == options.steps:
         checkpointer.close()
         return state.params
+    metrics = report.Metrics(work.path, 'warm_start.jsonl')
+    metrics.resume(done)
 
     def save():
         if checkpointer.latest() != done:

@@ -16,11 +16,10 @@ from echo_jax.agent.policy import Policy
 from echo_jax.agent.protocol import Conversation, Protocol, Span, turn_seed, warning_prefix
 from echo_jax.agent.sandbox import Sandbox, SandboxError
 from echo_jax.agent.verifier import verify
-from echo_jax.types import Role, Rollout, Status, Task
+from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
 __all__ = ['run_episode', 'run_group', 'verify']
 
-CORRECT_THRESHOLD = 0.5  # PROTOCOL 16
 # Why the agent's part ended, and what that makes of the episode.
 _STATUS = {
     'done': Status.OK,
@@ -80,7 +79,7 @@ async def run_episode(
         await _stop(sandbox)
     metrics = dataclasses.asdict(counts)
     metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
-    metrics['correct'] = reward >= CORRECT_THRESHOLD
+    metrics['correct'] = reward >= SOLVED_REWARD
     return _rollout(
         conversation,
         reward=reward - length_penalty(conversation, protocol.config),
@@ -186,7 +185,7 @@ def length_penalty(conversation: Conversation, config) -> float:
 
     Counted are the tokens after the prompt. A coefficient of 0 turns it off.
     """
-    if not getattr(config, 'length_penalty_coef', 0.0):
+    if not config.length_penalty_coef:
         return 0.0
     after_prompt = len(conversation.tokens) - conversation.roles.count(Role.PROMPT)
     excess = max(after_prompt - config.length_penalty_start, 0)

@@ -11,9 +11,15 @@ import ml_collections
 import numpy as np
 
 from echo_jax.learner.advantages import group_advantages
-from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, Batch, Role, Rollout, Status
-
-SOLVED_REWARD = 0.5  # PROTOCOL 16
+from echo_jax.types import (
+    ENV_TARGETS,
+    OBSERVATION_ROLES,
+    SOLVED_REWARD,
+    Batch,
+    Role,
+    Rollout,
+    Status,
+)
 
 
 class _Segment(NamedTuple):
