@@ -2,6 +2,11 @@
 
 It knows nothing of rollouts or weights. Both stores rest on one property of every TensorStore
 driver: the write of one key is atomic, so a reader sees the old value or the new one, never a part.
+
+There may be more, though. The `file` driver writes into KEY.__lock and renames it, and where a
+killed writer left that file behind, the next one writes over it without cutting it (TensorStore
+0.1.86): a shorter value keeps the tail of the longer one. So each value under a name that can be
+written twice says how long it is, and readers leave the rest alone.
 """
 
 import json
@@ -46,14 +51,15 @@ def write_once(kvstore: ts.KvStore, key: str, value: bytes) -> bool:
 
 
 def seal(document: dict) -> bytes:
-    """JSON behind a line with its CRC-32."""
+    """JSON behind a line with its CRC-32 and length."""
     text = json.dumps(document).encode()
-    return b'%08x\n' % zlib.crc32(text) + text
+    return b'%08x %010d\n' % (zlib.crc32(text), len(text)) + text
 
 
 def unseal(data: bytes) -> dict:
-    """The document that `seal` got; CorruptError on any other bytes."""
-    text = data[9:]
-    if data[:9] != b'%08x\n' % zlib.crc32(text):
+    """The document that `seal` got, whatever follows it; CorruptError on any other bytes."""
+    line, _, text = data.partition(b'\n')
+    text = text[: int(line[9:])] if line[9:].isdigit() else text
+    if line != b'%08x %010d' % (zlib.crc32(text), len(text)):
         raise CorruptError(f'checksum of a {len(data)} byte document does not match')
     return json.loads(text)

@@ -8,11 +8,11 @@ the commit, so there is nothing unfinished to see or to clean up, the first writ
 costs one PUT and one GET on an object store. (An OCDBT database or a zarr hierarchy for each group
 would take three and more, and a second key as commit marker.) The value is
 
-    prefix   48 bytes: magic, ids and sizes, CRC-32 of the chunk, CRC-32 of the prefix
+    prefix   56 bytes: magic, ids and sizes, CRC-32 of the chunk, CRC-32 of the prefix
     chunk    one zstd-compressed zarr3 chunk: a JSON header, then the columns of all rollouts one
              after another, each with its bytes in planes (all lowest bytes, ..., all highest)
 
-The prefix holds the oldest policy version, so that `groups` filters by reading 48 bytes a group.
+The prefix holds the oldest policy version, so that `groups` filters by reading 56 bytes a group.
 Planes make a group 13% smaller and 50% faster to compress; zstd (through TensorStore's codec, as
 Python 3.11 has none) compresses three times as fast as zlib level 1. Nothing is unpickled.
 """
@@ -38,7 +38,7 @@ Cursor = list[list[int]]
 
 MAX_PAYLOAD = 1 << 28  # bytes of one group uncompressed; 32 x 32,768 tokens take 14 MB
 _MAGIC = b'echogrp1'
-_PREFIX = struct.Struct('<8sqqQQII')
+_PREFIX = struct.Struct('<8sqqQQQII')
 _NO_VERSION = 2**63 - 1  # a group without any sampled token is never stale
 _COLUMNS = {
     'tokens': np.dtype('<i4'),
@@ -55,6 +55,7 @@ class _Prefix(NamedTuple):
     oldest_version: int
     payload_bytes: int  # uncompressed
     header_bytes: int
+    chunk_bytes: int
     chunk_crc: int
 
 
@@ -225,9 +226,8 @@ def _encode(rollouts: Sequence[Rollout]) -> bytes:
     sampled = columns['policy_versions'][columns['policy_versions'] >= 0]
     oldest = int(sampled.min()) if sampled.size else _NO_VERSION
     group_id = int(rollouts[0].group_id)
-    prefix = _PREFIX.pack(_MAGIC, group_id, oldest, len(payload), len(text), zlib.crc32(chunk), 0)[
-        :-4
-    ]
+    sizes = len(payload), len(text), len(chunk)
+    prefix = _PREFIX.pack(_MAGIC, group_id, oldest, *sizes, zlib.crc32(chunk), 0)[:-4]
     return prefix + struct.pack('<I', zlib.crc32(prefix)) + chunk
 
 
@@ -247,7 +247,7 @@ def _decode_prefix(group_id: int, data: bytes) -> _Prefix:
 
 def _decode(group_id: int, data: bytes) -> list[Rollout]:
     prefix = _decode_prefix(group_id, data)
-    chunk = data[_PREFIX.size :]
+    chunk = data[_PREFIX.size :][: prefix.chunk_bytes]  # what follows: see kvstore.py
     if zlib.crc32(chunk) != prefix.chunk_crc:
         raise ValueError('checksum of the rollouts does not match')
     payload = _decompress(chunk, prefix.payload_bytes)

@@ -144,6 +144,17 @@ def test_a_kind_of_the_future_is_refused():
         store.read(1)
 
 
+def test_what_a_killed_writer_left_under_the_locks_is_no_part_of_the_next_version(tmp_path):
+    for key in ('manifests/0000000001', 'data/0000000001/attempt'):
+        left = tmp_path / f'{key}.__lock'  # where TensorStore writes before it renames
+        left.parent.mkdir(parents=True)
+        left.write_bytes(b'7' * (1 << 20))
+    store, params = WeightStore(tmp_path), make_params()
+    assert store.publish(params, 1)
+    assert_equal(store.read(1), params)
+    store._wait('data/0000000001/attempt', 0.0, 'an attempt')
+
+
 def test_damage_is_never_data(tmp_path):
     store = WeightStore(tmp_path)
     params = make_params()
