@@ -19,7 +19,8 @@ def abstract(config: Qwen3Config) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def flatten(params: nnx.State) -> dict[str, jax.Array]:
-    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(params)}
+    """{flat name: array}, or whatever the state holds of each: a shape, a sharding."""
+    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(params)}
 
 
 def unflatten(abstract_params: nnx.State, arrays: Mapping[str, np.ndarray]) -> nnx.State:

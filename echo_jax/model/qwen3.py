@@ -18,6 +18,7 @@ from flax import nnx
 
 from echo_jax.model import attention
 from echo_jax.model.precision import sum_dtype
+from echo_jax.model.rope import ROPE_TYPES, attention_factor, inverse_frequencies, rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,14 @@ class Qwen3Config:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float = 1e6
+    rope_type: str = 'default'  # or 'yarn', which reads the six fields after it
+    factor: float = 1.0
+    original_max_position_embeddings: int = 32_768
+    attention_factor: float | None = None  # None: by `factor`
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    max_position_embeddings: int = 32_768  # for config.json; nothing here is as long
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
@@ -51,6 +60,8 @@ class Qwen3Config:
             )
         if self.head_dim % 2:
             raise ValueError(f'head_dim={self.head_dim} is odd; RoPE rotates pairs, make it even')
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f'rope_type is {self.rope_type!r}; expected one of {ROPE_TYPES}')
 
 
 class Cache(NamedTuple):
@@ -71,16 +82,6 @@ def rms_norm(x, scale, eps):
     wide = x.astype(sum_dtype(x))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (normed * scale).astype(x.dtype)
-
-
-def rope(x_BTNH, positions_BT, theta):
-    """Rotary embedding, halves layout (Hugging Face's); not in bfloat16, where 257 is 256."""
-    half, wide = x_BTNH.shape[-1] // 2, sum_dtype(x_BTNH)
-    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
-    angles_BT1h = positions_BT[..., None, None].astype(wide) * frequencies
-    sin, cos = jnp.sin(angles_BT1h), jnp.cos(angles_BT1h)
-    a, b = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
 class Layers(nnx.Module):
@@ -185,8 +186,9 @@ class Qwen3(nnx.Module):
         q_BTNH = rms_norm((h_MD @ w['wq']).reshape(B, T, N, H), p['q_norm'], c.rms_norm_eps)
         k_BTKH = rms_norm((h_MD @ w['wk']).reshape(B, T, K, H), p['k_norm'], c.rms_norm_eps)
         v_BTKH = (h_MD @ w['wv']).reshape(B, T, K, H)
-        q_BTNH = rope(q_BTNH, positions_BT, c.rope_theta)
-        k_BTKH = rope(k_BTKH, positions_BT, c.rope_theta)
+        turns = inverse_frequencies(c, sum_dtype(x_BTD)), attention_factor(c)
+        q_BTNH = rope(q_BTNH, positions_BT, *turns)
+        k_BTKH = rope(k_BTKH, positions_BT, *turns)
         mixed_MX = attend(q_BTNH, k_BTKH, v_BTKH).reshape(B * T, N * H)
         x_BTD += (mixed_MX @ w['wo']).reshape(B, T, D)
 

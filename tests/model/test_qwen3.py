@@ -11,7 +11,8 @@ from flax import nnx
 
 from echo_jax.model.attention import BLOCK
 from echo_jax.model.logprobs import token_logprobs
-from echo_jax.model.qwen3 import Qwen3, Qwen3Config, init_cache, rms_norm, rope
+from echo_jax.model.qwen3 import Qwen3, Qwen3Config, init_cache, rms_norm
+from echo_jax.model.rope import rope
 
 # No two axes are alike, so none can stand in for another; head_dim is not D / N, as in Qwen3.
 CONFIG = Qwen3Config(
@@ -111,15 +112,15 @@ def test_rms_norm_by_hand():
 
 
 def test_rope_by_hand():
-    """H = 4, theta = 100: the pair (0, 2) turns by p radians, the pair (1, 3) by p / 10."""
+    """H = 4: at position p the pair (0, 2) turns by p radians, the pair (1, 3) by p / 10."""
     x = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
-    turned = rope(x, jnp.array([[3]]), 100.0)[0, 0, 0]
+    turned = rope(x, jnp.array([[3]]), np.array([1, 0.1]))[0, 0, 0]
     np.testing.assert_allclose(turned, [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)], rtol=1e-12)
 
 
 def test_rope_of_bfloat16_tells_257_from_256():
     x = jnp.ones((1, 2, 1, 2), jnp.bfloat16)
-    turned = np.asarray(rope(x, jnp.array([[256, 257]]), 100.0), np.float64)[0, :, 0, 0]
+    turned = np.asarray(rope(x, jnp.array([[256, 257]]), np.ones(1)), np.float64)[0, :, 0, 0]
     expected = [np.cos(p) - np.sin(p) for p in (256, 257)]
     np.testing.assert_allclose(turned, expected, atol=0.01)
 
