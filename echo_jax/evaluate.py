@@ -27,8 +27,8 @@ from echo_jax.agent.tasks import load_tasks
 from echo_jax.agent.verifier import verify
 from echo_jax.learner import batching
 from echo_jax.learner.step import make_score
+from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
-from echo_jax.model.qwen3 import Qwen3Config
 from echo_jax.report import CONSOLE
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
@@ -105,7 +105,7 @@ def evaluate_policy(
         raise ValueError(
             f'{work.path} has published no weights yet; run echo_jax.train on it first'
         )
-    model_config = Qwen3Config.of(config.model)
+    model_config = huggingface.recipe_config(config.model)
     graphdef, abstract = model_params.abstract(model_config)
     params = model_params.unflatten(abstract, weights.read(version))
     protocol = Protocol(work.tokenizer(), config.protocol)

@@ -29,13 +29,14 @@ from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import StepMaker, make_score
+from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
-from echo_jax.model.qwen3 import Qwen3, Qwen3Config
+from echo_jax.model.qwen3 import Qwen3
 from echo_jax.store.rollouts import RolloutStore, consume
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import SOLVED_REWARD, Rollout
 from echo_jax.warm_start import warm_start
-from echo_jax.workdir import Workdir, write_whole
+from echo_jax.workdir import Workdir, read_tokenizer, write_whole
 
 _COUNTS = (
     *('group_size', 'batch.groups', 'batch.micro_rows', 'policy.slots'),
@@ -63,7 +64,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------------ model, mesh and programs
-    model_config = Qwen3Config.of(config.model)
+    model_config = huggingface.recipe_config(config.model)
     graphdef, abstract = model_params.abstract(model_config)
     mesh = sharding.make_mesh(config)
     placed = sharding.param_shardings(abstract, mesh, config.sharding)
@@ -117,7 +118,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         return [rollout for group in drawn for rollout in group]
 
     # -------------------------------------------------------------------------------- warm start
-    params = init()
+    path = config.model.path
+    params = huggingface.load_params(path, abstract, placed) if path else init()
     if config.warm_start.steps:
         params = warm_start(config, work, params, programs, tokenizer, collect, stop, clock)
 
@@ -247,11 +249,8 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f'{key} is {value}; expected at least 1')
     if config.policy.backend != 'jax':
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax'")
-    if config.model.path:
-        raise ValueError(
-            f'model.path is {config.model.path!r}; no Hugging Face model can be read yet, leave it '
-            'empty for a random start'
-        )
+    if path := config.model.path:
+        huggingface.check_tokenizer(read_tokenizer(path), huggingface.recipe_config(config.model))
     if config.max_staleness != 0:
         raise ValueError(
             f'max_staleness is {config.max_staleness}; the embedded policy samples every step from '

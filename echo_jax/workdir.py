@@ -43,6 +43,14 @@ class Workdir:
                 'resume it with its own, or give another --workdir'
             )
 
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> 'Workdir':
+        """The run that is there, with its own config; ValueError where there is none."""
+        file = pathlib.Path(path) / 'config.json'
+        if not file.exists():
+            raise ValueError(f'{path} holds no run; name the --workdir of echo_jax.train')
+        return cls(path, ml_collections.FrozenConfigDict(json.loads(file.read_text())))
+
     def url(self, *parts: str) -> str:
         return str(self.path.joinpath(*parts))
 
@@ -61,7 +69,7 @@ class Workdir:
     def tokenizer(self) -> transformers.PreTrainedTokenizerFast:
         """The model's own, or a small one trained on the training tasks, once."""
         if self.config.model.path:
-            return transformers.AutoTokenizer.from_pretrained(self.config.model.path)
+            return read_tokenizer(self.config.model.path)
         folder = self.path / 'tokenizer'
         if not folder.exists():
             texts = training_texts(
@@ -73,7 +81,14 @@ class Workdir:
             partial = self.path / 'tokenizer.partial'
             tokenizer.save_pretrained(partial)
             partial.rename(folder)
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        return read_tokenizer(folder)
+
+
+def read_tokenizer(folder: str | os.PathLike) -> transformers.PreTrainedTokenizerFast:
+    """Of a Hugging Face directory. ValueError without one: transformers makes up an empty one."""
+    if not any((pathlib.Path(folder) / file).exists() for file in ('tokenizer.json', 'vocab.json')):
+        raise ValueError(f'{folder} has no tokenizer.json; copy the tokenizer of its model there')
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def write_whole(file: pathlib.Path, text: str) -> None:

@@ -74,11 +74,14 @@ class Checkpointer:
         )
         self._saved = step
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict, int] | None:
+    def restore(
+        self, abstract_state: Any, step: int | None = None, partial: bool = False
+    ) -> tuple[Any, dict, int] | None:
         """(state, extra, step) of `step`, else of the latest; None where there is none at all.
 
         `abstract_state`: ShapeDtypeStructs with shardings, which need not be those of the save
-        (without one: the first local device). Top-level entries may be left out, and are not read.
+        (without one: the first local device). Top-level entries may be left out, and are not read;
+        with `partial`, any may.
 
         Raises CheckpointError where the checkpoint is damaged or is of another model or optimizer.
         """
@@ -93,7 +96,7 @@ class Checkpointer:
         crc32 = record.pop('crc32', None) if isinstance(record, dict) else None
         if crc32 != _crc32(record):
             raise self._damaged(step, 'extra does not match its checksum')
-        self._check_same_arrays(step, record['arrays'], abstract_state)
+        self._check_same_arrays(step, record['arrays'], abstract_state, partial)
         abstract_state = jax.tree.map(_placed, abstract_state)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
         state = self._read(
@@ -133,13 +136,15 @@ class Checkpointer:
             f'remove the folder {self._directory}/{step} to fall back to the step before it'
         )
 
-    def _check_same_arrays(self, step: int, saved: dict[str, list], abstract_state: Any) -> None:
+    def _check_same_arrays(
+        self, step: int, saved: dict[str, list], abstract_state: Any, partial: bool
+    ) -> None:
         wanted = {name: _kind(leaf) for name, leaf in _named_leaves(abstract_state)}
         asked = {name.partition('/')[0] for name in wanted}
         found = {
             name: (dtype, shape)
             for name, (dtype, shape, _) in saved.items()
-            if name.partition('/')[0] in asked
+            if name in wanted or (not partial and name.partition('/')[0] in asked)
         }
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):

@@ -1,0 +1,88 @@
+"""A run's checkpoint as a Hugging Face directory that transformers and vLLM load.
+
+    python -m echo_jax.export --workdir=runs/tiny --output=models/tiny
+
+Only the parameters are read, one array at a time: the host needs memory for the largest. It runs
+beside the learner too, and on one host, which must reach the checkpoint whole.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+from absl import flags, logging
+from flax import nnx
+
+from echo_jax import program
+from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
+from echo_jax.model import huggingface, safetensors
+from echo_jax.model import params as model_params
+from echo_jax.report import CONSOLE
+from echo_jax.workdir import Workdir
+
+
+def open_checkpoints(work: Workdir, step: int | None) -> tuple[Checkpointer, int]:
+    """The run's checkpoints, to read, and `step` or the last of them; ValueError without any."""
+    folder = pathlib.Path(work.url('checkpoints', 'train'))
+    checkpointer = Checkpointer(folder, read_only=True) if folder.is_dir() else None
+    latest = checkpointer.latest() if checkpointer else None
+    if latest is None:
+        raise ValueError(f'{work.path} has saved no checkpoint yet; run echo_jax.train on it first')
+    return checkpointer, latest if step is None else step
+
+
+def saved_params(
+    checkpointer: Checkpointer, abstract: nnx.State, step: int
+) -> Iterator[tuple[str, jax.Array]]:
+    """Flat name and array of every parameter of a checkpoint, read as they are asked for."""
+    for path, leaf in nnx.to_flat_state(abstract):
+        one = nnx.from_flat_state([(path, leaf)])
+        state, _, _ = checkpointer.restore({'params': one}, step, partial=True)
+        yield from model_params.flatten(state['params']).items()
+
+
+def export(work: Workdir, step: int | None, output: str, dtype: str, shard_bytes: int) -> int:
+    """Writes the directory; the step that it is of."""
+    model = work.config.model
+    config = huggingface.recipe_config(model)
+    _, abstract = model_params.abstract(config)
+    checkpointer, step = open_checkpoints(work, step)
+    generation = pathlib.Path(model.path or work.path) / 'generation_config.json'
+    huggingface.write_model(
+        output,
+        saved_params(checkpointer, abstract, step),
+        config,
+        work.tokenizer(),
+        dtype=dtype or config.dtype,
+        shard_bytes=shard_bytes,
+        generation_config=json.loads(generation.read_text()) if generation.exists() else None,
+    )
+    checkpointer.close()
+    return step
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    work = Workdir.open(_WORKDIR.value)
+    step = export(work, _STEP.value, _OUTPUT.value, _DTYPE.value, _SHARD_BYTES.value)
+    size = sum(file.stat().st_size for file in pathlib.Path(_OUTPUT.value).iterdir())
+    CONSOLE.print(f'step {step} of {work.path}: {size:,} bytes in {_OUTPUT.value}')
+
+
+if __name__ == '__main__':
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+    _STEP = flags.DEFINE_integer('step', None, 'Saved step; none: the last.')
+    _OUTPUT = flags.DEFINE_string('output', None, 'Directory to make.')
+    _DTYPE = flags.DEFINE_enum(
+        'dtype',
+        '',
+        ['', *(str(jax.numpy.dtype(d)) for d in safetensors.DTYPES.values())],
+        'Of the tensors; empty: what the run computes in, its model.dtype.',
+    )
+    _SHARD_BYTES = flags.DEFINE_integer(
+        'shard_bytes', huggingface.SHARD_BYTES, 'Most bytes of one file.', lower_bound=1
+    )
+    flags.mark_flags_as_required(['workdir', 'output'])
+    program.run(main, CheckpointError)
