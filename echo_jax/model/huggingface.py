@@ -115,7 +115,8 @@ def _read_rope(found: dict, file: pathlib.Path) -> dict:
     if unknown := rope.keys() - {*_YARN, 'type', 'rope_type', 'rope_theta'}:
         raise ValueError(f'{file}: {unknown} of RoPE are not supported; only {_YARN} are')
     theta = rope.get('rope_theta', found.get('rope_theta', 1e4))
-    fields = {'rope_type': kind, 'rope_theta': theta}
+    fields = {key: getattr(Qwen3Config, key) for key in _YARN}
+    fields |= {'rope_type': kind, 'rope_theta': theta}
     if kind == 'yarn':
         length = found.get('max_position_embeddings', _DEFAULTS['max_position_embeddings'])
         rope.setdefault('original_max_position_embeddings', length)

@@ -26,8 +26,9 @@ def inverse_frequencies(config, dtype=np.float32) -> np.ndarray:
     H, theta = config.head_dim, config.rope_theta
     numbers_h = np.arange(H // 2)
     wavelengths_h = (theta ** (numbers_h / (H // 2))).astype(dtype)
+    plain_h = 1 / wavelengths_h
     if config.rope_type == 'default':
-        return 1 / wavelengths_h
+        return plain_h
 
     def dimension(rotations: float) -> float:
         """The one that turns so often over the original context."""
@@ -40,7 +41,7 @@ def inverse_frequencies(config, dtype=np.float32) -> np.ndarray:
     low, high = max(low, 0), min(high, H - 1)
     ramp_h = (numbers_h.astype(dtype) - low) / (high - low or 0.001)
     fast_h = 1 - np.clip(ramp_h, 0, 1)
-    return (1 - fast_h) / (config.factor * wavelengths_h) + fast_h / wavelengths_h
+    return (1 - fast_h) * (1 / (config.factor * wavelengths_h)) + fast_h * plain_h
 
 
 def attention_factor(config) -> float:
