@@ -62,7 +62,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.protocol.length_penalty_start = 0  # tokens after the prompt
 
     c.model = ml_collections.ConfigDict()
-    c.model.path = ''  # a Hugging Face directory; empty: a random start at the sizes below
+    # A Hugging Face directory, of these sizes or in a recipe without any; empty: a random start.
+    c.model.path = ''
     c.model.vocab_size = 512  # the tokenizer is trained to this size
     c.model.hidden_size = 128
     c.model.intermediate_size = 384

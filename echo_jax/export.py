@@ -16,10 +16,12 @@ from flax import nnx
 
 from echo_jax import program
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
-from echo_jax.model import huggingface, safetensors
+from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
-from echo_jax.report import CONSOLE
+from echo_jax.report import CONSOLE, Progress
 from echo_jax.workdir import Workdir
+
+DTYPES = ('bfloat16', 'float16', 'float32')
 
 
 def open_checkpoints(work: Workdir, step: int | None) -> tuple[Checkpointer, int]:
@@ -36,19 +38,22 @@ def saved_params(
     checkpointer: Checkpointer, abstract: nnx.State, step: int
 ) -> Iterator[tuple[str, jax.Array]]:
     """Flat name and array of every parameter of a checkpoint, read as they are asked for."""
-    for path, leaf in nnx.to_flat_state(abstract):
-        one = nnx.from_flat_state([(path, leaf)])
-        state, _, _ = checkpointer.restore({'params': one}, step, partial=True)
-        yield from model_params.flatten(state['params']).items()
+    leaves = nnx.to_flat_state(abstract)
+    with Progress('arrays', len(leaves)) as progress:
+        for done, (path, leaf) in enumerate(leaves, start=1):
+            one = nnx.from_flat_state([(path, leaf)])
+            state, _, _ = checkpointer.restore({'params': one}, step, partial=True)
+            yield from model_params.flatten(state['params']).items()
+            progress.show(done)
 
 
 def export(work: Workdir, step: int | None, output: str, dtype: str, shard_bytes: int) -> int:
-    """Writes the directory; the step that it is of."""
-    model = work.config.model
-    config = huggingface.recipe_config(model)
+    """Writes the directory, in what the run computes in unless `dtype` is given; its step."""
+    path = work.config.model.path
+    config = huggingface.recipe_config(work.config.model)
     _, abstract = model_params.abstract(config)
     checkpointer, step = open_checkpoints(work, step)
-    generation = pathlib.Path(model.path or work.path) / 'generation_config.json'
+    generation = pathlib.Path(path) / 'generation_config.json'
     huggingface.write_model(
         output,
         saved_params(checkpointer, abstract, step),
@@ -56,7 +61,9 @@ def export(work: Workdir, step: int | None, output: str, dtype: str, shard_bytes
         work.tokenizer(),
         dtype=dtype or config.dtype,
         shard_bytes=shard_bytes,
-        generation_config=json.loads(generation.read_text()) if generation.exists() else None,
+        generation_config=json.loads(generation.read_text())
+        if path and generation.exists()
+        else None,
     )
     checkpointer.close()
     return step
@@ -76,10 +83,7 @@ if __name__ == '__main__':
     _STEP = flags.DEFINE_integer('step', None, 'Saved step; none: the last.')
     _OUTPUT = flags.DEFINE_string('output', None, 'Directory to make.')
     _DTYPE = flags.DEFINE_enum(
-        'dtype',
-        '',
-        ['', *(str(jax.numpy.dtype(d)) for d in safetensors.DTYPES.values())],
-        'Of the tensors; empty: what the run computes in, its model.dtype.',
+        'dtype', '', ['', *DTYPES], "Of the tensors; empty: the run's model.dtype."
     )
     _SHARD_BYTES = flags.DEFINE_integer(
         'shard_bytes', huggingface.SHARD_BYTES, 'Most bytes of one file.', lower_bound=1

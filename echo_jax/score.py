@@ -126,6 +126,7 @@ def main(argv: Sequence[str]) -> None:
     mesh = sharding.make_mesh(ml_collections.ConfigDict(_MESH))
     placed = sharding.param_shardings(abstract, mesh, _RULES)
     if _MODEL.value:
+        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=config.dtype), abstract)
         params = huggingface.load_params(_MODEL.value, abstract, placed)
     else:
         checkpointer, step = open_checkpoints(work, _STEP.value)
@@ -153,6 +154,6 @@ if __name__ == '__main__':
     _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'What the logits are divided by.')
     _PAD_ID = flags.DEFINE_integer('pad_id', None, 'Id that rows are filled up with at their end.')
     _ROWS = flags.DEFINE_integer('rows', 8, 'Rows at a time.', lower_bound=1)
-    _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of activations.')
+    _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'To compute in.')
     flags.mark_flags_as_required(['tokens', 'output'])
     program.run(main, CheckpointError)

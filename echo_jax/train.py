@@ -249,8 +249,9 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f'{key} is {value}; expected at least 1')
     if config.policy.backend != 'jax':
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax'")
+    model_config = huggingface.recipe_config(config.model)
     if path := config.model.path:
-        huggingface.check_tokenizer(read_tokenizer(path), huggingface.recipe_config(config.model))
+        huggingface.check_tokenizer(read_tokenizer(path), model_config)
     if config.max_staleness != 0:
         raise ValueError(
             f'max_staleness is {config.max_staleness}; the embedded policy samples every step from '

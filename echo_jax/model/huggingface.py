@@ -205,6 +205,8 @@ def write_model(
     directory = pathlib.Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f'{directory} is there already; remove it or name another directory')
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config)
     _, abstract = model_params.abstract(config)
     shapes = {name: leaf.shape for name, leaf in model_params.flatten(abstract).items()}
     partial = directory.with_name(directory.name + '.partial')
@@ -212,7 +214,6 @@ def write_model(
     partial.mkdir(parents=True)
     document, ends = _config_json(config, dtype), generation_config or {}
     if tokenizer is not None:
-        check_tokenizer(tokenizer, config)
         tokenizer.save_pretrained(partial)
         ids = {f'{end}_token_id': getattr(tokenizer, f'{end}_token_id') for end in ('eos', 'pad')}
         document, ends = document | ids, ids | ends

@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
-DTYPES = {'BF16': ml_dtypes.bfloat16, 'F16': np.float16, 'F32': np.float32}
+DTYPES = {'BF16': jnp.bfloat16, 'F16': np.float16, 'F32': np.float32}
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 
