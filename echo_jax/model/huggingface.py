@@ -86,16 +86,17 @@ def read_config(path: str | os.PathLike, **options) -> Qwen3Config:
         raise ValueError(
             f'{file} is missing; expected a local Hugging Face directory, as `hf download` makes'
         )
-    found = _read_json(file)
+    document = safetensors.parse(file.read_bytes(), file)
+    found = {key: value for key, value in document.items() if value is not None}  # null: a default
     for key, supported in _SUPPORTED.items():
-        if found.get(key, supported) not in (supported, None):
+        if found.get(key, supported) != supported:
             raise ValueError(f'{file}: {key} is {found[key]!r}; only {supported!r} is supported')
-    if other := set(found.get('layer_types') or ()) - {'full_attention'}:
+    if other := set(found.get('layer_types', ())) - {'full_attention'}:
         raise ValueError(f"{file}: layer_types has {other}; only 'full_attention' is supported")
     if missing := [key for key in _SIZES if key not in found]:
         raise ValueError(f'{file} lacks {", ".join(missing)}; expected the config of a Qwen3')
     fields = {key: found[key] for key in _SIZES}
-    fields['num_key_value_heads'] = found.get('num_key_value_heads') or found['num_attention_heads']
+    fields['num_key_value_heads'] = found.get('num_key_value_heads', found['num_attention_heads'])
     fields |= {key: found.get(key, default) for key, default in _DEFAULTS.items()}
     fields |= _read_rope(found, file)
     for key, value in options.items():
@@ -123,13 +124,6 @@ def _read_rope(found: dict, file: pathlib.Path) -> dict:
         rope.setdefault('factor', length / rope['original_max_position_embeddings'])
         fields |= {key: rope[key] for key in _YARN if key in rope}
     return fields
-
-
-def _read_json(file: pathlib.Path) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{file} is no JSON: {error}; download it again') from error
 
 
 def _config_json(config: Qwen3Config, dtype: str) -> dict:
@@ -171,14 +165,14 @@ def load_params(
     tensors = safetensors.open_tensors(pathlib.Path(path))
     leaves = model_params.flatten(abstract_params)
     wanted = _layout({name: leaf.shape for name, leaf in leaves.items()})
-    known = {'lm_head.weight', *wanted}  # a tied head may be there
-    for name in [*wanted, *tensors]:
+    # A tied head may be there, and the frequencies that older versions of transformers saved.
+    spare = {name for name in tensors if name == 'lm_head.weight' or name.endswith('inv_freq')}
+    for name in [*wanted, *sorted(tensors.keys() - wanted.keys() - spare)]:
         found = tensors[name].shape if name in tensors else 'absent'
-        expected = wanted.get(name, 'absent')
-        if found != expected and not (name in known - wanted.keys() or name.endswith('inv_freq')):
+        if found != wanted.get(name):
             raise ValueError(
-                f'{path}: {name} is {found} in its safetensors and {expected} by its config.json; '
-                'they are not of one model'
+                f'{path}: {name} is {found} in its safetensors and {wanted.get(name, "absent")} by '
+                'its config.json; they are not of one model'
             )
     places = model_params.flatten(shardings)
     arrays = {name: _load(tensors, name, leaf, places[name]) for name, leaf in leaves.items()}

@@ -25,12 +25,20 @@ def open_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
     """
     if (directory / SINGLE).exists() or not (directory / INDEX).exists():
         return _open_file(directory / SINGLE)
-    places = json.loads((directory / INDEX).read_text())['weight_map']
+    places = parse((directory / INDEX).read_bytes(), directory / INDEX)['weight_map']
     files = {name: _open_file(directory / name) for name in sorted(set(places.values()))}
     for tensor, name in places.items():
         if tensor not in files[name]:
             raise ValueError(f'{directory / name} lacks {tensor}, which {INDEX} says is there')
     return {tensor: files[name][tensor] for tensor, name in places.items()}
+
+
+def parse(text: bytes, file: pathlib.Path) -> dict:
+    """JSON that stood in `file`."""
+    try:
+        return json.loads(text)
+    except ValueError as error:  # no UTF-8, either
+        raise ValueError(f'{file} is damaged: {error}; download it again') from error
 
 
 def _open_file(file: pathlib.Path) -> dict[str, np.ndarray]:
@@ -41,7 +49,7 @@ def _open_file(file: pathlib.Path) -> dict[str, np.ndarray]:
     start = 8 + int.from_bytes(bytes(data[:8]), 'little')
     if not 8 < start <= size:  # what a Git LFS pointer's text comes to as well
         raise ValueError(f'{file} is cut short or no safetensors file; download it again')
-    header = json.loads(bytes(data[8:start]))
+    header = parse(bytes(data[8:start]), file)
     header.pop('__metadata__', None)
     end = start + max((entry['data_offsets'][1] for entry in header.values()), default=0)
     if size < end:
