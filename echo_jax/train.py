@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import flags, logging
-from flax import nnx
 from ml_collections import config_flags
 
 from echo_jax import program, report, worker
@@ -28,9 +27,8 @@ from echo_jax.evaluate import env_ce, solve_rate
 from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
 from echo_jax.learner.losses import finish_metrics
-from echo_jax.learner.step import StepMaker, make_score
+from echo_jax.learner.step import Programs
 from echo_jax.model import params as model_params
-from echo_jax.model.qwen3 import Qwen3, Qwen3Config
 from echo_jax.store.rollouts import RolloutStore, consume
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import SOLVED_REWARD, Rollout
@@ -63,20 +61,13 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------------ model, mesh and programs
-    model_config = Qwen3Config.of(config.model)
-    graphdef, abstract = model_params.abstract(model_config)
-    mesh = sharding.make_mesh(config)
-    placed = sharding.param_shardings(abstract, mesh, config.sharding)
-    init = jax.jit(
-        lambda: nnx.state(Qwen3(model_config, rngs=nnx.Rngs(config.seed))), out_shardings=placed
-    )
-    score = jax.jit(make_score(graphdef, config.batch.micro_rows))
-    programs = StepMaker(config, graphdef, abstract, placed, mesh)
+    programs = Programs.of(config)
+    mesh, score = programs.mesh, programs.score()
 
     # ----------------------------------------------------------------------- policy and the stores
     policy = JaxPolicy(
-        model_config,
-        graphdef,
+        programs.model,
+        programs.graphdef,
         slots=config.policy.slots,
         cache_tokens=config.protocol.max_total_tokens,
     )
@@ -117,12 +108,12 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         return [rollout for group in drawn for rollout in group]
 
     # -------------------------------------------------------------------------------- warm start
-    params = init()
+    params = programs.random_params()
     if config.warm_start.steps:
         params = warm_start(config, work, params, programs, tokenizer, collect, stop, clock)
 
     # ------------------------------------------------------------------- where reinforcement starts
-    step, abstract_state, initial_state = programs(config.optimizer)
+    step, abstract_state, initial_state = programs.step(config.optimizer)
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     metrics = report.Metrics(work.path)
@@ -155,7 +146,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 weights.publish(model_params.flatten(state.params), done)
                 version = weights.latest()
                 published = jax.device_put(
-                    model_params.unflatten(abstract, weights.read(version)), placed
+                    model_params.unflatten(programs.abstract, weights.read(version)),
+                    programs.placed,
                 )
                 group_ids = range(done * config.batch.groups, (done + 1) * config.batch.groups)
                 before = tasks.get_state()
@@ -271,7 +263,7 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
             f'warm_start.steps={config.warm_start.steps}'
         )
-    sharding.make_mesh(config)  # raises where it does not fit the devices
+    Programs.of(config)  # raises where the model does not fit the mesh
 
 
 def main(argv: Sequence[str]) -> None:
