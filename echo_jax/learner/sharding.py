@@ -3,6 +3,8 @@
 A logical name that the table does not list is replicated.
 """
 
+from collections.abc import Sequence
+
 import jax
 import ml_collections
 import numpy as np
@@ -14,10 +16,12 @@ from echo_jax.types import Batch
 MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
 
 
-def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
+def make_mesh(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """The mesh of `config.mesh`, over all devices; an axis of -1 takes what the others leave."""
     sizes = [config.mesh[axis] for axis in MESH_AXES]
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     fixed = int(np.prod([size for size in sizes if size != -1]))
     if sizes.count(-1) > 1 or len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         wanted = ', '.join(f'{axis}={size}' for axis, size in zip(MESH_AXES, sizes))
