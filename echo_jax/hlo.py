@@ -152,7 +152,7 @@ class _Program:
 
     def _instruction(self, name: str, i: Instruction) -> Cost:
         if i.opcode == 'while':
-            return self.cost(_CALLED.search(i.rest)[1]) * self._trips(i)
+            return self.cost(_CALLED.search(i.rest)[1]) * self._trips(name, i)
         if i.opcode == 'conditional':
             branches = _BRANCHES.search(i.rest)
             names = re.findall(r'[\w.-]+', branches[1]) if branches else _CALLED.findall(i.rest)
@@ -201,16 +201,24 @@ class _Program:
             return len(found[1].split(','))
         return self.devices
 
-    def _trips(self, loop: Instruction) -> int:
+    def _trips(self, name: str, loop: Instruction) -> int:
+        """How often a loop runs whose counter grows by a constant to a constant."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(known[1])
         condition = self.computations[re.search(r'condition=%([\w.-]+)', loop.rest)[1]]
-        bounds = [
-            i for i in condition.values() if i.opcode == 'constant' and i.shapes[0].dtype == 's32'
-        ]
-        if len(bounds) == 1 and (number := re.match(r'(\d+)\)', bounds[0].rest)):
-            return int(number[1])
-        return self.unknown_trips
+        test = _root(condition)
+        if test.opcode != 'compare' or 'direction=LT' not in test.rest:
+            return self.unknown_trips
+        counter, end = condition[test.operands[0]], _number(condition, test.operands[1])
+        if counter.opcode != 'get-tuple-element' or end is None:
+            return self.unknown_trips
+        k = int(re.search(r'index=(\d+)', counter.rest)[1])
+        body = self.computations[re.search(r'body=%([\w.-]+)', loop.rest)[1]]
+        first = self.computations[name][loop.operands[0]]
+        start = (
+            _number(self.computations[name], first.operands[k]) if first.opcode == 'tuple' else 0
+        )
+        return -(-(end - (start or 0)) // _increment(body, _root(body).operands[k]))
 
     # ---- HBM
 
@@ -270,7 +278,7 @@ class _Program:
 
     def _written_by_fusion(self, i: Instruction) -> float:
         inside = self.computations[_CALLED.search(i.rest)[1]]
-        root = next(j for j in inside.values() if j.is_root)
+        root = _root(inside)
         parts = [inside[o] for o in root.operands] if root.opcode == 'tuple' else [root]
         total = 0.0
         for shape, part in zip(i.shapes, parts):
@@ -280,6 +288,31 @@ class _Program:
                 shape = inside[part.operands[1]].shapes[0]._replace(in_hbm=shape.in_hbm)
             total += shape.bytes if shape.in_hbm else 0.0
         return total
+
+
+def _root(computation: dict[str, Instruction]) -> Instruction:
+    return next(i for i in computation.values() if i.is_root)
+
+
+def _number(computation: dict[str, Instruction], name: str) -> int | None:
+    """The integer that a value is, where it is a constant."""
+    i = computation[name]
+    while i.opcode in ('copy', 'bitcast'):
+        i = computation[i.operands[0]]
+    found = re.match(r'(\d+)\)', i.rest) if i.opcode == 'constant' else None
+    return int(found[1]) if found else None
+
+
+def _increment(body: dict[str, Instruction], name: str) -> int:
+    """What a loop's counter, at the end of its body, has grown by; loops unrolled by two add 2."""
+    total, i = 0, body[name]
+    while i.opcode in ('add', 'copy', 'bitcast'):
+        numbers = [_number(body, operand) for operand in i.operands]
+        total += next((n for n in numbers if n is not None), 0)
+        i = body[next((o for o, n in zip(i.operands, numbers) if n is None), i.operands[0])]
+        if i.opcode == 'constant':
+            break
+    return total or 1
 
 
 def _product_flops(i: Instruction, lhs: Shape, rhs: Shape) -> float:
