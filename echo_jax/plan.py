@@ -6,14 +6,14 @@
 Needs libtpu, the compiler (`pip install "jax[tpu]"`), and takes its word for memory: arguments,
 temporaries and code of one chip, and the limit that it compiles against.
 
-How time is estimated: a roofline, so a bound that a run comes near to and does not beat. Each
-instruction of the compiled schedule, loops counted, takes the longest of its matrix products at the
-chip's peak, its bytes at the HBM's and what it sends at the interconnect's rate, all links of the
-chip busy; collectives that run beside the schedule count where all of them together take longer.
-The matrix products of Pallas kernels are added at peak. Recomputed layers count as often as they
-run; every row is taken to be full of one sequence. Left out: work of the vector units, pipeline
-fill, latency and contention of the interconnect, kernels' softmax, the host, the data-center
-network, and everything outside the step (sampling, publishing, checkpoints).
+How time is estimated: a roofline, so optimistic. Each instruction of the compiled schedule, loops
+counted, takes the longest of its matrix products at the chip's peak, its operands and results once
+through the HBM, and what it sends at the interconnect's rate with all links of the chip busy;
+collectives that run beside the schedule count where all of them together take longer. The matrix
+products of Pallas kernels are added at peak. Recomputed layers count as often as they run; every
+row is taken to be full, of one sequence. Left out: the vector units' work (norms, softmax), operands
+that a product reads more than once, pipeline fill, latency and contention of the interconnect, the
+data-center network, the host, and everything outside the step (sampling, publishing, checkpoints).
 
 `model_flops_per_step` is what the mathematics asks for, whatever is computed again: 6 P T of the P
 parameters that multiply (all but norms and the lookup of an untied embedding) and the T tokens,
@@ -22,7 +22,7 @@ seconds at the peak of all chips.
 
 The rollout side is arithmetic: bfloat16 weights, keys and values of a whole rollout, and how many
 rollouts one GPU holds at once. It leaves out activations, CUDA graphs, and what prefix caching
-saves. It trains nothing and starts nothing.
+saves. Nothing is trained or started.
 """
 
 import itertools
@@ -234,7 +234,7 @@ def _table(values: dict) -> str:
     return '\n'.join(f'{name:28}{text(v)}' for name, v in values.items() if v is not None)
 
 
-def _mesh(text: str) -> dict[str, int]:
+def mesh_sizes(text: str) -> dict[str, int]:
     """'fsdp=8,context=2' as sizes of all axes; one that is not named is 1."""
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in text.split(','):
@@ -253,7 +253,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     config = _CONFIG.value.copy_and_resolve_references()
     if _MESH.value:
-        config.mesh.update(_mesh(_MESH.value))
+        config.mesh.update(mesh_sizes(_MESH.value))
     config.batch.seq_len = _SEQ_LEN.value or config.batch.seq_len
     rows = _ROWS.value or batch_rows(config)
     gpu = rollout_plan(config, _GPU.value)  # fails now where there is no such GPU

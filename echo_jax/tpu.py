@@ -47,8 +47,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         )
     if importlib.util.find_spec('libtpu') is None:
         raise ValueError('no libtpu here, the TPU compiler; pip install "jax[tpu]"')
-    # No TPU is looked for, neither here nor on the cloud's metadata server. libtpu warns where it is
-    # not told what it runs on; the topology overrules what it is told.
+    # No TPU is looked for, neither here nor on the cloud's metadata server. libtpu warns where it
+    # is not told what it runs on; the topology overrules what it is told.
     os.environ.update(
         TPU_SKIP_MDS_QUERY='1',
         TPU_WORKER_HOSTNAMES='localhost',
