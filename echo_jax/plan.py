@@ -11,8 +11,8 @@ counted, takes the longest of its matrix products at the chip's peak, its operan
 through the HBM, and what it sends at the interconnect's rate with all links of the chip busy;
 collectives that run beside the schedule count where all of them together take longer. The matrix
 products of Pallas kernels are added at peak. Recomputed layers count as often as they run; every
-row is taken to be full, of one sequence. Left out: the vector units' work (norms, softmax), operands
-that a product reads more than once, pipeline fill, latency and contention of the interconnect, the
+row is taken to be full, of one sequence. Left out: work of the vector units (norms, softmax), what
+a product reads more than once, pipeline fill, latency and contention of the interconnect, the
 data-center network, the host, and everything outside the step (sampling, publishing, checkpoints).
 
 `model_flops_per_step` is what the mathematics asks for, whatever is computed again: 6 P T of the P
@@ -125,11 +125,13 @@ def hint(step: Step, used: float, limit: int) -> str:
             f'{over}: parameters, optimizer and gradients alone take {kept / GIB:.1f} GiB; take '
             f'{chips:.0f} chips or more, and spread the parameters over all of them (fsdp)'
         )
-    ways = sizes['data'] * sizes['fsdp']
-    fewer = [f'batch.micro_rows={ways}'] if micro_rows > ways else []
-    wider = f'--mesh=fsdp={sizes["fsdp"] // 2},context={2 * sizes["context"]}'
-    apart = [f'{wider} with batch.micro_rows={ways // 2}'] if sizes['fsdp'] % 2 == 0 else []
-    return f'{over}: try {", or ".join([*fewer, *apart, "more chips"])}; --search tries meshes'
+    ways, tries = sizes['data'] * sizes['fsdp'], []
+    if micro_rows > ways:
+        tries.append(f'batch.micro_rows={ways}')
+    if sizes['fsdp'] % 2 == 0:  # half a row on each chip
+        halved = dict(sizes) | {'fsdp': sizes['fsdp'] // 2, 'context': 2 * sizes['context']}
+        tries.append(f'--mesh={_mesh_text(halved)} with batch.micro_rows={ways // 2}')
+    return f'{over}: try {", or ".join([*tries, "more chips"])}; --search tries meshes'
 
 
 # ------------------------------------------------------------------------------ the rollout side
@@ -186,7 +188,7 @@ def search(
 ) -> list[dict]:
     """The plans of at most `compiles` candidates: those that fit, fastest first, then the rest.
 
-    Raises ValueError where no candidate divides.
+    Each is a line on stderr when it is made. Raises ValueError where no candidate divides.
     """
     found = []
     for mesh, sizes in candidates(config, len(devices), rows):
@@ -196,7 +198,11 @@ def search(
             config = config.copy_and_resolve_references()
             config.mesh.update(mesh)
             config.batch.micro_rows = micro_rows
-            found.append(plan(config, topology, devices, limit, rows, compare=False))
+            try:
+                found.append(plan(config, topology, devices, limit, rows, compare=False))
+            except ValueError as error:  # the model or its sharding refuses this mesh
+                print(f'{_mesh_text(mesh)}: {error}', file=sys.stderr, flush=True)
+                break
             print(_line(found[-1]), file=sys.stderr, flush=True)
             if not found[-1]['fits']:  # nor will more rows at a time
                 break
@@ -215,9 +221,12 @@ def search(
 # -------------------------------------------------------------------------------------- program
 
 
+def _mesh_text(sizes: dict[str, int]) -> str:
+    return ','.join(f'{axis}={size}' for axis, size in sizes.items() if size > 1) or 'fsdp=1'
+
+
 def _line(p: dict) -> str:
-    mesh = ','.join(f'{axis}={size}' for axis, size in p['mesh'].items() if size > 1)
-    head = f'{mesh or "one chip"} micro_rows={p["micro_rows"]}: {p["hbm_gib_per_chip"]:.1f} GiB'
+    head = f'{_mesh_text(p["mesh"])} micro_rows={p["micro_rows"]}: {p["hbm_gib_per_chip"]:.1f} GiB'
     if not p['fits']:
         return f'{head}, does not fit {p["hbm_limit_gib"]:.1f}'
     return f'{head}, {p["estimated_step_seconds"]:.2f} s, MFU {p["estimated_mfu"]:.2f}'

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from configs import qwen3_8b
-from echo_jax import plan
+from echo_jax import plan, tpu
 from echo_jax.model import params as model_params
 from echo_jax.model.qwen3 import Qwen3Config
 
@@ -123,6 +123,23 @@ def test_candidates():
         ((1, 2, 4), [1, 2, 4]),
         ((1, 1, 8), [1, 2, 4]),
     ]
+
+
+def test_hints():
+    pytest.importorskip('libtpu')
+    config = qwen3_8b.get_config()
+    config.mesh.update(fsdp=8, tensor=2)
+    step = tpu.Step(config, tpu.tpu_devices('v5p:2x2x4'), rows=64)
+    # 16 rows at a time over fsdp=8 may be 8, or 4 with each row on two chips.
+    assert plan.hint(step, used=100 * plan.GIB, limit=96 * plan.GIB) == (
+        '4.0 GiB a chip too much: try batch.micro_rows=8, or --mesh=fsdp=4,context=2,tensor=2 with '
+        'batch.micro_rows=4, or more chips; --search tries meshes'
+    )
+    # 12 + 4 bytes of 8.19e9 parameters, 122 GiB, over 16 chips are 7.6 GiB each.
+    assert plan.hint(step, used=30 * plan.GIB, limit=6 * plan.GIB) == (
+        '24.0 GiB a chip too much: parameters, optimizer and gradients alone take 7.6 GiB; take '
+        '21 chips or more, and spread the parameters over all of them (fsdp)'
+    )
 
 
 def test_mesh_flags():
