@@ -109,7 +109,7 @@ def plan(
         'hbm_traffic_gib_per_step': cost.hbm_bytes / GIB if fits else None,
         'collective_gib_per_step': cost.sent_bytes / GIB if fits else None,
         'compile_seconds': echo.seconds,
-        'echo_over_grpo_flops': cost.flops / grpo.cost.flops if grpo else None,
+        'echo_over_grpo_flops': cost.flops / grpo.cost.flops if grpo and grpo.cost else None,
         'echo_over_grpo_hbm': echo.hbm_bytes / grpo.hbm_bytes if grpo else None,
     }
 
@@ -273,8 +273,7 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(plans) if _JSON.value else '\n'.join(map(_line, plans)))
         return
     made = plan(config, *where, compare=_COMPARE.value)
-    made['rollout'] = gpu
-    print(json.dumps(made) if _JSON.value else _table(made | made.pop('rollout')))
+    print(json.dumps(made | {'rollout': gpu}) if _JSON.value else _table(made | gpu))
 
 
 if __name__ == '__main__':
