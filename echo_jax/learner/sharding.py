@@ -24,13 +24,15 @@ _BATCH = {'rows': ('data', 'fsdp'), 'tokens': ('context',)}
 _GATHERED, _APART = ('embed',), ('heads', 'kv_heads', 'mlp', 'vocab')
 
 
-def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] = ()) -> Mesh:
+def make_mesh(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """The mesh of `config.mesh`; an axis of -1 takes what the others leave.
 
-    `devices`: all of this machine's where empty; a topology's for programs that only compile.
+    `devices`: all of this machine's, or those of a topology that programs only compile for.
     """
     sizes = [config.mesh[axis] for axis in MESH_AXES]
-    devices = list(devices) or jax.devices()
+    devices = jax.devices() if devices is None else list(devices)
     fixed = int(np.prod([size for size in sizes if size != -1]))
     if (
         sizes.count(-1) > 1

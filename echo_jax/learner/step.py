@@ -137,7 +137,7 @@ class Programs:
     layout: partition.Layout
 
     @classmethod
-    def of(cls, config: ml_collections.ConfigDict, devices: Sequence[jax.Device] = ()):
+    def of(cls, config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None):
         """Over `devices`, or all of this machine's; ValueError where the mesh does not divide."""
         model = Qwen3Config.of(config.model)
         graphdef, abstract = model_params.abstract(model)
