@@ -23,9 +23,10 @@ quickstart: setup  ## train the tiny agent on this machine's CPU, into WORKDIR (
 test: setup  ## all tests
 	$(VENV)/bin/python -m pytest
 
-lint: setup  ## ruff, check and format
+lint: setup  ## ruff, check and format; shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck --external-sources launch/*.sh launch/*/*.sh .ci/run
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

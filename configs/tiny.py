@@ -75,7 +75,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.model.initializer_range = 0.05
     c.model.tie_word_embeddings = True
     c.model.dtype = 'float32'  # of activations; parameters are float32
-    c.model.remat = True  # compute a layer again in the backward pass instead of keeping it
+    c.model.attention = 'auto'  # the platform's kernel; here 'blocks' (model/attention.py)
+    c.model.remat = 'full'  # compute a layer again in the backward pass; 'none' keeps it (qwen3.py)
 
     c.mesh = ml_collections.ConfigDict({'data': 1, 'fsdp': -1, 'context': 1, 'tensor': 1})
     c.sharding = ml_collections.ConfigDict({'embed': 'fsdp'})  # logical axis: mesh axis

@@ -8,7 +8,7 @@ given those before it in its row, divided by --temperature in the logits. Column
 on all devices of one host and knows nothing of roles, rewards and losses.
 """
 
-import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -16,24 +16,20 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags, logging
+from flax import nnx
 
 from echo_jax import program
 from echo_jax.export import open_checkpoints
-from echo_jax.learner import sharding
 from echo_jax.learner.checkpoint import CheckpointError
-from echo_jax.learner.step import make_score
+from echo_jax.learner.step import Programs
 from echo_jax.model import huggingface
-from echo_jax.model import params as model_params
 from echo_jax.report import Progress
 from echo_jax.types import Batch
 from echo_jax.workdir import Workdir
 
-_MESH = {'mesh': {'data': 1, 'fsdp': -1, 'context': 1, 'tensor': 1}}
-_RULES = {'embed': 'fsdp'}
 
-
-def read_tokens(file: str, vocab_size: int, pad_id: int | None = None) -> np.ndarray:
-    """[N, T] integers; ValueError where they are no such array or no tokens of this vocabulary."""
+def read_tokens(file: str) -> np.ndarray:
+    """[N, T] integers, memory-mapped; ValueError where they are no such array."""
     try:
         tokens = np.load(file, mmap_mode='r')
     except (ValueError, EOFError) as error:
@@ -43,62 +39,95 @@ def read_tokens(file: str, vocab_size: int, pad_id: int | None = None) -> np.nda
         raise ValueError(f'{file} is {found}; expected integers [N, T], such as int32')
     if not tokens.size:
         raise ValueError(f'{file} is of shape {tokens.shape}; expected at least one token')
+    return tokens
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, pad_id: int | None = None) -> None:
+    """Raises ValueError for an id that is neither in the vocabulary nor `pad_id`."""
     wrong = (tokens < 0) | (tokens >= vocab_size)
     if pad_id is not None:
         wrong &= tokens != pad_id
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise ValueError(
-            f'{file} has {tokens[row, column]} at [{row}, {column}]; expected ids from 0 to '
+            f'token {tokens[row, column]} at [{row}, {column}]; expected ids from 0 to '
             f'{vocab_size - 1}, the vocabulary of the model'
         )
-    return tokens
 
 
 def score_tokens(
     score: Callable[[Batch], jax.Array],
     tokens: np.ndarray,
     rows: int,
+    length: int,
     pad_id: int | None = None,
 ) -> np.ndarray:
-    """float32 [N, T] of `tokens` [N, T], `rows` at a time; 0 in column 0.
+    """float32 [N, T] of `tokens` [N, T], in batches [rows, length >= T]; 0 in column 0.
 
-    `score(batch) -> [rows, T]`. What follows a row's last token other than `pad_id` is padding: it
-    scores 0. Raises FloatingPointError where a log-probability is not finite.
+    `score(batch) -> [rows, length]`. What follows a row's last token other than `pad_id` is
+    padding: it scores 0. Raises FloatingPointError where a log-probability is not finite.
     """
     N, T = tokens.shape
     logprobs = np.zeros((N, T), np.float32)
     with Progress('score', N) as progress:
         for start in range(0, N, rows):
             part = tokens[start : start + rows]
-            batch = _batch(np.pad(part, [(0, rows - len(part)), (0, 0)]), len(part), pad_id)
-            found = np.asarray(score(batch))[: len(part)]
-            real = batch.segment_ids[: len(part)] > 0
-            if not np.isfinite(found[real]).all():
+            batch = _batch(part, rows, length, pad_id)
+            found = np.where(batch.segment_ids > 0, score(batch), 0.0)[: len(part), :T]
+            if not np.isfinite(found).all():
                 raise FloatingPointError(
                     f'rows {start} to {start + len(part) - 1} have a log-probability that is not '
                     'finite; the weights are damaged, or too large for this dtype'
                 )
-            logprobs[start : start + rows] = np.where(real, found, 0.0)
-            progress.show(min(start + rows, N))
+            logprobs[start : start + rows] = found
+            progress.show(start + len(part))
     return logprobs
 
 
-def _batch(tokens: np.ndarray, filled: int, pad_id: int | None) -> Batch:
-    """A batch of whole rows, of which the first `filled` count."""
-    rows, T = tokens.shape
-    here = np.arange(T, dtype=np.int32)
-    kept = np.ones(tokens.shape, bool) if pad_id is None else tokens != pad_id
-    kept[filled:] = False
-    lengths = np.where(kept, here + 1, 0).max(axis=1, keepdims=True)
-    real = here < lengths
-    zeros = np.zeros((rows, T), np.float32)
-    return Batch(**dict.fromkeys(Batch._fields, zeros))._replace(
-        tokens=np.where(real, tokens, 0).astype(np.int32),
+def _batch(part: np.ndarray, rows: int, length: int, pad_id: int | None) -> Batch:
+    """A batch [rows, length] of whole rows; what `part` does not fill is padding."""
+    count, T = part.shape
+    here = np.arange(length, dtype=np.int32)
+    kept = np.ones(part.shape, bool) if pad_id is None else part != pad_id
+    ends = np.where(kept, here[:T] + 1, 0).max(axis=1)
+    zeros = np.zeros((rows, length), np.float32)
+    batch = Batch(**dict.fromkeys(Batch._fields, zeros))._replace(
+        tokens=zeros.astype(np.int32),
         positions=np.tile(here, (rows, 1)),
-        segment_ids=real.astype(np.int32),
+        segment_ids=(here < np.pad(ends, (0, rows - count))[:, None]).astype(np.int32),
         roles=zeros.astype(np.uint8),
     )
+    batch.tokens[:count, :T] = np.where(batch.segment_ids[:count, :T], part, 0)
+    return batch
+
+
+def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.ConfigDict:
+    """What `Programs` needs: rows, and whatever lies along 'embed', over all devices."""
+    # Kernels of accelerators multiply in less than float32.
+    attention = 'blocks' if dtype == 'float32' else 'auto'
+    return ml_collections.ConfigDict(
+        {
+            'model': model | {'dtype': dtype, 'attention': attention},
+            'mesh': {'data': 1, 'fsdp': -1, 'context': 1, 'tensor': 1},
+            'sharding': {'embed': 'fsdp'},
+            'batch': {'micro_rows': rows, 'seq_len': length},
+        }
+    )
+
+
+def _params(programs: Programs, work: Workdir | None, step: int | None) -> nnx.State:
+    """Of the run's `step`, or its last; without a run, of the directory, in the dtype asked for."""
+    model = programs.config.model
+    if work is None:
+        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=model.dtype), programs.abstract)
+        return huggingface.load_params(model.path, abstract, programs.placed)
+    wanted = jax.tree.map(
+        lambda leaf, place: leaf.update(sharding=place), programs.abstract, programs.placed
+    )
+    checkpointer, step = open_checkpoints(work, step)
+    state, _, _ = checkpointer.restore({'params': wanted}, step)
+    checkpointer.close()
+    return state['params']
 
 
 def main(argv: Sequence[str]) -> None:
@@ -112,33 +141,21 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f'--temperature is {_TEMPERATURE.value}; expected more than 0')
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
-    if _MODEL.value:
-        config = huggingface.read_config(_MODEL.value)
-    else:
-        work = Workdir.open(_WORKDIR.value)
-        config = huggingface.recipe_config(work.config.model)
-    config = dataclasses.replace(config, dtype=_DTYPE.value)
-    if config.dtype == 'float32':  # an accelerator's default is less
-        jax.config.update('jax_default_matmul_precision', 'highest')
-    tokens = read_tokens(_TOKENS.value, config.vocab_size, _PAD_ID.value)
+    work = Workdir.open(_WORKDIR.value) if _WORKDIR.value else None
+    model = work.config.model.to_dict() if work else {'path': _MODEL.value}
+    tokens = read_tokens(_TOKENS.value)
 
-    graphdef, abstract = model_params.abstract(config)
-    mesh = sharding.make_mesh(ml_collections.ConfigDict(_MESH))
-    placed = sharding.param_shardings(abstract, mesh, _RULES)
-    if _MODEL.value:
-        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=config.dtype), abstract)
-        params = huggingface.load_params(_MODEL.value, abstract, placed)
-    else:
-        checkpointer, step = open_checkpoints(work, _STEP.value)
-        wanted = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, placed)
-        params = checkpointer.restore({'params': wanted}, step)[0]['params']
-        checkpointer.close()
-    rows = -(-_ROWS.value // mesh.size) * mesh.size
-    score = jax.jit(
-        make_score(graphdef, rows, _TEMPERATURE.value),
-        in_shardings=(placed, sharding.batch_sharding(mesh)),
-    )
-    logprobs = score_tokens(lambda batch: score(params, batch), tokens, rows, _PAD_ID.value)
+    if _DTYPE.value == 'float32':  # an accelerator's default is less
+        jax.config.update('jax_default_matmul_precision', 'highest')
+    devices = jax.device_count()
+    rows = -(-_ROWS.value // devices) * devices
+    block = 1 if jax.default_backend() == 'cpu' else 128  # of an accelerator's attention
+    length = -(-tokens.shape[1] // block) * block
+    programs = Programs.of(_config(model, rows, length, _DTYPE.value))
+    check_tokens(tokens, programs.model.vocab_size, _PAD_ID.value)
+    params = _params(programs, work, _STEP.value)
+    score = functools.partial(programs.score(_TEMPERATURE.value), params)
+    logprobs = score_tokens(score, tokens, rows, length, _PAD_ID.value)
     partial = output.with_name(output.name + '.partial')
     with partial.open('wb') as file:
         np.save(file, logprobs)

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import flags, logging
-from flax import nnx
 from ml_collections import config_flags
 
 from echo_jax import program, report, worker
@@ -28,10 +27,9 @@ from echo_jax.evaluate import env_ce, solve_rate
 from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
 from echo_jax.learner.losses import finish_metrics
-from echo_jax.learner.step import StepMaker, make_score
+from echo_jax.learner.step import Programs
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
-from echo_jax.model.qwen3 import Qwen3
 from echo_jax.store.rollouts import RolloutStore, consume
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import SOLVED_REWARD, Rollout
@@ -64,20 +62,13 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     )
 
     # ------------------------------------------------------------------ model, mesh and programs
-    model_config = huggingface.recipe_config(config.model)
-    graphdef, abstract = model_params.abstract(model_config)
-    mesh = sharding.make_mesh(config)
-    placed = sharding.param_shardings(abstract, mesh, config.sharding)
-    init = jax.jit(
-        lambda: nnx.state(Qwen3(model_config, rngs=nnx.Rngs(config.seed))), out_shardings=placed
-    )
-    score = jax.jit(make_score(graphdef, config.batch.micro_rows))
-    programs = StepMaker(config, graphdef, abstract, placed, mesh)
+    programs = Programs.of(config)
+    mesh, score = programs.mesh, programs.score()
 
     # ----------------------------------------------------------------------- policy and the stores
     policy = JaxPolicy(
-        model_config,
-        graphdef,
+        programs.model,
+        programs.graphdef,
         slots=config.policy.slots,
         cache_tokens=config.protocol.max_total_tokens,
     )
@@ -118,13 +109,15 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         return [rollout for group in drawn for rollout in group]
 
     # -------------------------------------------------------------------------------- warm start
-    path = config.model.path
-    params = huggingface.load_params(path, abstract, placed) if path else init()
+    if path := config.model.path:
+        params = huggingface.load_params(path, programs.abstract, programs.placed)
+    else:
+        params = programs.random_params()
     if config.warm_start.steps:
         params = warm_start(config, work, params, programs, tokenizer, collect, stop, clock)
 
     # ------------------------------------------------------------------- where reinforcement starts
-    step, abstract_state, initial_state = programs(config.optimizer)
+    step, abstract_state, initial_state = programs.step(config.optimizer)
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     metrics = report.Metrics(work.path)
@@ -157,7 +150,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 weights.publish(model_params.flatten(state.params), done)
                 version = weights.latest()
                 published = jax.device_put(
-                    model_params.unflatten(abstract, weights.read(version)), placed
+                    model_params.unflatten(programs.abstract, weights.read(version)),
+                    programs.placed,
                 )
                 group_ids = range(done * config.batch.groups, (done + 1) * config.batch.groups)
                 before = tasks.get_state()
@@ -249,9 +243,6 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f'{key} is {value}; expected at least 1')
     if config.policy.backend != 'jax':
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax'")
-    model_config = huggingface.recipe_config(config.model)
-    if path := config.model.path:
-        huggingface.check_tokenizer(read_tokenizer(path), model_config)
     if config.max_staleness != 0:
         raise ValueError(
             f'max_staleness is {config.max_staleness}; the embedded policy samples every step from '
@@ -271,7 +262,9 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
             f'warm_start.steps={config.warm_start.steps}'
         )
-    sharding.make_mesh(config)  # raises where it does not fit the devices
+    model = Programs.of(config).model  # raises where it does not fit the mesh
+    if path := config.model.path:
+        huggingface.check_tokenizer(read_tokenizer(path), model)
 
 
 def main(argv: Sequence[str]) -> None:

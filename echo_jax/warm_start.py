@@ -27,7 +27,7 @@ def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) 
     policy wrote them through the protocol, in real sandboxes.
     """
     options = config.warm_start
-    step, abstract_state, initial_state = programs(options.optimizer)
+    step, abstract_state, initial_state = programs.step(options.optimizer)
     checkpointer = Checkpointer(work.url('checkpoints', 'warm_start'), keep=1)
     state, done = initial_state(params), 0
     if restored := checkpointer.restore(abstract_state):

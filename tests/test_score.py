@@ -11,7 +11,7 @@ from echo_jax.learner.step import token_scores
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
 from echo_jax.model.qwen3 import Qwen3, Qwen3Config
-from echo_jax.score import read_tokens, score_tokens
+from echo_jax.score import check_tokens, read_tokens, score_tokens
 from echo_jax.types import Batch
 
 CONFIG = Qwen3Config(
@@ -95,15 +95,15 @@ def test_flags_that_contradict_each_other(programs, model, tmp_path):
         (np.zeros((2, 3), bool), r'is bool \(2, 3\)'),
         (np.zeros(3, np.int32), r'is int32 \(3,\)'),
         (np.zeros((0, 3), np.int32), r'is of shape \(0, 3\); expected at least one token'),
-        (np.array([[1, 2], [50, 3]]), r'has 50 at \[1, 0\]; expected ids from 0 to 49'),
-        (np.array([[1, 2], [3, -1]]), r'has -1 at \[1, 1\]'),
+        (np.array([[1, 2], [50, 3]]), r'token 50 at \[1, 0\]; expected ids from 0 to 49'),
+        (np.array([[1, 2], [3, -1]]), r'token -1 at \[1, 1\]'),
         (np.array([[None]]), r'is no \.npy array'),
     ],
 )
 def test_tokens_that_are_none(tmp_path, array, says):
     np.save(file := tmp_path / 'tokens.npy', array)
     with pytest.raises(ValueError, match=says):
-        read_tokens(file, CONFIG.vocab_size)
+        check_tokens(read_tokens(file), CONFIG.vocab_size)
 
 
 def test_files_that_are_no_array(tmp_path):
@@ -111,26 +111,26 @@ def test_files_that_are_no_array(tmp_path):
     for write in (lambda: file.write_text('[[1]]'), lambda: file.write_bytes(b'')):
         write()
         with pytest.raises(ValueError, match=r'is no \.npy array'):
-            read_tokens(file, 50)
+            read_tokens(file)
     with file.open('wb') as opened:
         np.savez(opened, a=np.zeros((1, 1), int))
     with pytest.raises(ValueError, match='is an archive'):
-        read_tokens(file, 50)
+        read_tokens(file)
 
 
 def test_any_integers_and_any_padding(tmp_path):
     np.save(file := tmp_path / 'tokens.npy', np.array([[1, 2, -100], [3, -100, -100]], np.int64))
-    tokens = read_tokens(file, 50, pad_id=-100)
+    check_tokens(tokens := read_tokens(file), 50, pad_id=-100)
     seen = []
 
     def score(batch: Batch):
         seen.append(batch)
         return np.full(batch.tokens.shape, -2.0, np.float32)
 
-    scores = score_tokens(score, tokens, rows=2, pad_id=-100)
+    scores = score_tokens(score, tokens, rows=3, length=4, pad_id=-100)
     np.testing.assert_array_equal(scores, [[-2, -2, 0], [-2, 0, 0]])
-    np.testing.assert_array_equal(seen[0].tokens, [[1, 2, 0], [3, 0, 0]])
-    np.testing.assert_array_equal(seen[0].segment_ids, [[1, 1, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(seen[0].tokens, [[1, 2, 0, 0], [3, 0, 0, 0], [0] * 4])
+    np.testing.assert_array_equal(seen[0].segment_ids, [[1, 1, 0, 0], [1, 0, 0, 0], [0] * 4])
     assert seen[0].tokens.dtype == seen[0].positions.dtype == np.int32
 
 
@@ -144,4 +144,4 @@ def test_scores_that_are_not_finite_are_an_error(model):
         return token_scores(graphdef, params, batch, 1.0).logprobs
 
     with pytest.raises(FloatingPointError, match='rows 0 to 1 have a log-probability that is not'):
-        score_tokens(score, tokens, rows=2)
+        score_tokens(score, tokens, rows=2, length=9)

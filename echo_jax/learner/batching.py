@@ -68,6 +68,12 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     return _lay_out(segments, config)
 
 
+def batch_rows(config: ml_collections.ConfigDict) -> int:
+    """R of every batch: a row for each rollout of a step, and up to whole micro-batches."""
+    micro = config.batch.micro_rows
+    return -(-config.batch.groups * config.group_size // micro) * micro
+
+
 def make_supervised_batch(
     rollouts: Sequence[Rollout],
     config: ml_collections.ConfigDict,
@@ -154,8 +160,7 @@ def _weight(mask: np.ndarray, denominator: float) -> np.ndarray:
 
 
 def _lay_out(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Batch:
-    seq_len, micro = config.batch.seq_len, config.batch.micro_rows
-    capacity = -(-config.batch.groups * config.group_size // micro) * micro
+    seq_len, capacity = config.batch.seq_len, batch_rows(config)
     rows = _assign_rows(segments, seq_len, config.batch.pack)
     if len(rows) > capacity:
         raise ValueError(

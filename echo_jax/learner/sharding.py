@@ -1,42 +1,118 @@
 """Logical axis names to mesh axes, by the table in the config; the model knows no mesh.
 
-A logical name that the table does not list is replicated.
+Every mesh axis but 'tensor' splits the tokens of a batch: 'data' and 'fsdp' its rows, 'context' the
+tokens of a row. The config's table says over what the parameters are split: of those axes over any
+('embed', gathered where they are used), and over 'tensor' ('heads', 'kv_heads', 'mlp', 'vocab',
+computed apart). A logical name that the table does not list is replicated.
 """
+
+from collections.abc import Sequence
 
 import jax
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from echo_jax.model.partition import Layout
+from echo_jax.model.qwen3 import Qwen3Config
 from echo_jax.types import Batch
 
 MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
+_BATCH = {'rows': ('data', 'fsdp'), 'tokens': ('context',)}
+_GATHERED, _APART = ('embed',), ('heads', 'kv_heads', 'mlp', 'vocab')
 
 
-def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
-    """The mesh of `config.mesh`, over all devices; an axis of -1 takes what the others leave."""
+def make_mesh(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of `config.mesh`; an axis of -1 takes what the others leave.
+
+    `devices`: all of this machine's, or those of a topology that programs only compile for.
+    """
     sizes = [config.mesh[axis] for axis in MESH_AXES]
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else list(devices)
     fixed = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) > 1 or len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+    if (
+        sizes.count(-1) > 1
+        or min(size for size in [1, *sizes] if size != -1) < 1
+        or len(devices) % fixed
+        or (-1 not in sizes and fixed != len(devices))
+    ):
         wanted = ', '.join(f'{axis}={size}' for axis, size in zip(MESH_AXES, sizes))
         raise ValueError(
             f'mesh {wanted} does not fit {len(devices)} devices; change config.mesh so that the '
             'product is the number of devices, with at most one axis of -1'
         )
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return Mesh(np.array(devices).reshape(sizes), MESH_AXES)
+    if len(devices) > 1 and devices[0].platform == 'tpu':
+        # Neighbours on the mesh are neighbours on the torus.
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        placed = np.array(devices).reshape(sizes)
+    return Mesh(placed, MESH_AXES)
 
 
-def param_shardings(abstract_params: nnx.State, mesh: Mesh, rules: dict) -> nnx.State:
+def make_layout(config: ml_collections.ConfigDict, mesh: Mesh) -> Layout:
+    """`config.sharding` over a mesh; ValueError where it splits what this code cannot."""
+    table = {
+        name: (axes,) if isinstance(axes, str) else tuple(axes or ())
+        for name, axes in config.sharding.items()
+    }
+    for name, axes in table.items():
+        allowed = {'embed': MESH_AXES[:3]}.get(name, ('tensor',))
+        if name not in (*_GATHERED, *_APART) or not set(axes) <= set(allowed):
+            raise ValueError(
+                f'sharding.{name} is {axes}; expected embed over some of {MESH_AXES[:3]} and '
+                f"{', '.join(_APART)} over 'tensor'"
+            )
+    if table.get('heads') != table.get('kv_heads'):
+        raise ValueError("sharding.heads and sharding.kv_heads differ; split both over 'tensor'")
+    if mesh.shape['tensor'] > 1 and not any(table.get(name) for name in _APART):
+        raise ValueError(
+            f'mesh.tensor={mesh.shape["tensor"]} splits nothing; '
+            "list 'heads', 'kv_heads', 'mlp' and 'vocab' in config.sharding, or set it to 1"
+        )
+    return Layout(mesh, _BATCH | table)
+
+
+def check_divides(
+    config: ml_collections.ConfigDict, model: Qwen3Config, abstract_params, layout: Layout
+) -> None:
+    """ValueError where the batch, the heads or a parameter do not divide over the mesh."""
+    for key, length, axis in (
+        ('batch.micro_rows', config.batch.micro_rows, 'rows'),
+        ('batch.seq_len', config.batch.seq_len, 'tokens'),
+        ('num_attention_heads', model.num_attention_heads, 'heads'),
+        ('num_key_value_heads', model.num_key_value_heads, 'kv_heads'),
+    ):
+        if length % (parts := layout.size(axis)):
+            raise ValueError(
+                f'{key}={length} does not divide over {_sizes(layout, axis)} = {parts}; '
+                f'make it a multiple, or change config.mesh'
+            )
+    for path, variable in nnx.to_flat_state(abstract_params):
+        for length, axis in zip(variable.shape, variable.get_metadata()['axes']):
+            if length % (parts := layout.size(axis)):
+                name = '/'.join(map(str, path))
+                raise ValueError(
+                    f'{name} {variable.shape}: {length} ({axis}) does not divide over '
+                    f'{_sizes(layout, axis)} = {parts}; change config.mesh or config.sharding'
+                )
+
+
+def _sizes(layout: Layout, axis: str) -> str:
+    return ' x '.join(f'{name}={layout.mesh.shape[name]}' for name in layout.rules[axis])
+
+
+def param_shardings(abstract_params: nnx.State, layout: Layout) -> nnx.State:
     """A NamedSharding for every parameter, by the logical names it was made with."""
-
-    def place(variable):
-        spec = PartitionSpec(*(rules.get(axis) for axis in variable.get_metadata()['axes']))
-        return variable.replace(NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, abstract_params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(
+        lambda variable: variable.replace(layout.sharding(*variable.get_metadata()['axes'])),
+        abstract_params,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
 
 
 def state_shardings(abstract_state, params_shardings, mesh: Mesh):
@@ -58,11 +134,15 @@ def state_shardings(abstract_state, params_shardings, mesh: Mesh):
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp, tokens over context."""
-    return NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), 'context'))
+    return Layout(mesh, _BATCH).sharding('rows', 'tokens')
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    return jax.device_put(batch, batch_sharding(mesh))
+    """The batch, which every host has made alike, on the mesh; a host sends its own part."""
+    place = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), batch
+    )
 
 
 def _names(path) -> tuple[str, ...]:

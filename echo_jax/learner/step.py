@@ -6,7 +6,7 @@ number of those that hold a token, so a short batch costs what it holds and neve
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,7 +18,10 @@ from flax import nnx
 from echo_jax.learner import sharding
 from echo_jax.learner.losses import echo_loss
 from echo_jax.learner.optimizer import make_optimizer
-from echo_jax.model.logprobs import token_logprobs
+from echo_jax.model import huggingface, partition
+from echo_jax.model import params as model_params
+from echo_jax.model.logprobs import TokenScores, score_tokens
+from echo_jax.model.qwen3 import Qwen3, Qwen3Config
 from echo_jax.types import Batch
 
 
@@ -32,29 +35,17 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> Tr
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-class TokenScores(NamedTuple):
-    """Of every token given those before it, float32 [R, T], nats.
-
-    Column 0 is 0. The first token of a later segment has the score that the segment before it
-    gives, which carries no weight.
-    """
-
-    logprobs: jax.Array  # at the sampling temperature
-    entropy: jax.Array  # likewise
-    logprobs_t1: jax.Array  # at temperature 1; no gradient where the two differ
-
-
 def token_scores(graphdef, params, batch: Batch, temperature: float) -> TokenScores:
+    """Scores [R, T] of every token given those before it; column 0 is 0.
+
+    The first token of a later segment has the score that the segment before it gives, which carries
+    no weight.
+    """
     model = nnx.merge(graphdef, params)
     hidden_RTD = model(batch.tokens, batch.positions, batch.segment_ids)
     targets_RT = jnp.roll(batch.tokens, -1, axis=1)
-    logprobs, entropy = token_logprobs(hidden_RTD, model.unembedding, targets_RT, temperature)
-    logprobs_t1 = logprobs
-    if temperature != 1.0:
-        frozen = jax.lax.stop_gradient((hidden_RTD, model.unembedding))
-        logprobs_t1, _ = token_logprobs(*frozen, targets_RT, 1.0)
-    shifted = (jnp.roll(x, 1, axis=1).at[:, 0].set(0.0) for x in (logprobs, entropy, logprobs_t1))
-    return TokenScores(*shifted)
+    scores = score_tokens(hidden_RTD, model.unembedding, targets_RT, temperature)
+    return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1).at[:, 0].set(0.0), scores)
 
 
 def micro_batches(batch: Batch, micro_rows: int) -> tuple[Batch, jax.Array]:
@@ -65,7 +56,9 @@ def micro_batches(batch: Batch, micro_rows: int) -> tuple[Batch, jax.Array]:
             f'batch of {rows} rows does not divide into micro-batches of {micro_rows}; '
             'change config.batch.micro_rows'
         )
-    micro = jax.tree.map(lambda x: x.reshape(-1, micro_rows, T), batch)
+    micro = jax.tree.map(
+        lambda x: partition.constrain(x.reshape(-1, micro_rows, T), None, 'rows', 'tokens'), batch
+    )
     filled = (micro.segment_ids > 0).any(axis=(1, 2))
     return micro, jnp.max(jnp.where(filled, jnp.arange(filled.size) + 1, 0))
 
@@ -134,16 +127,38 @@ def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepMaker:
-    """What the jitted steps of a run share."""
+class Programs:
+    """The model of a config on a mesh, and its jitted programs."""
 
     config: ml_collections.ConfigDict
+    model: Qwen3Config
     graphdef: nnx.GraphDef
     abstract: nnx.State  # of the parameters
-    placed: nnx.State  # their shardings
-    mesh: jax.sharding.Mesh
+    layout: partition.Layout
 
-    def __call__(self, optimizer_config: ml_collections.ConfigDict):
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None):
+        """Over `devices`, or all of this machine's; ValueError where the mesh does not divide."""
+        model = huggingface.recipe_config(config.model)
+        graphdef, abstract = model_params.abstract(model)
+        layout = sharding.make_layout(config, sharding.make_mesh(config, devices))
+        sharding.check_divides(config, model, abstract, layout)
+        return cls(config, model, graphdef, abstract, layout)
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.layout.mesh
+
+    @property
+    def placed(self) -> nnx.State:
+        """The shardings of the parameters."""
+        return sharding.param_shardings(self.abstract, self.layout)
+
+    def random_params(self) -> nnx.State:
+        draw = lambda: nnx.state(Qwen3(self.model, rngs=nnx.Rngs(self.config.seed)))  # noqa: E731
+        return jax.jit(draw, out_shardings=self.placed)()
+
+    def step(self, optimizer_config: ml_collections.ConfigDict):
         """(jitted step, abstract state with shardings, function of parameters to a first state)."""
         optimizer = make_optimizer(optimizer_config)
         init = functools.partial(init_state, optimizer=optimizer)
@@ -155,7 +170,7 @@ class StepMaker:
             shardings,
         )
         step = jax.jit(
-            make_step(self.graphdef, optimizer, self.config),
+            self._laid_out(make_step(self.graphdef, optimizer, self.config)),
             in_shardings=(shardings, sharding.batch_sharding(self.mesh), None),
             out_shardings=(shardings, None),
             donate_argnums=0,
@@ -163,3 +178,18 @@ class StepMaker:
         )
         # Placed at once: arrays that lie elsewhere would have the step compiled a second time.
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
+
+    def score(self, temperature: float = 1.0) -> Callable:
+        """`make_score`, jitted on the mesh."""
+        return jax.jit(
+            self._laid_out(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
+            in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
+        )
+
+    def _laid_out(self, f: Callable) -> Callable:
+        @functools.wraps(f)
+        def traced(*args):
+            with partition.use(self.layout):
+                return f(*args)
+
+        return traced

@@ -1,41 +1,79 @@
 """Causal attention within segments, for training, and over a key-value cache, for sampling.
 
-B rows, T tokens, S cached tokens, N query heads, K key-value heads, G = N // K, H head dimension.
+B rows, T tokens, S keys, N query heads, K key-value heads, G = N // K, H head dimension.
 
-On a CPU, XLA runs plain two-dimensional products at over 100 GFLOP/s and batched ones at 10 to 40.
-So `segment_attention` walks the (row, key-value head) pairs one at a time, folds a head's G queries
-into the query length, and skips the key blocks that causality hides. Its own VJP keeps the output
-and the log-sum-exp and computes the probabilities again. experiments/benchmarks/attention.py
-measures it.
+Training never holds [T, T] scores. Accelerators have kernels of their own (flash.py); on a CPU, XLA
+runs plain two-dimensional products at over 100 GFLOP/s and batched ones at 10 to 40. So the blocks
+here walk the (row, key-value head) pairs one at a time, fold a head's G queries into the query
+length, and skip the keys that causality hides; their VJP keeps the output and the log-sum-exp and
+computes the probabilities again. experiments/benchmarks/attention.py measures them.
+
+On a mesh every device attends for its own rows, heads and queries, to the keys of whole rows.
 """
 
 import jax
 import jax.numpy as jnp
 
+from echo_jax.model import partition
 from echo_jax.model.precision import sum_dtype
 
+KINDS = ('auto', 'splash', 'cudnn', 'pallas', 'blocks')
 BLOCK = 128  # queries of one product; keys come in multiples of it
 HIDDEN = -1e30  # a masked score; finite, so that a row without keys gives no NaN
 
+# How a device's part of the arguments lies: its rows, queries and heads, and whole rows of keys.
+QUERIES = ('rows', 'tokens', 'heads', None)
+KEYS = ('rows', None, 'kv_heads', None)
+IN_AXES = (QUERIES, KEYS, KEYS, ('rows', 'tokens'), ('rows', None))
 
-def segment_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+
+def segment_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, kind='auto'):
     """Softmax attention of every token over the tokens of its own segment up to itself.
 
     Scores are scaled by H ** -0.5. Returns [B, T, N, H] in the dtype of the queries. Padding
     (segment 0) attends to padding, which is finite and carries no weight anywhere.
+
+    kind: 'auto' takes the platform's: 'splash' on TPU, 'pallas' on CUDA, else 'blocks', which run
+        everywhere. 'cudnn' is faster than 'pallas', and right only where a row holds one segment,
+        from its start, and padding after it.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
-    G = N // K
-    q_PGTH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G, T, H)
-    k_PTH, v_PTH = (x.transpose(0, 2, 1, 3).reshape(B * K, T, H) for x in (k_BTKH, v_BTKH))
-    out_PGTH = _attend(q_PGTH, k_PTH, v_PTH, jnp.repeat(segment_ids_BT, K, axis=0))
-    return out_PGTH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    if kind == 'auto':
+        kind = {'tpu': 'splash', 'gpu': 'pallas', 'cuda': 'pallas'}.get(
+            partition.platform(), 'blocks'
+        )
+    if kind == 'blocks':
+        attend = _in_blocks
+    elif kind in KINDS:
+        from echo_jax.model import flash  # half a second, for what a CPU never runs
+
+        attend = getattr(flash, kind)
+    else:
+        raise ValueError(f'model.attention is {kind!r}; expected one of {KINDS}')
+    return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
-def _blocks(T):
-    """(start, stop) of the query blocks; a block sees the keys [0, stop)."""
-    return [(start, min(start + BLOCK, T)) for start in range(0, T, BLOCK)]
+def _in_blocks(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+    def attend(q_BtNH, k_BSKH, v_BSKH, segments_Bt, segments_BS):
+        B, t, N, H = q_BtNH.shape
+        S, K = k_BSKH.shape[1:3]
+        G = N // K
+        q_PGtH = q_BtNH.reshape(B, t, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G, t, H)
+        k_PSH, v_PSH = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k_BSKH, v_BSKH))
+        segments = (jnp.repeat(x, K, axis=0) for x in (segments_Bt, segments_BS))
+        # Where the tokens of a row are split, the queries begin somewhere in it.
+        split = partition.mesh_axes('tokens')
+        first = jax.lax.axis_index(split) * t if split else None
+        out_PGtH = _attend(q_PGtH, k_PSH, v_PSH, *segments, first)
+        return out_PGtH.reshape(B, K, G, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
+
+    call = partition.per_device(attend, IN_AXES, QUERIES)
+    return call(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT)
+
+
+def _blocks(t, S, first):
+    """(start, stop, seen) of the query blocks; a block sees keys among [0, seen)."""
+    blocks = [(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
+    return [(start, stop, stop if first is None else S) for start, stop in blocks]
 
 
 def _scores(q_GtH, k_SH, segments_t, segments_S, start):
@@ -49,54 +87,68 @@ def _scores(q_GtH, k_SH, segments_t, segments_S, start):
 
 
 @jax.custom_vjp
-def _attend(q_PGTH, k_PTH, v_PTH, segments_PT):
-    return _attend_forward(q_PGTH, k_PTH, v_PTH, segments_PT)[0]
+def _attend(q_PGtH, k_PSH, v_PSH, q_segments_Pt, segments_PS, first):
+    """[P, G, t, H]; `first` is the queries' first position, None (0) where t is S."""
+    return _attend_forward(q_PGtH, k_PSH, v_PSH, q_segments_Pt, segments_PS, first)[0]
 
 
-def _attend_forward(q_PGTH, k_PTH, v_PTH, segments_PT):
+def _attend_forward(q_PGtH, k_PSH, v_PSH, q_segments_Pt, segments_PS, first):
     def one_head(args):
-        q_GTH, k_TH, v_TH, segments_T = args
-        G, T, H = q_GTH.shape
+        q_GtH, k_SH, v_SH, q_segments, segments = args
+        G, t, H = q_GtH.shape
         out, lse = [], []
-        for start, stop in _blocks(T):
+        for start, stop, seen in _blocks(t, k_SH.shape[0], first):
             scores = _scores(
-                q_GTH[:, start:stop], k_TH[:stop], segments_T[start:stop], segments_T[:stop], start
+                q_GtH[:, start:stop],
+                k_SH[:seen],
+                q_segments[start:stop],
+                segments[:seen],
+                start + (0 if first is None else first),
             )
             top = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = weights.sum(-1, keepdims=True)
-            mixed = jnp.dot(weights.astype(v_TH.dtype).reshape(-1, stop), v_TH[:stop])
-            out.append((mixed.reshape(G, stop - start, H) / total).astype(q_GTH.dtype))
+            mixed = jnp.dot(weights.astype(v_SH.dtype).reshape(-1, seen), v_SH[:seen])
+            out.append((mixed.reshape(G, stop - start, H) / total).astype(q_GtH.dtype))
             lse.append((top + jnp.log(total))[..., 0])
         return jnp.concatenate(out, 1), jnp.concatenate(lse, 1)
 
-    out_PGTH, lse_PGT = jax.lax.map(one_head, (q_PGTH, k_PTH, v_PTH, segments_PT))
-    return out_PGTH, (q_PGTH, k_PTH, v_PTH, segments_PT, out_PGTH, lse_PGT)
+    inputs = q_PGtH, k_PSH, v_PSH, q_segments_Pt, segments_PS
+    out_PGtH, lse_PGt = jax.lax.map(one_head, inputs)
+    return out_PGtH, (inputs, first, out_PGtH, lse_PGt)
 
 
-def _attend_backward(residuals, d_out_PGTH):
+def _attend_backward(residuals, d_out_PGtH):
+    inputs, first, out_PGtH, lse_PGt = residuals
+
     def one_head(args):
-        q_GTH, k_TH, v_TH, segments_T, out_GTH, lse_GT, d_out_GTH = args
-        _, T, H = q_GTH.shape
-        wide = sum_dtype(q_GTH)
-        d_q, d_k, d_v = [], jnp.zeros((T, H), wide), jnp.zeros((T, H), wide)
-        for start, stop in _blocks(T):
-            q, d_out = q_GTH[:, start:stop], d_out_GTH[:, start:stop]
-            scores = _scores(q, k_TH[:stop], segments_T[start:stop], segments_T[:stop], start)
-            weights = jnp.exp(scores - lse_GT[:, start:stop, None])
-            inner = (d_out.astype(wide) * out_GTH[:, start:stop]).sum(-1, keepdims=True)
+        (q_GtH, k_SH, v_SH, q_segments, segments), out_GtH, lse_Gt, d_out_GtH = args
+        (_, t, H), S = q_GtH.shape, k_SH.shape[0]
+        wide = sum_dtype(q_GtH)
+        d_q, d_k, d_v = [], jnp.zeros((S, H), wide), jnp.zeros((S, H), wide)
+        for start, stop, seen in _blocks(t, S, first):
+            q, d_out = q_GtH[:, start:stop], d_out_GtH[:, start:stop]
+            scores = _scores(
+                q,
+                k_SH[:seen],
+                q_segments[start:stop],
+                segments[:seen],
+                start + (0 if first is None else first),
+            )
+            weights = jnp.exp(scores - lse_Gt[:, start:stop, None])
+            inner = (d_out.astype(wide) * out_GtH[:, start:stop]).sum(-1, keepdims=True)
             d_out = d_out.reshape(-1, H)
-            d_weights = jnp.dot(d_out, v_TH[:stop].T, preferred_element_type=wide)
+            d_weights = jnp.dot(d_out, v_SH[:seen].T, preferred_element_type=wide)
             d_scores = weights * (d_weights.reshape(weights.shape) - inner) * H**-0.5
-            d_scores = d_scores.reshape(-1, stop).astype(q.dtype)
-            weights = weights.reshape(-1, stop).astype(q.dtype)
-            d_q.append(jnp.dot(d_scores, k_TH[:stop]).reshape(q.shape))
-            d_k = d_k.at[:stop].add(jnp.dot(d_scores.T, q.reshape(-1, H)))
-            d_v = d_v.at[:stop].add(jnp.dot(weights.T, d_out))
-        return jnp.concatenate(d_q, 1), d_k.astype(k_TH.dtype), d_v.astype(v_TH.dtype)
+            d_scores = d_scores.reshape(-1, seen).astype(q.dtype)
+            weights = weights.reshape(-1, seen).astype(q.dtype)
+            d_q.append(jnp.dot(d_scores, k_SH[:seen]).reshape(q.shape))
+            d_k = d_k.at[:seen].add(jnp.dot(d_scores.T, q.reshape(-1, H)))
+            d_v = d_v.at[:seen].add(jnp.dot(weights.T, d_out))
+        return jnp.concatenate(d_q, 1), d_k.astype(k_SH.dtype), d_v.astype(v_SH.dtype)
 
-    d_q_PGTH, d_k_PTH, d_v_PTH = jax.lax.map(one_head, (*residuals, d_out_PGTH))
-    return d_q_PGTH, d_k_PTH, d_v_PTH, None
+    d_qkv = jax.lax.map(one_head, (inputs, out_PGtH, lse_PGt, d_out_PGtH))
+    return *d_qkv, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -71,8 +71,9 @@ _TENSORS = {
 
 def recipe_config(model: ml_collections.ConfigDict) -> Qwen3Config:
     """Of a recipe's `model`: at its own sizes, or those of the directory `path`."""
-    options = {key: value for key, value in model.items() if key != 'path'}
-    return read_config(model.path, **options) if model.path else Qwen3Config(**options)
+    if not model.path:
+        return Qwen3Config.of(model)
+    return read_config(model.path, **{key: model[key] for key in model if key != 'path'})
 
 
 def read_config(path: str | os.PathLike, **options) -> Qwen3Config:

@@ -1,96 +1,223 @@
 """Log-probabilities of given tokens from hidden states, without whole logits in memory.
 
-M tokens, D model, V vocabulary. The tokens are walked in blocks, in the forward and in the backward
-pass, so the memory is that of one block of logits [block, V], however many tokens there are.
+M tokens, D model, V vocabulary; m tokens and v words are one block of logits.
+
+Forward and backward walk blocks of tokens and of words, so memory does not grow with M times V. On
+a mesh every device scores its own tokens: blocks of the head are gathered over the axes that split
+'embed' as they are needed, their gradients are summed and split over them again, and the parts of a
+'vocab' that is split are combined like blocks.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from echo_jax.model import partition
 from echo_jax.model.precision import sum_dtype
 
-BLOCK = 1024  # tokens whose logits exist at one time
+MAX_WORDS = 2048  # v
+MAX_LOGITS = 1 << 25  # m times v: 128 MiB in float32
+
+_TOKENS = ('rows', 'tokens')
+_HIDDEN = ('rows', 'tokens', None)
+_HEAD = ('vocab', 'embed')
+
+
+class TokenScores(NamedTuple):
+    """Of tokens given those before them, float32, nats."""
+
+    logprobs: jax.Array  # at the sampling temperature; the only one that passes gradients
+    entropy: jax.Array  # of the distribution that the token was drawn from
+    logprobs_t1: jax.Array  # at temperature 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_logprobs(hidden, unembedding, targets, temperature=1.0):
-    """Log-probability of each target, and the entropy of the distribution it was drawn from.
+def score_tokens(hidden, unembedding, targets, temperature=1.0) -> TokenScores:
+    """Scores of each target.
 
     Args:
-      hidden: [..., D], any float dtype; the state that predicts the target.
-      unembedding: [V, D].
-      targets: int32 [...], the tokens that come next.
+      hidden: [B, T, D], any float dtype; the states that predict the targets.
+      unembedding: [V, D], taken in the dtype of `hidden`.
+      targets: int32 [B, T], the tokens that come next.
       temperature: the logits are divided by it; the sampler's, so that both sides mean the same.
 
     Returns:
-      (logprobs, entropy), float32 [...], nats. Gradients flow through the log-probabilities; the
-      entropy is a measurement and passes none.
+      TokenScores of float32 [B, T].
     """
     return _forward(hidden, unembedding, targets, temperature)[0]
 
 
-def _logits(hidden_mD, unembedding_VD, temperature):
-    unembedding_DV = unembedding_VD.T.astype(hidden_mD.dtype)
-    wide = sum_dtype(hidden_mD)
-    return jnp.dot(hidden_mD, unembedding_DV, preferred_element_type=wide) / temperature
+def token_logprobs(hidden, unembedding, targets, temperature=1.0):
+    """(logprobs, entropy) of `score_tokens`, for states [..., D] and targets [...]."""
+    rows = hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 1 else hidden[None, None]
+    scores = score_tokens(rows, unembedding, targets.reshape(rows.shape[:2]), temperature)
+    return scores.logprobs.reshape(targets.shape), scores.entropy.reshape(targets.shape)
 
 
-def _in_blocks(f, *arrays):
-    """Maps f over blocks of the leading axis; the last block is padded with zeros and cut off."""
-    size = arrays[0].shape[0]
-    block = min(BLOCK, size)
-    count = -(-size // block)
-    padded = [
-        jnp.pad(a, [(0, count * block - size), *[(0, 0)] * (a.ndim - 1)]).reshape(
-            count, block, *a.shape[1:]
-        )
-        for a in arrays
-    ]
-    out = jax.lax.map(lambda xs: f(*xs), tuple(padded))
-    return jax.tree.map(lambda o: o.reshape(-1, *o.shape[2:])[:size], out)
-
-
-def _forward(hidden, unembedding_VD, targets, temperature):
-    def block(hidden_mD, targets_m):
-        logits_mV = _logits(hidden_mD, unembedding_VD, temperature)
-        lse_m = jax.nn.logsumexp(logits_mV, axis=-1)
-        target_m = jnp.take_along_axis(logits_mV, targets_m[:, None], axis=-1)[:, 0]
-        probs_mV = jnp.exp(logits_mV - lse_m[:, None])
-        return target_m - lse_m, lse_m - (probs_mV * logits_mV).sum(-1), lse_m
-
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logprobs, entropy, lse = _in_blocks(block, flat, targets.reshape(-1))
-    out = (logprobs.reshape(targets.shape), entropy.reshape(targets.shape))
-    return out, (hidden, unembedding_VD, targets, lse)
+def _forward(hidden, unembedding, targets, temperature):
+    score = partition.per_device(
+        functools.partial(_score, temperature=temperature),
+        in_axes=(_HIDDEN, _HEAD, _TOKENS),
+        out_axes=(TokenScores(_TOKENS, _TOKENS, _TOKENS), _TOKENS),
+    )
+    scores, lse = score(hidden, unembedding, targets)
+    return scores, (hidden, unembedding, targets, lse)
 
 
 def _backward(temperature, residuals, cotangents):
-    hidden, unembedding_VD, targets, lse = residuals
+    pull = partition.per_device(
+        functools.partial(_pull, temperature=temperature),
+        in_axes=(_HIDDEN, _HEAD, _TOKENS, _TOKENS, _TOKENS),
+        out_axes=(_HIDDEN, _HEAD),
+    )
+    return *pull(*residuals, cotangents.logprobs), None
+
+
+score_tokens.defvjp(_forward, _backward)
+
+
+class _Sums(NamedTuple):
+    """[m] each, over the words so far."""
+
+    top: jax.Array  # the largest logit
+    total: jax.Array  # sum of exp(logit - top)
+    total_t1: jax.Array  # the same at temperature 1
+    weighted: jax.Array  # sum of exp(logit - top) * logit
+    target: jax.Array  # the target's logit
+
+
+def _score(hidden, unembedding, targets, temperature):
+    """(TokenScores, log-sum-exp) of the tokens [b, t] of one device."""
+    words = _words(unembedding)
+
+    def block(hidden_mD, targets_m):
+        def add(number, sums):
+            rows_vD, ids_v, fresh_v, _ = _head_block(unembedding, number, words, hidden.dtype)
+            logits_mv = jnp.where(fresh_v, _logits(hidden_mD, rows_vD) / temperature, -jnp.inf)
+            hit_mv = (targets_m[:, None] == ids_v) & fresh_v
+            top = jnp.maximum(sums.top, logits_mv.max(-1))
+            above = logits_mv - top[:, None]
+            weights = jnp.exp(above)
+            weights_t1 = weights if temperature == 1.0 else jnp.exp(above * temperature)
+            old = sums.top - top
+            return _Sums(
+                top,
+                sums.total * jnp.exp(old) + weights.sum(-1),
+                sums.total_t1 * jnp.exp(old * temperature) + weights_t1.sum(-1),
+                sums.weighted * jnp.exp(old) + jnp.where(fresh_v, weights * logits_mv, 0.0).sum(-1),
+                sums.target + jnp.where(hit_mv, logits_mv, 0.0).sum(-1),
+            )
+
+        zero = jnp.zeros(targets_m.shape, sum_dtype(hidden_mD))
+        first = _Sums(jnp.full_like(zero, -jnp.inf), zero, zero, zero, zero)
+        return _combine(jax.lax.fori_loop(0, _count(unembedding, words), add, first), temperature)
+
+    flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    blocks, size = _in_blocks(flat, words)
+    scores, lse = jax.lax.map(lambda xs: block(*xs), blocks)
+    return jax.tree.map(lambda x: x.reshape(-1)[:size].reshape(targets.shape), (scores, lse))
+
+
+def _combine(sums: _Sums, temperature: float):
+    """(TokenScores, log-sum-exp) [m] out of the sums over this device's words."""
+    if axes := partition.mesh_axes('vocab'):
+        top = jax.lax.pmax(sums.top, axes)
+        part, part_t1 = jnp.exp(sums.top - top), jnp.exp((sums.top - top) * temperature)
+        total, total_t1, weighted, target = jax.lax.psum(
+            (sums.total * part, sums.total_t1 * part_t1, sums.weighted * part, sums.target), axes
+        )
+        sums = _Sums(top, total, total_t1, weighted, target)
+    lse = sums.top + jnp.log(sums.total)
+    lse_t1 = sums.top * temperature + jnp.log(sums.total_t1)
+    scores = TokenScores(
+        sums.target - lse, lse - sums.weighted / sums.total, sums.target * temperature - lse_t1
+    )
+    return scores, lse
+
+
+def _pull(hidden, unembedding, targets, lse, cotangent, temperature):
+    """(d hidden, d unembedding) of one device, from the cotangent of the log-probabilities."""
     D = hidden.shape[-1]
-    wide = sum_dtype(hidden)
+    words, wide = _words(unembedding), sum_dtype(hidden)
+    flat = [hidden.reshape(-1, D), *(x.reshape(-1) for x in (targets, lse, cotangent))]
+    blocks, size = _in_blocks(flat, words)
 
-    def block(d_unembedding_VD, xs):
-        hidden_mD, targets_m, lse_m, d_m = xs
-        logits_mV = _logits(hidden_mD, unembedding_VD, temperature)
-        onehot_mV = targets_m[:, None] == jnp.arange(logits_mV.shape[-1])
-        d_logits_mV = (onehot_mV - jnp.exp(logits_mV - lse_m[:, None])) * (d_m / temperature)[
-            :, None
-        ]
-        d_logits_mV = d_logits_mV.astype(hidden_mD.dtype)
-        d_unembedding_VD += jnp.dot(d_logits_mV.T, hidden_mD, preferred_element_type=wide)
-        return d_unembedding_VD, d_logits_mV @ unembedding_VD.astype(hidden_mD.dtype)
+    def head_block(number, carry):
+        d_hidden, d_unembedding = carry
+        rows_vD, ids_v, fresh_v, at = _head_block(unembedding, number, words, hidden.dtype)
 
-    flat = (hidden.reshape(-1, D), targets.reshape(-1), lse, cotangents[0].reshape(-1))
-    size = flat[1].shape[0]
-    step = min(BLOCK, size)
-    count = -(-size // step)
-    padded = [jnp.pad(a, [(0, count * step - size), *[(0, 0)] * (a.ndim - 1)]) for a in flat]
-    xs = tuple(a.reshape(count, step, *a.shape[1:]) for a in padded)
-    d_unembedding, d_hidden = jax.lax.scan(block, jnp.zeros(unembedding_VD.shape, wide), xs)
+        def token_block(d_rows_vD, xs):
+            (hidden_mD, targets_m, lse_m, d_m), d_hidden_mD = xs
+            probs_mv = jnp.exp(_logits(hidden_mD, rows_vD) / temperature - lse_m[:, None])
+            d_logits_mv = ((targets_m[:, None] == ids_v) - probs_mv) * (d_m / temperature)[:, None]
+            d_logits_mv = jnp.where(fresh_v, d_logits_mv, 0.0).astype(hidden.dtype)
+            d_rows_vD += jnp.dot(d_logits_mv.T, hidden_mD, preferred_element_type=wide)
+            d_hidden_mD += jnp.dot(d_logits_mv, rows_vD, preferred_element_type=wide)
+            return d_rows_vD, d_hidden_mD
+
+        d_rows_vD, d_hidden = jax.lax.scan(
+            token_block, jnp.zeros(rows_vD.shape, wide), (blocks, d_hidden)
+        )
+        d_rows = _sum_over_tokens(d_rows_vD).astype(unembedding.dtype)
+        old = jax.lax.dynamic_slice_in_dim(d_unembedding, at, words)
+        d_rows = jnp.where(fresh_v[:, None], d_rows, old)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_rows, at, 0)
+
+    start = jnp.zeros(blocks[0].shape, wide), jnp.zeros_like(unembedding)
+    d_hidden, d_unembedding = jax.lax.fori_loop(0, _count(unembedding, words), head_block, start)
+    if axes := partition.mesh_axes('vocab'):
+        d_hidden = jax.lax.psum(d_hidden, axes)
     d_hidden = d_hidden.reshape(-1, D)[:size].reshape(hidden.shape)
-    return d_hidden, d_unembedding.astype(unembedding_VD.dtype), None
+    return d_hidden.astype(hidden.dtype), d_unembedding
 
 
-token_logprobs.defvjp(_forward, _backward)
+def _words(unembedding) -> int:
+    return min(MAX_WORDS, unembedding.shape[0])
+
+
+def _count(unembedding, words: int) -> int:
+    return -(-unembedding.shape[0] // words)
+
+
+def _in_blocks(arrays, words: int):
+    """Arrays [M, ...] as [blocks, m, ...], padded with zeros, and M."""
+    size = arrays[0].shape[0]
+    count = -(-size * words // MAX_LOGITS)
+    block = -(-size // count)
+    pad = count * block - size
+    return tuple(
+        jnp.pad(a, [(0, pad), *[(0, 0)] * (a.ndim - 1)]).reshape(count, block, *a.shape[1:])
+        for a in arrays
+    ), size
+
+
+def _head_block(unembedding, number, words: int, dtype):
+    """Block `number` of this device's words: (rows [v, D], ids [v], whether new [v], first row).
+
+    The last block ends with the last word, so it may begin with words that were in the one before.
+    """
+    start = number * words
+    at = jnp.minimum(start, unembedding.shape[0] - words)
+    rows = jax.lax.dynamic_slice_in_dim(unembedding, at, words).astype(dtype)
+    for axis in reversed(partition.mesh_axes('embed')):
+        rows = jax.lax.all_gather(rows, axis, axis=1, tiled=True)
+    places = at + jnp.arange(words)
+    offset = 0
+    if axes := partition.mesh_axes('vocab'):
+        offset = jax.lax.axis_index(axes) * unembedding.shape[0]
+    return rows, offset + places, places >= start, at
+
+
+def _sum_over_tokens(d_rows_vD):
+    """The sum over the devices that hold other tokens, split again as the head is."""
+    split = partition.mesh_axes('embed')
+    for axis in split:
+        d_rows_vD = jax.lax.psum_scatter(d_rows_vD, axis, scatter_dimension=1, tiled=True)
+    rest = [a for name in _TOKENS for a in partition.mesh_axes(name) if a not in split]
+    return jax.lax.psum(d_rows_vD, rest) if rest else d_rows_vD
+
+
+def _logits(hidden_mD, rows_vD):
+    return jnp.dot(hidden_mD, rows_vD.T, preferred_element_type=sum_dtype(hidden_mD))

@@ -15,10 +15,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from echo_jax.model import attention
+from echo_jax.model import attention, partition
 from echo_jax.model.precision import sum_dtype
 from echo_jax.model.rope import ROPE_TYPES, attention_factor, inverse_frequencies, rope
+
+_policies = jax.checkpoint_policies
+# What a layer keeps for its backward pass, besides its input.
+REMAT = {
+    'none': _policies.everything_saveable,
+    'full': _policies.nothing_saveable,
+    'attention': _policies.save_only_these_names('mixed'),  # so attention runs forward once
+    # The input waits in the host's memory instead of the device's.
+    'offload': _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=['layer_input'],
+        offload_src='device',
+        offload_dst='pinned_host',
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +61,8 @@ class Qwen3Config:
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
-    remat: bool = False  # compute a layer again in the backward pass instead of keeping it
+    attention: str = 'auto'  # the kernel, one of attention.KINDS; 'auto': the platform's
+    remat: str = 'full'  # what the backward pass finds instead of computing it again, see REMAT
 
     @classmethod
     def of(cls, model) -> 'Qwen3Config':
@@ -58,10 +75,31 @@ class Qwen3Config:
                 f'num_attention_heads={self.num_attention_heads} is no multiple of '
                 f'num_key_value_heads={self.num_key_value_heads}; change config.model'
             )
+        for key, choices in (('attention', attention.KINDS), ('remat', tuple(REMAT))):
+            if getattr(self, key) not in choices:
+                raise ValueError(
+                    f'model.{key} is {getattr(self, key)!r}; expected one of {choices}'
+                )
         if self.head_dim % 2:
             raise ValueError(f'head_dim={self.head_dim} is odd; RoPE rotates pairs, make it even')
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f'rope_type is {self.rope_type!r}; expected one of {ROPE_TYPES}')
+
+
+_STATES = ('rows', 'tokens', None)  # how activations lie
+_WEIGHTS = {  # a layer's matrices, and below how they lie where they are used
+    'wq': ('embed', 'heads'),
+    'wk': ('embed', 'kv_heads'),
+    'wv': ('embed', 'kv_heads'),
+    'wo': ('heads', 'embed'),
+    'w_gate': ('embed', 'mlp'),
+    'w_up': ('embed', 'mlp'),
+    'w_down': ('mlp', 'embed'),
+}
+_GATHERED = {
+    name: tuple(None if axis == 'embed' else axis for axis in axes)
+    for name, axes in _WEIGHTS.items()
+}
 
 
 class Cache(NamedTuple):
@@ -100,16 +138,16 @@ class Layers(nnx.Module):
 
         into_residual = 1 / math.sqrt(2 * L)  # GPT-2: the residual stream keeps its variance
         self.attention_norm = ones(D, axes=('embed',))
-        self.wq = normal(D, N * H, axes=('embed', 'heads'))
-        self.wk = normal(D, K * H, axes=('embed', 'kv_heads'))
-        self.wv = normal(D, K * H, axes=('embed', 'kv_heads'))
+        self.wq = normal(D, N * H, axes=_WEIGHTS['wq'])
+        self.wk = normal(D, K * H, axes=_WEIGHTS['wk'])
+        self.wv = normal(D, K * H, axes=_WEIGHTS['wv'])
         self.q_norm = ones(H, axes=('head_dim',))
         self.k_norm = ones(H, axes=('head_dim',))
-        self.wo = normal(N * H, D, axes=('heads', 'embed'), scale=into_residual)
+        self.wo = normal(N * H, D, axes=_WEIGHTS['wo'], scale=into_residual)
         self.mlp_norm = ones(D, axes=('embed',))
-        self.w_gate = normal(D, F, axes=('embed', 'mlp'))
-        self.w_up = normal(D, F, axes=('embed', 'mlp'))
-        self.w_down = normal(F, D, axes=('mlp', 'embed'), scale=into_residual)
+        self.w_gate = normal(D, F, axes=_WEIGHTS['w_gate'])
+        self.w_up = normal(D, F, axes=_WEIGHTS['w_up'])
+        self.w_down = normal(F, D, axes=_WEIGHTS['w_down'], scale=into_residual)
 
 
 class Qwen3(nnx.Module):
@@ -134,12 +172,14 @@ class Qwen3(nnx.Module):
 
         def body(x_BTD, layer):
             def attend(q, k, v):
-                return attention.segment_attention(q, k, v, segment_ids_BT)
+                kind = self.config.attention
+                mixed = attention.segment_attention(q, k, v, segment_ids_BT, kind)
+                return checkpoint_name(mixed, 'mixed')
 
+            x_BTD = checkpoint_name(x_BTD, 'layer_input')
             return self._layer(layer, x_BTD, positions_BT, attend), None
 
-        if self.config.remat:
-            body = jax.checkpoint(body)
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.config.remat])
         x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), self._stacked())
         return rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
 
@@ -173,25 +213,35 @@ class Qwen3(nnx.Module):
         }
 
     def _embed(self, tokens_BT):
-        return self.embedding[...].astype(self.config.dtype)[tokens_BT]
+        """Each device looks all tokens up in its columns; then columns are traded for rows."""
+        table_VD = partition.constrain(
+            self.embedding[...].astype(self.config.dtype), 'vocab', 'embed'
+        )
+        x_BTD = table_VD[partition.constrain(tokens_BT, None, None)]
+        x_BTD = partition.constrain(x_BTD, None, None, 'embed')
+        return partition.constrain(x_BTD, *_STATES)
 
     def _layer(self, p, x_BTD, positions_BT, attend):
         """One pre-norm decoder layer; the two uses differ in `attend(q, k, v) -> [B, T, N, H]`."""
         c = self.config
-        w = {name: value.astype(c.dtype) for name, value in p.items()}
-        B, T, D = x_BTD.shape
+        # Cast where they lie and only then gathered, which is half the traffic.
+        w = {
+            name: partition.constrain(p[name].astype(c.dtype), *_WEIGHTS[name]) for name in _WEIGHTS
+        }
+        w = {name: partition.constrain(w[name], *_GATHERED[name]) for name in w}
+        B, T, _ = x_BTD.shape
         N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
-        h_MD = rms_norm(x_BTD, p['attention_norm'], c.rms_norm_eps).reshape(B * T, D)
-        q_BTNH = rms_norm((h_MD @ w['wq']).reshape(B, T, N, H), p['q_norm'], c.rms_norm_eps)
-        k_BTKH = rms_norm((h_MD @ w['wk']).reshape(B, T, K, H), p['k_norm'], c.rms_norm_eps)
-        v_BTKH = (h_MD @ w['wv']).reshape(B, T, K, H)
+        h_BTD = rms_norm(x_BTD, p['attention_norm'], c.rms_norm_eps)
+        q_BTNH = rms_norm((h_BTD @ w['wq']).reshape(B, T, N, H), p['q_norm'], c.rms_norm_eps)
+        k_BTKH = rms_norm((h_BTD @ w['wk']).reshape(B, T, K, H), p['k_norm'], c.rms_norm_eps)
+        v_BTKH = (h_BTD @ w['wv']).reshape(B, T, K, H)
         turns = inverse_frequencies(c, sum_dtype(x_BTD)), attention_factor(c)
         q_BTNH = rope(q_BTNH, positions_BT, *turns)
         k_BTKH = rope(k_BTKH, positions_BT, *turns)
-        mixed_MX = attend(q_BTNH, k_BTKH, v_BTKH).reshape(B * T, N * H)
-        x_BTD += (mixed_MX @ w['wo']).reshape(B, T, D)
+        mixed_BTX = attend(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, N * H)
+        x_BTD = partition.constrain(x_BTD + mixed_BTX @ w['wo'], *_STATES)
 
-        h_MD = rms_norm(x_BTD, p['mlp_norm'], c.rms_norm_eps).reshape(B * T, D)
-        up_MF = jax.nn.silu(h_MD @ w['w_gate']) * (h_MD @ w['w_up'])
-        return x_BTD + (up_MF @ w['w_down']).reshape(B, T, D)
+        h_BTD = rms_norm(x_BTD, p['mlp_norm'], c.rms_norm_eps)
+        up_BTF = jax.nn.silu(h_BTD @ w['w_gate']) * (h_BTD @ w['w_up'])
+        return partition.constrain(x_BTD + up_BTF @ w['w_down'], *_STATES)

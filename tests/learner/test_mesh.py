@@ -1,49 +1,136 @@
-"""The same step on one device and on meshes of four."""
+"""The same loss and gradients on one device, on meshes of eight, and in two processes."""
 
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import ml_collections
 import numpy as np
 import pytest
+from mesh_step import SHARDING, SIZES
+from random_rollouts import small_config
 
+from echo_jax.learner import distributed
 from echo_jax.learner.sharding import make_mesh
+from echo_jax.learner.step import Programs
 
 ROOT = pathlib.Path(__file__).parents[2]
+MESHES = [
+    {'fsdp': 8},
+    {'fsdp': 4, 'tensor': 2},
+    {'fsdp': 2, 'context': 2, 'tensor': 2},
+    {'data': 2, 'fsdp': 2, 'context': 2},
+]
 
 
-def test_meshes_of_four_devices_compute_what_one_does():
-    """In float64, so that what is left are reductions in another order."""
-    environment = os.environ | {
-        'JAX_PLATFORMS': 'cpu',
-        'JAX_ENABLE_X64': '1',
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0',
-        'PYTHONPATH': f'{ROOT}',
-    }
-    done = subprocess.run(
-        [sys.executable, pathlib.Path(__file__).with_name('mesh_step.py')],
-        env=environment,
-        capture_output=True,
+def start(output, sizes, dtype='float32', devices=8, **environment):
+    flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
+    return subprocess.Popen(
+        [sys.executable, ROOT / 'tests/learner/mesh_step.py', output, json.dumps(sizes), dtype],
+        env=os.environ
+        | {
+            'JAX_PLATFORMS': 'cpu',
+            'JAX_ENABLE_X64': str(int(dtype == 'float64')),
+            'XLA_FLAGS': flags,
+            'PYTHONPATH': str(ROOT),
+        }
+        | environment,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
     )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(line['fsdp'], line['tensor']) for line in lines] == [(4, 1), (2, 2)]
-    for line in lines:
-        assert line['held'] == 0.25, line  # every matrix and its moments lie on all four
-        assert abs(line['loss'][0]) > 0.01 and line['grad_norm'][0] > 0.01, line
-        np.testing.assert_allclose(line['loss'][1], line['loss'][0], rtol=1e-5)
-        np.testing.assert_allclose(line['grad_norm'][1], line['grad_norm'][0], rtol=1e-5)
-        assert line['apart'] < 1e-5, line
 
 
-@pytest.mark.parametrize('sizes', [(1, 2, 1, 3), (-1, -1, 1, 1), (2, 1, 1, 16)])
+def finish(output, *processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors[-4000:]
+    return dict(np.load(output))
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('alone')
+    return {
+        dtype: finish(folder / f'{dtype}.npz', start(folder / f'{dtype}.npz', {}, dtype, devices=1))
+        for dtype in ('float32', 'float64')
+    }
+
+
+def assert_same(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    assert abs(expected['loss']) > 0.01
+    assert expected['target_tokens'] == 7 + 5 + 5 + 6 + 0 + 0 + 1
+    for name, value in expected.items():
+        if name == 'held':
+            continue
+        assert found[name].shape == value.shape
+        scale = np.abs(value).max()
+        if value.ndim:
+            assert scale > 1e-3, name  # a gradient of zeros would show nothing
+        else:
+            scale = max(scale, 1.0)  # the policy's loss is 0 but for rounding
+        np.testing.assert_allclose(found[name], value, 0, tolerance * scale, err_msg=name)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('float64', 1e-12)])
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_eight_devices_compute_what_one_does(alone, tmp_path, sizes, dtype, tolerance):
+    output = tmp_path / 'mesh.npz'
+    found = finish(output, start(output, sizes, dtype))
+    assert found['held'] == pytest.approx(0.25 if 'data' in sizes else 0.125)
+    assert_same(found, alone[dtype], tolerance)
+
+
+def test_two_processes_compute_what_one_does(alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        address = f'localhost:{free.getsockname()[1]}'
+    output, sizes = tmp_path / 'mesh.npz', {'fsdp': 2, 'context': 2, 'tensor': 2}
+    together = {'JAX_COORDINATOR_ADDRESS': address, 'JAX_PROCESS_COUNT': '2'}
+    processes = [
+        start(output, sizes, devices=4, JAX_PROCESS_ID=str(i), **together) for i in range(2)
+    ]
+    assert_same(finish(output, *processes), alone['float32'], 1e-5)
+
+
+def test_a_process_count_without_a_number_says_what_to_set(monkeypatch):
+    monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'host:1234')
+    with pytest.raises(ValueError, match=r'JAX_PROCESS_COUNT.*set all three'):
+        distributed.start()
+
+
+@pytest.mark.parametrize('sizes', [(1, 2, 1, 3), (-1, -1, 1, 1), (2, 1, 1, 16), (1, 0, 1, 1)])
 def test_a_mesh_that_does_not_fit_says_so(sizes):
     config = ml_collections.ConfigDict()
     config.mesh = dict(zip(('data', 'fsdp', 'context', 'tensor'), sizes))
     with pytest.raises(ValueError, match=r'does not fit 1 devices; change config\.mesh'):
         make_mesh(config)
+
+
+class Chip:
+    platform = 'none'
+
+
+@pytest.mark.parametrize(
+    'mesh, change, message',
+    [
+        ({'tensor': 4}, {}, 'num_key_value_heads=2 does not divide over tensor=4 = 4; make it'),
+        ({'fsdp': 3}, {}, r'batch\.micro_rows=8 does not divide over data=1 x fsdp=3 = 3'),
+        ({'context': 5}, {}, r'batch\.seq_len=16 does not divide over context=5'),
+        ({'tensor': 2}, {'sharding': {}}, 'mesh.tensor=2 splits nothing'),
+        ({'fsdp': 2}, {'sharding': {'embed': 'tensor'}}, r'sharding\.embed is .*expected embed'),
+        ({'fsdp': 2}, {'sharding': {'embed': 'fsdp', 'layers': 'fsdp'}}, r'sharding\.layers'),
+    ],
+)
+def test_a_model_that_does_not_divide_says_so(mesh, change, message):
+    config = small_config(groups=4, group_size=2, seq_len=16, micro_rows=8)
+    config.model.update(SIZES)
+    config.mesh.update({'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1} | mesh)
+    with config.unlocked():
+        config.sharding = change.get('sharding', SHARDING)
+    devices = [Chip()] * int(np.prod(list(mesh.values())))
+    with pytest.raises(ValueError, match=message):
+        Programs.of(config, devices)

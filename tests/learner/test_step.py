@@ -35,7 +35,7 @@ MODEL = Qwen3Config(
     head_dim=4,
     rope_theta=100.0,
     dtype='float64',
-    remat=True,
+    remat='full',
 )
 GRAPHDEF, SHAPES = nnx.split(nnx.eval_shape(lambda: Qwen3(MODEL, rngs=nnx.Rngs(0))))
 T = 24  # of a row, and the longest rollout

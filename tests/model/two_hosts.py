@@ -16,16 +16,17 @@ import numpy as np
 from echo_jax.learner import sharding
 from echo_jax.model import huggingface, safetensors
 from echo_jax.model import params as model_params
+from echo_jax.model.partition import Layout
 
 address, process, model = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
-mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 1, 1, 4), sharding.MESH_AXES)
-rules = {'heads': 'tensor', 'kv_heads': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor'}
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ['tensor'])
+layout = Layout(mesh, dict.fromkeys(['heads', 'kv_heads', 'mlp', 'vocab'], ('tensor',)))
 _, abstract = model_params.abstract(huggingface.read_config(model))
 kept, really_open = [], safetensors.open_tensors
 # The maps would be gone when load_params returns, and with them what was read.
 safetensors.open_tensors = lambda path: kept.append(really_open(path)) or kept[0]
-params = huggingface.load_params(model, abstract, sharding.param_shardings(abstract, mesh, rules))
+params = huggingface.load_params(model, abstract, sharding.param_shardings(abstract, layout))
 smaps = pathlib.Path('/proc/self/smaps').read_text()
 mapped = re.findall(r'\.safetensors\nSize: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+) kB', smaps)
 size, resident = np.array(mapped, int).sum(axis=0)

@@ -1,0 +1,23 @@
+"""Qwen3-1.7B by the recipe of configs/qwen3_8b.py; only the model's sizes differ.
+
+    python -m echo_jax.plan --config=configs/qwen3_1p7b.py --topology=v5e:4x4
+
+Topology: v5e:4x4. Plan: not yet planned. Expected result: not yet run.
+`--config=configs/qwen3_1p7b.py:grpo` is the same run without the environment term.
+"""
+
+import ml_collections
+
+from configs import qwen3_8b
+
+
+def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
+    c = qwen3_8b.get_config(variant)
+    c.model.update(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+    )
+    return c

@@ -1,0 +1,365 @@
+"""What a compiled XLA program does, counted from its text: FLOPs, HBM and collective bytes.
+
+XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs. All
+numbers are of one chip, since a partitioned program is the program of one chip. Not counted: what a
+Pallas kernel does inside (a custom call is opaque; `tpu.kernel_flops` reads it elsewhere), the
+FLOPs of anything but matrix products, and the padding of tiled layouts.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from typing import NamedTuple
+
+_SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
+_INSTRUCTION = re.compile(r'  (ROOT )?%(\S+) = (.*)')
+_COMPUTATION = re.compile(r'(ENTRY )?%(\S+) .*\{$')
+_CALLED = re.compile(r'\b(?:calls|body|to_apply|true_computation|false_computation)=%([\w.-]+)')
+_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+# They move nothing: names of other values, buffers without contents, ends of what was counted at
+# its start, and loops and calls, whose insides are counted instead.
+_FREE = {
+    *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all'),
+    *('opt-barrier', 'partition-id', 'replica-id', 'while', 'conditional', 'call', 'async-start'),
+}
+
+
+class Chip(NamedTuple):
+    """Of one chip, as cloud.google.com/tpu/docs/{v5e,v5p,v6e} gives it."""
+
+    peak_flops: float  # bfloat16, 1/s
+    hbm_bandwidth: float  # bytes/s
+    ici_bandwidth: float  # bytes/s that a chip can send, over all its links
+
+
+class Shape(NamedTuple):
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool  # else in a memory that the layout names: S(1) is VMEM, S(6) SMEM
+
+    @property
+    def bytes(self) -> float:
+        bits = re.search(r'\d+', self.dtype)  # of f32, bf16, s4; none in pred and token
+        width = int(bits[0]) / 8 if bits else float(self.dtype == 'pred')
+        return width * math.prod(self.dims)
+
+
+class Instruction(NamedTuple):
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]  # of the result; several where it is a tuple
+    operands: tuple[str, ...]
+    rest: str  # arguments and attributes, as written
+    is_root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one chip."""
+
+    flops: float = 0.0  # of matrix products; a multiply and an add are two
+    hbm_bytes: float = 0.0  # read and written
+    sent_bytes: float = 0.0  # over the interconnect, as rings would
+    seconds: float = 0.0  # see `program_cost`
+
+    def __add__(self, other: 'Cost') -> 'Cost':
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+    def __mul__(self, times: float) -> 'Cost':
+        return Cost(*(times * value for value in dataclasses.astuple(self)))
+
+
+def program_cost(text: str, chip: Chip, *, devices: int, unknown_trips: int) -> Cost:
+    """The cost of `compiled.as_text()`, each loop counted as often as it runs.
+
+    A loop runs as often as the constant says that its condition compares with; `unknown_trips`
+    times where there is none. `devices` are those of a collective whose groups are not written out.
+    `seconds` sums, over the instructions of the schedule, the longest of an instruction's FLOPs,
+    HBM bytes and sent bytes at the chip's rates. What an asynchronous collective sends is not in
+    it: the schedule goes on meanwhile.
+    """
+    program = _Program(*_parse(text), chip, devices, unknown_trips)
+    return program.cost(program.entry)
+
+
+# ------------------------------------------------------------------------------- reading the text
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """(computations by name, each its instructions by name; the name of the entry)."""
+    computations, entry = {}, ''
+    for line in text.splitlines():
+        if (found := _COMPUTATION.match(line)) and ' = ' not in line:
+            current = computations[found[2]] = {}
+            entry = found[2] if found[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            result, rest = _split(found[3])
+            opcode, _, rest = rest.partition('(')
+            arguments, _ = _closing('(' + rest)
+            shapes = tuple(
+                Shape(dtype, tuple(map(int, filter(None, dims.split(',')))), _in_hbm(layout))
+                for dtype, dims, layout in _SHAPE.findall(result)
+            )
+            names = tuple(re.findall(r'%([\w.-]+)', arguments))
+            is_root = bool(found[1])
+            current[found[2]] = Instruction(found[2], opcode, shapes, names, rest, is_root)
+    return computations, entry
+
+
+def _in_hbm(layout: str) -> bool:
+    return not re.search(r'S\([1-9]', layout)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """'type opcode(...)...' as (type, 'opcode(...)...'); a tuple's type holds spaces."""
+    if text.startswith('('):
+        result, rest = _closing(text)
+        return result, rest.lstrip()
+    result, _, rest = text.partition(' ')
+    return result, rest
+
+
+def _closing(text: str) -> tuple[str, str]:
+    """The bracket that `text` begins with, and what follows it."""
+    depth = 0
+    for bracket in re.finditer(r'[()]', text):
+        depth += 1 if bracket[0] == '(' else -1
+        if depth == 0:
+            return text[: bracket.end()], text[bracket.end() :]
+    return text, ''
+
+
+# -------------------------------------------------------------------------------------- counting
+
+
+@dataclasses.dataclass(eq=False)
+class _Program:
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+    chip: Chip
+    devices: int
+    unknown_trips: int
+
+    @functools.cache  # noqa: B019  one program, one parse
+    def cost(self, name: str) -> Cost:
+        """Of a computation that is a schedule: the entry, a loop's body, a branch."""
+        return sum(
+            (self._instruction(name, i) for i in self.computations[name].values()), start=Cost()
+        )
+
+    def _instruction(self, name: str, i: Instruction) -> Cost:
+        if i.opcode == 'while':
+            return self.cost(_CALLED.search(i.rest)[1]) * self._trips(name, i)
+        if i.opcode == 'conditional':
+            branches = _BRANCHES.search(i.rest)
+            names = re.findall(r'[\w.-]+', branches[1]) if branches else _CALLED.findall(i.rest)
+            return max(map(self.cost, names), key=lambda cost: cost.seconds)
+        if i.opcode in ('call', 'async-start'):
+            return self.cost(_CALLED.search(i.rest)[1])
+        flops, sent = self._work(name, i)
+        moved = self._traffic(name, i)
+        in_step = 0.0 if i.opcode.endswith('-start') else sent
+        rates = zip((flops, moved, in_step), self.chip)
+        return Cost(flops, moved, sent, max(amount / rate for amount, rate in rates))
+
+    def _work(self, name: str, i: Instruction) -> tuple[float, float]:
+        """(FLOPs, bytes sent) of one instruction, a fusion with all that is in it."""
+        operands = [self.computations[name][operand] for operand in i.operands]
+        if i.opcode == 'fusion':
+            called = _CALLED.search(i.rest)[1]
+            inside = [self._work(called, j) for j in self.computations[called].values()]
+            flops, sent = map(sum, zip(*inside))
+            # A TPU's reduce-scatter: an all-reduce of which each chip keeps, and is sent, a part.
+            return flops, sent / 2 if called.startswith('all-reduce-scatter') else sent
+        if i.opcode in ('convolution', 'dot'):
+            return _product_flops(i, *(operand.shapes[0] for operand in operands)), 0.0
+        if (kind := i.opcode.removesuffix('-start')) in _COLLECTIVES:
+            size = sum(shape.bytes for operand in operands for shape in operand.shapes)
+            n = self._group(i.rest)
+            share = {
+                'all-gather': n - 1,
+                'all-reduce': 2 * (n - 1) / n,
+                'collective-permute': 1,
+            }.get(kind, (n - 1) / n)
+            return 0.0, size * share
+        return 0.0, 0.0
+
+    def _group(self, attributes: str) -> int:
+        """How many chips take part in one group of a collective."""
+        groups = re.search(r'replica_groups=(\S*( \{[^}]*\})?)', attributes)
+        text = groups[1] if groups else ''
+        if text.startswith('mesh'):
+            axes = dict(re.findall(r"'(\w+)'=(\d+)", text))
+            used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", text.partition('{')[2])
+            return math.prod(int(part or axes[axis]) for axis, part in used)
+        if found := re.match(r'\[\d+,(\d+)\]', text):
+            return int(found[1])
+        if found := re.match(r'\{\{([\d,]+)\}', text):
+            return len(found[1].split(','))
+        return self.devices
+
+    def _trips(self, name: str, loop: Instruction) -> int:
+        """How often a loop runs whose counter grows by a constant to a constant."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(known[1])
+        condition = self.computations[re.search(r'condition=%([\w.-]+)', loop.rest)[1]]
+        test = _root(condition)
+        if test.opcode != 'compare' or 'direction=LT' not in test.rest:
+            return self.unknown_trips
+        counter, end = condition[test.operands[0]], _number(condition, test.operands[1])
+        if counter.opcode != 'get-tuple-element' or end is None:
+            return self.unknown_trips
+        k = int(re.search(r'index=(\d+)', counter.rest)[1])
+        body = self.computations[re.search(r'body=%([\w.-]+)', loop.rest)[1]]
+        first = self.computations[name][loop.operands[0]]
+        start = (
+            _number(self.computations[name], first.operands[k]) if first.opcode == 'tuple' else 0
+        )
+        return -(-(end - (start or 0)) // _increment(body, _root(body).operands[k]))
+
+    # ---- HBM
+
+    def _traffic(self, name: str, i: Instruction) -> float:
+        """Bytes that an instruction of the schedule reads from HBM and writes to it."""
+        if i.opcode in _FREE or i.opcode.endswith('-done') or '"AllocateBuffer"' in i.rest:
+            return 0.0
+        defined = self.computations[name]
+        read = sum(
+            self._read(defined, i, k)
+            for k, operand in enumerate(i.operands)
+            if all(shape.in_hbm for shape in defined[operand].shapes)
+        )
+        return read + self._written(defined, i)
+
+    def _read(self, defined: dict[str, Instruction], i: Instruction, k: int) -> float:
+        """Bytes of operand k that `i` reads: a slice reads its result, a fusion as its insides."""
+        whole = sum(shape.bytes for shape in defined[i.operands[k]].shapes)
+        match i.opcode:
+            case 'dynamic-slice' | 'slice' | 'gather' if k == 0:
+                return i.shapes[0].bytes
+            case 'dynamic-update-slice' if k == 0:
+                return 0.0  # it is written in place
+            case 'fusion':
+                inside = self.computations[_CALLED.search(i.rest)[1]]
+                number = next(
+                    j.name
+                    for j in inside.values()
+                    if j.opcode == 'parameter' and j.rest.startswith(f'{k})')
+                )
+                return min(whole, self._read_by_users(inside, number))
+        return whole
+
+    def _read_by_users(self, defined: dict[str, Instruction], name: str) -> float:
+        total = 0.0
+        for user in defined.values():
+            if name in user.operands:
+                if user.opcode == 'bitcast':
+                    total += self._read_by_users(defined, user.name)
+                else:
+                    total += self._read(defined, user, user.operands.index(name))
+        return total
+
+    def _written(self, defined: dict[str, Instruction], i: Instruction) -> float:
+        """Bytes of the result that land in HBM; of an update in place, those of the update."""
+        shapes = i.shapes
+        match i.opcode:
+            case 'copy-start':  # result, operand, context
+                shapes = shapes[:1]
+            case 'all-gather-start' | 'collective-permute-start':  # operand, result, contexts
+                shapes = shapes[1:]
+            case 'dynamic-update-slice':
+                return defined[i.operands[1]].shapes[0].bytes if shapes[0].in_hbm else 0.0
+            case 'fusion':
+                return self._written_by_fusion(i)
+        return sum(shape.bytes for shape in shapes if shape.in_hbm)
+
+    def _written_by_fusion(self, i: Instruction) -> float:
+        inside = self.computations[_CALLED.search(i.rest)[1]]
+        root = _root(inside)
+        parts = [inside[o] for o in root.operands] if root.opcode == 'tuple' else [root]
+        total = 0.0
+        for shape, part in zip(i.shapes, parts):
+            while part.opcode == 'bitcast':
+                part = inside[part.operands[0]]
+            if part.opcode == 'dynamic-update-slice':
+                shape = inside[part.operands[1]].shapes[0]._replace(in_hbm=shape.in_hbm)
+            total += shape.bytes if shape.in_hbm else 0.0
+        return total
+
+
+def _root(computation: dict[str, Instruction]) -> Instruction:
+    return next(i for i in computation.values() if i.is_root)
+
+
+def _number(computation: dict[str, Instruction], name: str) -> int | None:
+    """The integer that a value is, where it is a constant."""
+    i = computation[name]
+    while i.opcode in ('copy', 'bitcast'):
+        i = computation[i.operands[0]]
+    found = re.match(r'(\d+)\)', i.rest) if i.opcode == 'constant' else None
+    return int(found[1]) if found else None
+
+
+def _increment(body: dict[str, Instruction], name: str) -> int:
+    """What a loop's counter, at the end of its body, has grown by; loops unrolled by two add 2."""
+    total, i = 0, body[name]
+    while i.opcode in ('add', 'copy', 'bitcast'):
+        numbers = [_number(body, operand) for operand in i.operands]
+        total += next((n for n in numbers if n is not None), 0)
+        i = body[next((o for o, n in zip(i.operands, numbers) if n is None), i.operands[0])]
+        if i.opcode == 'constant':
+            break
+    return total or 1
+
+
+def _product_flops(i: Instruction, lhs: Shape, rhs: Shape) -> float:
+    """2 x the elements of the result x the products that each sums."""
+    if i.opcode == 'dot':
+        contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)
+        dims = [int(d) for d in contracted[1].split(',') if d] if contracted else []
+        return 2.0 * math.prod(i.shapes[0].dims) * math.prod(lhs.dims[d] for d in dims)
+    # TPUs write every product as a convolution, with heads or batches as padded spatial dimensions:
+    # only the pairs of a result and a window position that do not fall on padding are products.
+    lhs_names, rhs_names, out_names = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', i.rest).groups()
+    size = dict(zip(lhs_names, lhs.dims))
+    kernel = dict(zip(rhs_names, rhs.dims))
+    out = dict(zip(out_names, i.shapes[0].dims))
+    window = _window(i.rest)
+    pairs = math.prod(
+        _pairs(size[d], kernel[d], out[d], *window.get(int(d), (1, 0, 1, 1)))
+        for d in out_names
+        if d.isdigit()
+    )
+    # The kernel's input features and the result's batch are those of one group, where there are.
+    return 2.0 * out['b'] * out['f'] * kernel['i'] * pairs
+
+
+def _window(attributes: str) -> dict[int, tuple[int, int, int, int]]:
+    """Of each spatial dimension: stride, padding before, dilation of the input, of the kernel."""
+    text = re.search(r'window=\{([^}]*)\}', attributes)
+    if not text:
+        return {}
+    parts = collections.defaultdict(lambda: None)
+    parts |= {key: value.split('x') for key, value in re.findall(r'(\w+)=(\S+)', text[1])}
+
+    def at(key, d, default):
+        return int(parts[key][d].partition('_')[0]) if parts[key] else default
+
+    return {
+        d: (at('stride', d, 1), at('pad', d, 0), at('lhs_dilate', d, 1), at('rhs_dilate', d, 1))
+        for d in range(len(parts['size']))
+    }
+
+
+def _pairs(size, kernel, out, stride, before, dilation, kernel_dilation) -> int:
+    """Pairs (result position, kernel position) that meet an element of the input."""
+    end = (size - 1) * dilation
+    return sum(
+        1
+        for o in range(out)
+        for k in range(kernel)
+        if 0 <= (at := o * stride + k * kernel_dilation - before) <= end and at % dilation == 0
+    )

@@ -1,0 +1,49 @@
+"""The whole step lowered for TPU and for CUDA on a machine with neither."""
+
+import jax
+import numpy as np
+import pytest
+from random_rollouts import small_config
+
+from echo_jax.learner.step import Programs
+from echo_jax.types import Batch
+
+DTYPES = {'roles': np.uint8, 'tokens': np.int32, 'positions': np.int32, 'segment_ids': np.int32}
+# What the kernel leaves in the program.
+KERNELS = {
+    ('tpu', 'splash'): 'tpu_custom_call',
+    ('cuda', 'pallas'): 'triton',
+    ('cuda', 'cudnn'): '__cudnn$fmha',
+    ('tpu', 'blocks'): None,
+    ('cuda', 'blocks'): None,
+}
+
+
+@pytest.mark.parametrize('remat', ['full', 'attention', 'offload'])
+@pytest.mark.parametrize('platform, kernel', KERNELS)
+def test_the_step_lowers(platform, kernel, remat):
+    if remat != 'full' and kernel == 'blocks':
+        pytest.skip('the blocks are the same program everywhere')
+    config = small_config(groups=2, group_size=2, seq_len=640, micro_rows=2)
+    config.model.update(
+        {'hidden_size': 64, 'head_dim': 128, 'num_attention_heads': 4, 'num_key_value_heads': 2}
+        | {'num_hidden_layers': 2, 'dtype': 'bfloat16', 'attention': kernel, 'remat': remat}
+    )
+    programs = Programs.of(config)
+    step, state, _ = programs.step(config.optimizer)
+    batch = Batch(
+        *(jax.ShapeDtypeStruct((4, 640), DTYPES.get(name, np.float32)) for name in Batch._fields)
+    )
+    traced = step.trace(state, batch, 0.05, None)
+    try:
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+    except RuntimeError as error:
+        if 'cuDNN is not detected' not in str(error):
+            raise
+        pytest.skip('JAX lowers for cuDNN only where cuDNN is installed')
+    assert '640x640' not in program  # no scores of whole rows
+    if KERNELS[platform, kernel]:
+        # Forward, and in the backward pass.
+        assert program.count(KERNELS[platform, kernel]) >= 2
+    else:
+        assert not any(kernel in program for kernel in KERNELS.values() if kernel)
