@@ -160,7 +160,7 @@ def _pull(hidden, unembedding, targets, lse, cotangent, temperature):
         d_rows_vD, d_hidden = jax.lax.scan(
             token_block, jnp.zeros(rows_vD.shape, wide), (blocks, d_hidden)
         )
-        d_rows = _sum_over_tokens(d_rows_vD).astype(unembedding.dtype)
+        d_rows = partition.sum_over_tokens(d_rows_vD, 1).astype(unembedding.dtype)
         old = jax.lax.dynamic_slice_in_dim(d_unembedding, at, words)
         d_rows = jnp.where(fresh_v[:, None], d_rows, old)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_rows, at, 0)
@@ -208,15 +208,6 @@ def _head_block(unembedding, number, words: int, dtype):
     if axes := partition.mesh_axes('vocab'):
         offset = jax.lax.axis_index(axes) * unembedding.shape[0]
     return rows, offset + places, places >= start, at
-
-
-def _sum_over_tokens(d_rows_vD):
-    """The sum over the devices that hold other tokens, split again as the head is."""
-    split = partition.mesh_axes('embed')
-    for axis in split:
-        d_rows_vD = jax.lax.psum_scatter(d_rows_vD, axis, scatter_dimension=1, tiled=True)
-    rest = [a for name in _TOKENS for a in partition.mesh_axes(name) if a not in split]
-    return jax.lax.psum(d_rows_vD, rest) if rest else d_rows_vD
 
 
 def _logits(hidden_mD, rows_vD):

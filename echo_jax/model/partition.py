@@ -7,11 +7,13 @@ the sampler, all of this is the identity.
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
@@ -70,6 +72,48 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` laid out by the logical names of its axes; None is an axis that is whole everywhere."""
     layout = _LAYOUT.get()
     return jax.lax.with_sharding_constraint(x, layout.sharding(*axes)) if layout else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x_BTI: jax.Array, w_IO: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    """x @ w, [B, T, O] in the dtype of x, of states and a weight that lies by `axes`.
+
+    The weight is cast where it lies and gathered along 'embed' for the product. Its gradient is
+    summed over a device's tokens in float32 and split again as it is summed over the devices; by
+    itself XLA would have every device hold all of it first.
+    """
+    return x_BTI @ _gathered(x_BTI, w_IO, axes)
+
+
+def _gathered(x_BTI, w_IO, axes):
+    w_IO = constrain(w_IO.astype(x_BTI.dtype), *axes)
+    return constrain(w_IO, *(None if axis == 'embed' else axis for axis in axes))
+
+
+def _matmul_backward(axes, operands, d_BTO):
+    x_BTI, w_IO = operands
+    lie_in, lie_out = (None if axis == 'embed' else axis for axis in axes)
+
+    def weight_gradient(x_BTI, d_BTO):
+        d_IO = jnp.einsum('bti,bto->io', x_BTI, d_BTO, preferred_element_type=w_IO.dtype)
+        return sum_over_tokens(d_IO, axes.index('embed'))
+
+    split = per_device(
+        weight_gradient, (('rows', 'tokens', lie_in), ('rows', 'tokens', lie_out)), axes
+    )
+    return d_BTO @ _gathered(x_BTI, w_IO, axes).T, split(x_BTI, d_BTO)
+
+
+matmul.defvjp(lambda x, w, axes: (matmul(x, w, axes), (x, w)), _matmul_backward)
+
+
+def sum_over_tokens(part: jax.Array, dimension: int) -> jax.Array:
+    """Under `per_device`: the sum over devices that hold other tokens, split along 'embed'."""
+    split = mesh_axes('embed')
+    for axis in split:
+        part = jax.lax.psum_scatter(part, axis, scatter_dimension=dimension, tiled=True)
+    rest = [a for name in ('rows', 'tokens') for a in mesh_axes(name) if a not in split]
+    return jax.lax.psum(part, rest) if rest else part
 
 
 def per_device(f: Callable, in_axes: tuple, out_axes) -> Callable:

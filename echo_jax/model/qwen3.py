@@ -87,7 +87,7 @@ class Qwen3Config:
 
 
 _STATES = ('rows', 'tokens', None)  # how activations lie
-_WEIGHTS = {  # a layer's matrices, and below how they lie where they are used
+_WEIGHTS = {  # a layer's matrices
     'wq': ('embed', 'heads'),
     'wk': ('embed', 'kv_heads'),
     'wv': ('embed', 'kv_heads'),
@@ -95,10 +95,6 @@ _WEIGHTS = {  # a layer's matrices, and below how they lie where they are used
     'w_gate': ('embed', 'mlp'),
     'w_up': ('embed', 'mlp'),
     'w_down': ('mlp', 'embed'),
-}
-_GATHERED = {
-    name: tuple(None if axis == 'embed' else axis for axis in axes)
-    for name, axes in _WEIGHTS.items()
 }
 
 
@@ -224,24 +220,23 @@ class Qwen3(nnx.Module):
     def _layer(self, p, x_BTD, positions_BT, attend):
         """One pre-norm decoder layer; the two uses differ in `attend(q, k, v) -> [B, T, N, H]`."""
         c = self.config
-        # Cast where they lie and only then gathered, which is half the traffic.
-        w = {
-            name: partition.constrain(p[name].astype(c.dtype), *_WEIGHTS[name]) for name in _WEIGHTS
-        }
-        w = {name: partition.constrain(w[name], *_GATHERED[name]) for name in w}
+
+        def times(x, name):
+            return partition.matmul(x, p[name], _WEIGHTS[name])
+
         B, T, _ = x_BTD.shape
         N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
         h_BTD = rms_norm(x_BTD, p['attention_norm'], c.rms_norm_eps)
-        q_BTNH = rms_norm((h_BTD @ w['wq']).reshape(B, T, N, H), p['q_norm'], c.rms_norm_eps)
-        k_BTKH = rms_norm((h_BTD @ w['wk']).reshape(B, T, K, H), p['k_norm'], c.rms_norm_eps)
-        v_BTKH = (h_BTD @ w['wv']).reshape(B, T, K, H)
+        q_BTNH = rms_norm(times(h_BTD, 'wq').reshape(B, T, N, H), p['q_norm'], c.rms_norm_eps)
+        k_BTKH = rms_norm(times(h_BTD, 'wk').reshape(B, T, K, H), p['k_norm'], c.rms_norm_eps)
+        v_BTKH = times(h_BTD, 'wv').reshape(B, T, K, H)
         turns = inverse_frequencies(c, sum_dtype(x_BTD)), attention_factor(c)
         q_BTNH = rope(q_BTNH, positions_BT, *turns)
         k_BTKH = rope(k_BTKH, positions_BT, *turns)
         mixed_BTX = attend(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, N * H)
-        x_BTD = partition.constrain(x_BTD + mixed_BTX @ w['wo'], *_STATES)
+        x_BTD = partition.constrain(x_BTD + times(mixed_BTX, 'wo'), *_STATES)
 
         h_BTD = rms_norm(x_BTD, p['mlp_norm'], c.rms_norm_eps)
-        up_BTF = jax.nn.silu(h_BTD @ w['w_gate']) * (h_BTD @ w['w_up'])
-        return partition.constrain(x_BTD + up_BTF @ w['w_down'], *_STATES)
+        up_BTF = jax.nn.silutimes(h_BTD, 'w_gate') * (times(h_BTD, 'w_up'))
+        return partition.constrain(x_BTD + times(up_BTF, 'w_down'), *_STATES)

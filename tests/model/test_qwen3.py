@@ -185,13 +185,14 @@ def test_extending_a_cache_is_the_whole_pass(pieces):
     np.testing.assert_allclose(hidden[1], written_out(params, longer[1])[0][2:], rtol=1e-9)
 
 
-def test_computing_layers_again_changes_no_gradient():
+@pytest.mark.parametrize('remat', ['full', 'attention', 'offload'])
+def test_computing_layers_again_changes_no_gradient(remat):
     def value_and_grads(remat):
         graphdef, params = build(remat=remat)
         row = draw((2, 9)), *alone(9, rows=2)
         return jit(jax.value_and_grad(lambda p: (nnx.merge(graphdef, p)(*row) ** 3).sum()))(params)
 
-    kept, again = value_and_grads(False), value_and_grads(True)
+    kept, again = value_and_grads('none'), value_and_grads(remat)
     assert all(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(kept))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), kept, again)
 
