@@ -238,5 +238,5 @@ class Qwen3(nnx.Module):
         x_BTD = partition.constrain(x_BTD + times(mixed_BTX, 'wo'), *_STATES)
 
         h_BTD = rms_norm(x_BTD, p['mlp_norm'], c.rms_norm_eps)
-        up_BTF = jax.nn.silutimes(h_BTD, 'w_gate') * (times(h_BTD, 'w_up'))
+        up_BTF = jax.nn.silu(times(h_BTD, 'w_gate')) * times(h_BTD, 'w_up')
         return partition.constrain(x_BTD + times(up_BTF, 'w_down'), *_STATES)
