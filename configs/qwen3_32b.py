@@ -20,5 +20,5 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
         num_attention_heads=64,
         tie_word_embeddings=False,
     )
-    c.batch.micro_rows = 64  # one a chip
+    c.batch.micro_rows = 32  # half a row on each of 64 chips
     return c

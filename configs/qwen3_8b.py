@@ -32,7 +32,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.batch = ml_collections.ConfigDict()
     c.batch.groups = 16  # tasks a step
     c.batch.seq_len = 34_816  # tokens a row: 34,096 in whole blocks of attention, 68 x 512
-    c.batch.micro_rows = 16  # rows in one pass of the step's inner loop: one a chip
+    c.batch.micro_rows = 8  # rows in one pass of the step's inner loop: half a row on each chip
     c.batch.pack = True  # several rollouts in one row where they fit
 
     c.loss = ml_collections.ConfigDict()
@@ -83,7 +83,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.model.attention = 'auto'  # the platform's kernel (model/attention.py)
     c.model.remat = 'full'  # what the backward pass computes again (model/qwen3.py: REMAT)
 
-    c.mesh = ml_collections.ConfigDict({'data': 1, 'fsdp': -1, 'context': 1, 'tensor': 1})
+    # Two chips share a row, which halves what a chip keeps of it; -1: the rest of the chips.
+    c.mesh = ml_collections.ConfigDict({'data': 1, 'fsdp': -1, 'context': 2, 'tensor': 1})
     # Logical axis: mesh axes. A name that is not here is whole on every chip.
     c.sharding = ml_collections.ConfigDict(
         {

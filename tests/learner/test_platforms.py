@@ -34,8 +34,8 @@ def test_the_step_lowers(platform, kernel, remat):
     batch = Batch(
         *(jax.ShapeDtypeStruct((4, 640), DTYPES.get(name, np.float32)) for name in Batch._fields)
     )
-    traced = step.trace(state, batch, 0.05, None)
     try:
+        traced = step.trace(state, batch, 0.05, None)
         program = traced.lower(lowering_platforms=(platform,)).as_text()
     except RuntimeError as error:
         if 'cuDNN is not detected' not in str(error):
