@@ -4,26 +4,32 @@ VENV := .venv
 WORKDIR ?= runs/tiny
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup develop quickstart test lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(VENV)/installed: requirements.txt requirements-dev.txt
+$(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "echo_jax needs Python 3.11 or newer; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/developed: $(VENV)/installed requirements-plan.txt requirements-dev.txt
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-setup: $(VENV)/installed  ## virtual environment in .venv with everything that is needed
+setup: $(VENV)/installed  ## virtual environment in .venv with what the quickstart needs
+
+develop: $(VENV)/developed  ## the same with what tests and plan need: the TPU compiler, PyTorch, ruff
 
 quickstart: setup  ## train the tiny agent on this machine's CPU, into WORKDIR (runs/tiny)
 	$(VENV)/bin/python -m echo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
 
-test: setup  ## all tests
+test: develop  ## all tests
 	$(VENV)/bin/python -m pytest
 
-lint: setup  ## ruff, check and format; shellcheck
+lint: develop  ## ruff, check and format; shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/shellcheck --external-sources launch/*.sh launch/*/*.sh .ci/run

@@ -1,6 +1,9 @@
 """One small training run, made once, that the programs' tests share; copy it before writing."""
 
+import os
 import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # libtpu is installed, and looks for a TPU at length
 
 import pytest
 from small_run import Programs
