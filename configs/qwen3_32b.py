@@ -2,7 +2,8 @@
 
     python -m echo_jax.plan --config=configs/qwen3_32b.py --topology=v5p:4x4x4
 
-Topology: v5p:4x4x4. Plan: not yet planned. Expected result: not yet run.
+Topology: v5p:4x4x4. Plan, 256 rows of 34,816 tokens: 36.6 of 95.7 GiB a chip, 145 s a step, MFU
+0.63. Expected result: not yet run.
 `--config=configs/qwen3_32b.py:grpo` is the same run without the environment term.
 """
 
