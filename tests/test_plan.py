@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
     '--config=configs/qwen3_8b.py',
     '--topology=v5e:2x2',
+    '--mesh=fsdp=4',
     '--seq_len=128',
     '--config.batch.micro_rows=4',
     '--config.model.vocab_size=2048',
@@ -128,7 +129,8 @@ def test_candidates():
 def test_hints():
     pytest.importorskip('libtpu')
     config = qwen3_8b.get_config()
-    config.mesh.update(fsdp=8, tensor=2)
+    config.mesh.update(fsdp=8, context=1, tensor=2)
+    config.batch.micro_rows = 16
     step = tpu.Step(config, tpu.tpu_devices('v5p:2x2x4'), rows=64)
     # 16 rows at a time over fsdp=8 may be 8, or 4 with each row on two chips.
     assert plan.hint(step, used=100 * plan.GIB, limit=96 * plan.GIB) == (
@@ -192,7 +194,7 @@ def test_a_search():
 
 def test_a_model_that_does_not_fit():
     flags = '--topology=v5e:2x2', '--rows=4', '--seq_len=128', '--config.batch.micro_rows=4'
-    found = planned('--config=configs/qwen3_8b.py', *flags)
+    found = planned('--config=configs/qwen3_8b.py', *flags, '--mesh=fsdp=4')
     assert not found['fits']
     # 8.19e9 parameters x 12 bytes over four chips, and a third of that for the gradients.
     assert found['state_gib_per_chip'] == pytest.approx(8_190_735_360 * 12 / 4 / 2**30, rel=1e-3)

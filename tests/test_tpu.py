@@ -135,6 +135,7 @@ def small_config():
         num_key_value_heads=2,
     )
     config.batch.update(seq_len=128, micro_rows=4)
+    config.mesh.context = 1
     return config
 
 
@@ -143,16 +144,20 @@ def small_config():
     [
         ({'mesh': {'fsdp': 3}}, 8, 'fsdp=3.* does not fit 4 devices'),
         ({}, 6, 'rows=6 does not divide by batch.micro_rows=4'),
-        ({'batch': {'micro_rows': 2}}, 8, 'batch.micro_rows=2 does not divide by data x fsdp=4'),
+        (
+            {'batch': {'micro_rows': 2}},
+            8,
+            'batch.micro_rows=2 does not divide over data=1 x fsdp=4 = 4',
+        ),
         (
             {'mesh': {'fsdp': 1, 'context': 4}, 'batch': {'seq_len': 130}},
             8,
-            'batch.seq_len=130 does not divide by context=4',
+            'batch.seq_len=130 does not divide over context=4',
         ),
         (
             {'model': {'hidden_size': 258}},
             8,
-            r"'embedding'.*\(2048, 258\).* over fsdp=4 x context=1",
+            r'embedding \(2048, 258\): 258 \(embed\) does not divide over fsdp=4 x context=1',
         ),
     ],
 )
