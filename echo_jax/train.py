@@ -24,7 +24,7 @@ from echo_jax.agent.policy.jax import JaxPolicy
 from echo_jax.agent.protocol import Protocol
 from echo_jax.agent.tasks import TaskSource, task_iterator
 from echo_jax.evaluate import env_ce, solve_rate
-from echo_jax.learner import batching, sharding
+from echo_jax.learner import batching, distributed, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import Programs
@@ -242,7 +242,15 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
         if (value := operator.attrgetter(key)(config)) < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
     if config.policy.backend != 'jax':
-        raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax'")
+        raise ValueError(
+            f"policy.backend is {config.policy.backend!r}; only 'jax' is there yet: add "
+            '--config.policy.backend=jax --config.sandbox.backend=local'
+        )
+    if (count := jax.process_count()) > 1:
+        raise ValueError(
+            f"this learner has {count} processes, but policy.backend='jax' samples in one; start "
+            'it on one host'
+        )
     if config.max_staleness != 0:
         raise ValueError(
             f'max_staleness is {config.max_staleness}; the embedded policy samples every step from '
@@ -271,6 +279,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
+    distributed.start()
     check_choices(config)  # before the workdir is this config's for good
     worker.sandbox_maker(config)  # fails now where this machine allows no sandbox
     try:

@@ -26,6 +26,8 @@ _TOKENIZER_TASKS = 500  # of the training tasks, for the small tokenizer's merge
 class Workdir:
     def __init__(self, path: str | os.PathLike, config: ml_collections.ConfigDict):
         """Makes the folder or opens it again; ValueError where it is of another config."""
+        if '://' in os.fspath(path):
+            raise ValueError(f'{path} is no folder; a run lives in a local or a mounted one as yet')
         self.path = pathlib.Path(path)
         self.config = config
         self.path.mkdir(parents=True, exist_ok=True)

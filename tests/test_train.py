@@ -6,6 +6,7 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import time
@@ -249,6 +250,7 @@ def test_grpo_is_echo_without_its_term(programs, finished, tmp_path):
         (['--config=configs/tiny.py', '--config.batch.seq_len=200'], ['seq_len=200', 'raise it']),
         (['--config=configs/tiny.py', '--config.eval.every=0'], ['eval.every is 0']),
         (['--config=configs/tiny.py', '--config.mesh.data=2'], ['data=2', '1 devices']),
+        (['--config=configs/tiny.py', '--config.policy.backend=vllm'], ['policy.backend=jax']),
         (['--config=configs/tiny.py', '--config.tasks.train=/nowhere'], ['/nowhere']),
     ],
     ids=lambda value: ' '.join(value[-1:]) if isinstance(value, list) else '',
@@ -295,6 +297,25 @@ def test_workdirs_of_others(programs, finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
     line = programs.fails('train', *programs.train_flags(tmp_path / 'thesis.tex' / 'run'))
     assert 'Not a directory' in line
+    line = programs.fails('train', '--config=configs/tiny.py', '--workdir=gs://bucket/run')
+    assert 'gs://bucket/run is no folder' in line
+
+
+def test_a_learner_of_two_processes_has_no_sampler_yet(programs, tmp_path):
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        together = {
+            'JAX_COORDINATOR_ADDRESS': f'localhost:{free.getsockname()[1]}',
+            'JAX_PROCESS_COUNT': '2',
+        }
+    flags = programs.train_flags(tmp_path / 'run')
+    other = programs.start('train', *flags, JAX_PROCESS_ID='1', **together)
+    try:
+        line = programs.fails('train', *flags, JAX_PROCESS_ID='0', **together)
+    finally:
+        other.kill()
+    assert 'this learner has 2 processes' in line
+    assert not (tmp_path / 'run').exists()
 
 
 def test_no_namespaces(programs, tmp_path):
