@@ -1,7 +1,7 @@
 """Qwen3-8B by ECHO's released recipe (arXiv 2605.24517): 16 tasks x 16 rollouts a step.
 
-    python -m echo_jax.train --config=configs/qwen3_8b.py --workdir=gs://BUCKET/RUN
     python -m echo_jax.plan --config=configs/qwen3_8b.py --topology=v5p:2x2x4
+    python -m echo_jax.train --config=configs/qwen3_8b.py --workdir=RUN  # needs the vLLM workers
 
 Set `model.path`, `tasks.train` and `tasks.heldout` below, or as flags.
 
