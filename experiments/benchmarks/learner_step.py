@@ -13,7 +13,7 @@ not counted, but in it and in the second the losses and gradient norms must agre
 Tokens/s are by the medians of the rounds; a `ratio` above 1 means that ours is faster.
 
 --rows: batches of so many rows. A step costs its tokens and one update, whatever the rows;
-`update_ms` is a step of a batch without tokens, and `tokens_per_s_besides` leaves it out.
+`update_ms` is a step of a batch without tokens.
 
 --profile: shares of the step, each by taking a part out: the attention kernel, the head with the
 loss, the update; the rest are the layers. Of these, `products` is the time that their matrix
@@ -200,12 +200,11 @@ def by_rows(args) -> dict:
     steps['update'] = our_step(programs, programs.random_params(), without_tokens(batch))
     medians = alternate(steps, args.rounds)
     update = medians.pop('update')
-    besides = {rows: tokens[rows] / (medians[rows] - update) for rows in counts}
+    speeds = {rows: tokens[rows] / medians[rows] for rows in counts}
     return {
-        'rows': {rows: round(tokens[rows] / medians[rows]) for rows in counts},
+        'rows': {rows: round(speed) for rows, speed in speeds.items()},
+        'slowest_by_fastest': round(min(speeds.values()) / max(speeds.values()), 3),
         'update_ms': round(1e3 * update, 2),
-        'tokens_per_s_besides': {rows: round(value) for rows, value in besides.items()},
-        'slowest_by_fastest_besides': round(min(besides.values()) / max(besides.values()), 3),
     }
 
 
