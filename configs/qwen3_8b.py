@@ -112,6 +112,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.policy.backend = 'vllm'  # on workers of their own
     c.policy.temperature = 0.8  # of training's rollouts, and of the objective
     c.policy.slots = 256  # episodes that are sampled together
+    c.policy.tensor_parallel = 1  # GPUs of a worker's engine
     c.policy.gpu_memory_utilization = 0.8  # of a GPU's memory, vLLM's share
 
     c.sandbox = ml_collections.ConfigDict()
@@ -134,6 +135,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.warm_start.explorations = 1500  # transcripts
     c.warm_start.demonstrations = 900  # training tasks that are shown
     c.warm_start.habits = ('solve', 'guess', 'leave')  # see configs/tiny.py
+    c.warm_start.sandbox = 'local'  # where the transcripts' commands run
     c.warm_start.save_every = 50  # steps between two saves
     c.warm_start.optimizer = ml_collections.ConfigDict(c.optimizer.to_dict())
 

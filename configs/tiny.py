@@ -92,9 +92,11 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.optimizer.max_grad_norm = 0.2
 
     c.policy = ml_collections.ConfigDict()
-    c.policy.backend = 'jax'  # the embedded sampler
+    c.policy.backend = 'jax'  # the embedded sampler; 'vllm': workers (python -m echo_jax.worker)
     c.policy.temperature = 1.0  # of training's rollouts, and of the objective
     c.policy.slots = 64  # episodes that decode together
+    c.policy.tensor_parallel = 1  # GPUs of a worker's engine
+    c.policy.gpu_memory_utilization = 0.8  # of a GPU's memory, vLLM's share
 
     c.sandbox = ml_collections.ConfigDict()
     c.sandbox.backend = 'local'  # Linux namespaces
@@ -117,6 +119,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.warm_start.demonstrations = 900  # training tasks that are shown
     # How they are gone about, in turn: solved, answered without a look, left after a look.
     c.warm_start.habits = ('solve', 'guess', 'leave')
+    c.warm_start.sandbox = 'local'  # where the transcripts' commands run
     c.warm_start.save_every = 50  # steps between two saves
     c.warm_start.optimizer = ml_collections.ConfigDict(c.optimizer.to_dict())
     c.warm_start.optimizer.name = 'muon'

@@ -30,6 +30,7 @@ from echo_jax.learner.step import make_score
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
 from echo_jax.report import CONSOLE
+from echo_jax.sampling import waves
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import ENV_TARGETS, SOLVED_REWARD, Rollout, Status, Task
@@ -120,7 +121,7 @@ def evaluate_policy(
 
     async def draw():
         await policy.load(params, version)
-        for wave in worker.waves(enumerate(tasks), samples, config.policy.slots):
+        for wave in waves(enumerate(tasks), samples, config.policy.slots):
             await worker.collect(
                 wave,
                 store,

@@ -34,9 +34,11 @@ class Metrics:
     `resume(step)` takes back what a killed run wrote after the checkpoint that it goes on from.
     """
 
-    def __init__(self, workdir: pathlib.Path, name: str = 'metrics.jsonl'):
-        self._file = workdir / name
-        self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
+    def __init__(self, workdir: pathlib.Path, name: str = 'metrics.jsonl', writes: bool = True):
+        """writes: False in all processes of a learner but one."""
+        self._file, self._writes = workdir / name, writes
+        folder = str(workdir / 'tensorboard')
+        self._events = tensorboardX.SummaryWriter(folder, write_to_disk=writes)
 
     def rows(self) -> list[dict]:
         if not self._file.exists():
@@ -45,6 +47,8 @@ class Metrics:
         return [json.loads(line) for line in lines if line.endswith('\n')]
 
     def resume(self, step: int) -> None:
+        if not self._writes:
+            return
         kept = [json.dumps(row) + '\n' for row in self.rows() if row['step'] <= step]
         partial = self._file.with_suffix('.partial')
         partial.write_text(''.join(kept))
@@ -57,6 +61,8 @@ class Metrics:
                 f'step {step}: {", ".join(wrong)} not finite; lower the learning rate or look at '
                 'what this step read, then run again: it resumes at the last checkpoint'
             )
+        if not self._writes:
+            return
         with self._file.open('a') as file:
             file.write(json.dumps({'step': step, **values}) + '\n')
         for name, value in values.items():

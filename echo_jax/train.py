@@ -6,7 +6,7 @@ Data flows one way: tasks, episodes, rollout store, batch, step, weight store. R
 workdir it resumes; Ctrl-C and SIGTERM save and leave.
 """
 
-import functools
+import collections
 import json
 import operator
 import sys
@@ -20,7 +20,6 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from echo_jax import program, report, worker
-from echo_jax.agent.policy.jax import JaxPolicy
 from echo_jax.agent.protocol import Protocol
 from echo_jax.agent.tasks import TaskSource, task_iterator
 from echo_jax.evaluate import env_ce, solve_rate
@@ -29,8 +28,9 @@ from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import Programs
 from echo_jax.model import huggingface
-from echo_jax.model import params as model_params
-from echo_jax.store.rollouts import RolloutStore, consume
+from echo_jax.sampling import make_sampler
+from echo_jax.store.rollouts import consume
+from echo_jax.store.rounds import Round
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import SOLVED_REWARD, Rollout
 from echo_jax.warm_start import warm_start
@@ -50,11 +50,12 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
     # --------------------------------------------------------------- tasks and their conversation
     report.heading(f'Tasks and tokenizer in {work.path}')
-    tokenizer = work.tokenizer()
-    protocol = Protocol(tokenizer, config.protocol)
-    limits = lambda text: len(protocol.prompt_ids(text)), config.protocol.max_prompt_tokens
-    source = TaskSource(work.tasks('train'), *limits)
-    heldout = TaskSource(work.tasks('heldout'), *limits)
+    with distributed.leader_first('tasks'):  # which it may have to make
+        tokenizer = work.tokenizer()
+        protocol = Protocol(tokenizer, config.protocol)
+        limits = lambda text: len(protocol.prompt_ids(text)), config.protocol.max_prompt_tokens
+        source = TaskSource(work.tasks('train'), *limits)
+        heldout = TaskSource(work.tasks('heldout'), *limits)
     tasks = task_iterator(source, seed=config.seed, groups=config.batch.groups)
     report.CONSOLE.print(
         f'{len(source)} training and {len(heldout)} held-out tasks; '
@@ -65,48 +66,22 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     programs = Programs.of(config)
     mesh, score = programs.mesh, programs.score()
 
-    # ----------------------------------------------------------------------- policy and the stores
-    policy = JaxPolicy(
-        programs.model,
-        programs.graphdef,
-        slots=config.policy.slots,
-        cache_tokens=config.protocol.max_total_tokens,
-    )
-    weights = WeightStore(work.url('weights'))
-    collect = functools.partial(
-        worker.collect,
-        config=config,
-        make_sandbox=worker.sandbox_maker(config),
-        protocol=protocol,
-    )
+    # -------------------------------------------------------------- where the rollouts are sampled
+    splits = {'train': source, 'heldout': heldout}
+    sampler = make_sampler(work, programs, tokenizer, protocol, splits, stop)
 
-    def draw(
-        params, version, tasks_, store, group_ids, samples, temperature
-    ) -> list[list[Rollout]]:
-        """Groups `group_ids` of `tasks_`, drawn with these weights unless the store has them."""
-
-        async def sample():
-            await policy.load(params, version)
-            for wave in worker.waves(zip(group_ids, tasks_), samples, config.policy.slots):
-                await collect(
-                    wave, store, policy=policy, group_size=samples, temperature=temperature
-                )
-
-        stop.run(sample())
-        return store.read_groups(group_ids)
-
-    def evaluate(params, version, name) -> list[Rollout]:
-        store = RolloutStore(work.url('rollouts', name))
-        drawn = draw(
-            params,
-            version,
-            heldout.tasks,
-            store,
-            range(len(heldout)),
-            config.eval.samples,
-            config.eval.temperature,
+    def evaluate(version, name) -> list[Rollout]:
+        round_ = Round(
+            store=name,
+            split='heldout',
+            first_group=0,
+            task_ids=tuple(task.task_id for task in heldout),
+            group_size=config.eval.samples,
+            temperature=config.eval.temperature,
+            version=version,
         )
-        return [rollout for group in drawn for rollout in group]
+        sampler.post(round_)
+        return [rollout for group in sampler.wait(round_) for rollout in group]
 
     # -------------------------------------------------------------------------------- warm start
     if path := config.model.path:
@@ -114,13 +89,13 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     else:
         params = programs.random_params()
     if config.warm_start.steps:
-        params = warm_start(config, work, params, programs, tokenizer, collect, stop, clock)
+        params = warm_start(work, params, programs, tokenizer, protocol, stop, clock)
 
     # ------------------------------------------------------------------- where reinforcement starts
     step, abstract_state, initial_state = programs.step(config.optimizer)
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
-    metrics = report.Metrics(work.path)
+    metrics = report.Metrics(work.path, writes=distributed.leads())
     if restored := checkpointer.restore(abstract_state):
         state, extra, done = restored
         tasks.set_state(extra['tasks'])
@@ -130,54 +105,56 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     else:
         state, cursor, done = initial_state(params), None, 0
     metrics.resume(done)
-    weights.rewind(done)
-    rollouts = RolloutStore(work.url('rollouts', 'train'))
-    fixed = evaluate(params, 0, 'heldout_before')  # drawn once, from the warm-started model
+    if distributed.leads():
+        WeightStore(work.url('weights')).rewind(done)
+    sampler.publish(state.params, done)
+    fixed = evaluate(0, 'heldout_before')  # drawn once, from the warm-started model
     solved_before, ce_before = solve_rate(fixed), env_ce(score, params, fixed, config)['all']
     del params
 
     # ---------------------------------------------------------------------- reinforcement learning
+    upcoming = collections.deque()  # (position of the tasks, round) of this step and those ahead
+
     def save():
         if checkpointer.latest() != done:
-            extra = {'tasks': tasks.get_state(), 'cursor': cursor, 'seconds': clock.seconds()}
+            position = upcoming[0][0] if upcoming else tasks.get_state()
+            extra = {'tasks': position, 'cursor': cursor, 'seconds': clock.seconds()}
             checkpointer.save(done, state, extra)
+
+    def look_ahead():
+        """Posts the rounds of this step and of the `max_staleness` after it."""
+        last = min(done + config.max_staleness, config.num_steps - 1)
+        for number in range(done + len(upcoming), last + 1):
+            position, drawn = tasks.get_state(), next(tasks)
+            round_ = Round(
+                store='train',
+                split='train',
+                first_group=number * config.batch.groups,
+                task_ids=tuple(task.task_id for task in drawn),
+                group_size=config.group_size,
+                temperature=config.policy.temperature,
+                version=done,
+            )
+            upcoming.append((position, round_))
+            sampler.post(round_)
 
     try:
         with report.Progress('train', config.num_steps, done) as progress:
             while done < config.num_steps:
-                stop.check()
                 started = time.monotonic()
-                weights.publish(model_params.flatten(state.params), done)
-                version = weights.latest()
-                published = jax.device_put(
-                    model_params.unflatten(programs.abstract, weights.read(version)),
-                    programs.placed,
-                )
-                group_ids = range(done * config.batch.groups, (done + 1) * config.batch.groups)
-                before = tasks.get_state()
-                try:
-                    groups = draw(
-                        published,
-                        version,
-                        next(tasks),
-                        rollouts,
-                        group_ids,
-                        config.group_size,
-                        config.policy.temperature,
-                    )
-                except program.Stopped:
-                    tasks.set_state(before)
-                    raise
+                sampler.publish(state.params, done)
+                look_ahead()
+                groups = sampler.wait(upcoming[0][1])
                 drawn = time.monotonic()
 
                 flat = [rollout for group in groups for rollout in group]
                 batch = sharding.put_batch(batching.make_batch(flat, config), mesh)
                 state, sums = step(state, batch, config.loss.env_coef, reference)
                 values = {f'train/{k}': v for k, v in finish_metrics(sums).items()}
+                cursor = consume(cursor, upcoming.popleft()[1].group_ids)
+                values |= timed(batching.rollout_metrics(flat, done))
                 done += 1
-                cursor = consume(cursor, group_ids)
 
-                values |= timed(batching.rollout_metrics(flat, version))
                 values |= {
                     'time/sampling': drawn - started,
                     'time/learning': time.monotonic() - drawn,
@@ -200,8 +177,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         checkpointer.close()
 
     # ------------------------------------------------------------------------------ what it learned
-    weights.publish(model_params.flatten(state.params), done)
-    after = evaluate(state.params, done, 'heldout_after')
+    sampler.publish(state.params, done)
+    after = evaluate(done, 'heldout_after')
+    sampler.close()
     ce_after = env_ce(score, state.params, fixed, config)['all']
     summary = {
         'solve_rate_before': solved_before,
@@ -212,8 +190,10 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         'rollouts': done * config.batch.groups * config.group_size,
         'train_minutes': clock.seconds() / 60,
     }
-    write_whole(work.path / 'summary.json', json.dumps(summary, indent=1))
     metrics.close()
+    if not distributed.leads():
+        return summary
+    write_whole(work.path / 'summary.json', json.dumps(summary, indent=1))
     rows = [{'step': 0, 'eval/solve_rate': solved_before, 'eval/env_ce': ce_before}]
     rows += [
         *metrics.rows(),
@@ -241,21 +221,26 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
     for key in _COUNTS:
         if (value := operator.attrgetter(key)(config)) < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
-    if config.policy.backend != 'jax':
+    if config.policy.backend not in ('jax', 'vllm'):
+        raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")
+    if config.max_staleness < 0:
+        raise ValueError(f'max_staleness is {config.max_staleness}; expected 0 or more steps')
+    if (count := jax.process_count()) > 1 and config.warm_start.steps:
         raise ValueError(
-            f"policy.backend is {config.policy.backend!r}; only 'jax' is there yet: add "
-            '--config.policy.backend=jax --config.sandbox.backend=local'
+            f'this learner has {count} processes and warm_start.steps={config.warm_start.steps}, '
+            'which is for one; set it to 0 and name a model.path'
         )
-    if (count := jax.process_count()) > 1:
-        raise ValueError(
-            f"this learner has {count} processes, but policy.backend='jax' samples in one; start "
-            'it on one host'
-        )
-    if config.max_staleness != 0:
-        raise ValueError(
-            f'max_staleness is {config.max_staleness}; the embedded policy samples every step from '
-            'the weights that it updates, set it to 0'
-        )
+    if config.policy.backend == 'jax':
+        if count > 1:
+            raise ValueError(
+                f"this learner has {count} processes, but policy.backend='jax' samples in one; "
+                "start it on one host, or set it to 'vllm'"
+            )
+        if config.max_staleness:
+            raise ValueError(
+                f'max_staleness is {config.max_staleness}; the embedded policy samples every step '
+                'from the weights that it updates, set it to 0'
+            )
     if config.batch.seq_len < config.protocol.max_total_tokens:
         raise ValueError(
             f'batch.seq_len={config.batch.seq_len} cannot hold a rollout of '
@@ -275,15 +260,25 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
         huggingface.check_tokenizer(read_tokenizer(path), model)
 
 
+def sandboxes_here(config: ml_collections.ConfigDict) -> set[str]:
+    """The kinds of sandbox that this program itself runs commands in."""
+    warm_start = {config.warm_start.sandbox} if config.warm_start.steps else set()
+    return warm_start | ({config.sandbox.backend} if config.policy.backend == 'jax' else set())
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
     distributed.start()
     check_choices(config)  # before the workdir is this config's for good
-    worker.sandbox_maker(config)  # fails now where this machine allows no sandbox
+    for backend in sandboxes_here(config):
+        worker.sandbox_maker(config, backend)  # fails now where this machine allows none
+    report.CONSOLE.quiet = not distributed.leads()
+    with distributed.leader_first('workdir'):
+        work = Workdir(_WORKDIR.value, config)
     try:
-        train(config, Workdir(_WORKDIR.value, config))
+        train(config, work)
     except program.Stopped:
         sys.exit('stopped; the same command goes on from here')
 

@@ -3,21 +3,28 @@
 It trains on rollouts like the learner's program does, through the same store, batch and step.
 """
 
+import functools
+import re
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from flax import nnx
 
 from echo_jax import program, report, worker
+from echo_jax.agent.families import practice
+from echo_jax.agent.policy.scripted import ScriptedPolicy
+from echo_jax.agent.protocol import format_reply
 from echo_jax.agent.sandbox import SandboxError
 from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.store.rollouts import RolloutStore
-from echo_jax.types import Role, Rollout, Status
+from echo_jax.types import Role, Rollout, Status, Task
 
 LEARNED_ROLES = tuple(role for role in Role if role != Role.PROMPT)
 
 
-def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) -> nnx.State:
+def warm_start(work, params, programs, tokenizer, protocol, stop, clock) -> nnx.State:
     """Supervised steps; the parameters that reinforcement learning starts from.
 
     First, plain language modelling of exploration transcripts; then, in turn with these, training
@@ -26,7 +33,7 @@ def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) 
     leaves, and has still to learn what its tasks' terminal prints. Both are rollouts: a scripted
     policy wrote them through the protocol, in real sandboxes.
     """
-    options = config.warm_start
+    config, options = work.config, work.config.warm_start
     step, abstract_state, initial_state = programs.step(options.optimizer)
     checkpointer = Checkpointer(work.url('checkpoints', 'warm_start'), keep=1)
     state, done = initial_state(params), 0
@@ -43,13 +50,19 @@ def warm_start(config, work, params, programs, tokenizer, collect, stop, clock) 
         if checkpointer.latest() != done:
             checkpointer.save(done, state, {'seconds': clock.seconds()})
 
+    collect = functools.partial(
+        worker.collect,
+        config=config,
+        make_sandbox=worker.sandbox_maker(config, options.sandbox),
+        protocol=protocol,
+    )
     transcripts = {}
     for name, tasks, habits in (
         ('explore', work.tasks('explore'), ['solve']),
         ('practice', work.tasks('train')[: options.demonstrations], options.habits),
     ):
         store = RolloutStore(work.url('rollouts', f'warm_start_{name}'))
-        policy = worker.demonstrator(tokenizer, habits)
+        policy = demonstrator(tokenizer, habits)
         transcripts[name] = write_transcripts(name, tasks, store, policy, collect, stop)
 
     try:
@@ -126,3 +139,18 @@ def shuffled(count: int, size: int, batch: int, seed: int) -> list[int]:
         for epoch in {place // count for place in places}
     }
     return [int(orders[place // count][place % count]) for place in places]
+
+
+def demonstrator(tokenizer, habits: Sequence[str]) -> Callable[[Task], ScriptedPolicy]:
+    """Policies that replay a task's own solution, a command a turn, by the habits in turn.
+
+    A task always gets the same habit: by the number in its id, else by the length of its id.
+    """
+
+    def policy(task: Task) -> ScriptedPolicy:
+        digits = re.search(r'\d+', task.task_id)
+        number = int(digits[0]) if digits else len(task.task_id)
+        turns = practice(task, habits[number % len(habits)])
+        return ScriptedPolicy(tokenizer, [format_reply(*turn) for turn in turns])
+
+    return policy

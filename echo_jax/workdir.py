@@ -3,6 +3,8 @@
 config.json      the recipe it was made with; another one is refused
 tasks/           generated tasks, where the config names none
 tokenizer/       a Hugging Face tokenizer directory
+model/           config.json and tokenizer for the workers' engines, where the config names no model
+fleet/           which groups are due, and how the workers are
 rollouts/, weights/, checkpoints/    the stores and the learner's state
 metrics.jsonl, summary.json, curves.png, tensorboard/    what a person reads
 """
@@ -45,16 +47,27 @@ class Workdir:
                 'resume it with its own, or give another --workdir'
             )
 
+    @staticmethod
+    def holds_run(path: str | os.PathLike) -> bool:
+        return (pathlib.Path(path) / 'config.json').exists()
+
     @classmethod
     def open(cls, path: str | os.PathLike) -> 'Workdir':
         """The run that is there, with its own config; ValueError where there is none."""
         file = pathlib.Path(path) / 'config.json'
-        if not file.exists():
+        if not cls.holds_run(path):
             raise ValueError(f'{path} holds no run; name the --workdir of echo_jax.train')
         return cls(path, ml_collections.FrozenConfigDict(json.loads(file.read_text())))
 
     def url(self, *parts: str) -> str:
         return str(self.path.joinpath(*parts))
+
+    def served_model(self) -> pathlib.Path:
+        """The Hugging Face directory that a worker's engine starts from: sizes and tokenizer.
+
+        Its weights, where it has any, are not used: published ones are.
+        """
+        return pathlib.Path(self.config.model.path or self.path / 'model')
 
     def tasks(self, split: str) -> list[Task]:
         """The tasks of 'train', 'heldout' or 'explore': the config's own folder, or generated."""

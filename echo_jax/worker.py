@@ -1,31 +1,53 @@
-"""A rollout worker: task groups in, groups of rollouts in the store.
+"""One rollout worker's program: groups that are due in, groups of rollouts in the store.
 
-The learner's program runs it in its own process on one machine. A group is written when all its
-rollouts are there; one that the store has already is not drawn again, so a killed run goes on.
+    python -m echo_jax.worker --config=configs/qwen3_8b.py --workdir=RUN
+
+It runs beside the learner or on machines of its own, without JAX: vLLM samples with the weights
+that the learner publishes, commands run in sandboxes. Several share the work by --index and
+--count; on a Ray cluster launch/ray starts them instead. A group is written when all its rollouts
+are there; one that the store has already is not drawn again, so a killed worker's successor goes
+on. The learner with the embedded policy uses `collect` in its own process.
 """
 
 import asyncio
+import contextlib
 import functools
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 
+from echo_jax import program
 from echo_jax.agent.episode import run_group
-from echo_jax.agent.families import practice
-from echo_jax.agent.policy import Policy
-from echo_jax.agent.policy.scripted import ScriptedPolicy
-from echo_jax.agent.protocol import Protocol, format_reply
+from echo_jax.agent.policy import Policy, PolicyError
+from echo_jax.agent.protocol import Protocol
 from echo_jax.agent.sandbox import Sandbox, local
+from echo_jax.store.kvstore import MissingError
 from echo_jax.store.rollouts import RolloutStore
-from echo_jax.types import Rollout, Task
+from echo_jax.store.rounds import Round, RoundStore
+from echo_jax.store.weights import WeightStore
+from echo_jax.types import Rollout, Status, Task
+from echo_jax.workdir import Workdir
+
+_POLL_SECONDS = 0.1
+_REPORT_SECONDS = 5.0
 
 Assignments = Iterable[tuple[int, Task]]  # a group's id and its task
 
 
-def sandbox_maker(config: ml_collections.ConfigDict) -> Callable[[Task], Sandbox]:
-    """What makes the sandbox of a task; fails early where this machine allows none."""
-    match config.sandbox.backend:
+def sandbox_maker(
+    config: ml_collections.ConfigDict, backend: str = ''
+) -> Callable[[Task], Sandbox]:
+    """What makes the sandbox of a task; fails early where this machine allows none.
+
+    `backend` is `sandbox.backend` where it is empty.
+    """
+    match backend or config.sandbox.backend:
         case 'local':
             local.check()
             return functools.partial(
@@ -48,14 +70,16 @@ async def collect(
     policy: Policy | Callable[[Task], Policy],
     group_size: int,
     temperature: float,
+    sandboxes: asyncio.Semaphore | None = None,
     on_group: Callable[[list[Rollout]], None] = lambda group: None,
 ) -> None:
     """Draws every group that the store lacks and writes it; `on_group` sees each as it is written.
 
-    `policy` may be a function of the task. At most `sandbox.at_once` sandboxes live at one time.
+    `policy` may be a function of the task. At most `sandbox.at_once` sandboxes live at one time, or
+    as many as `sandboxes` lets, which calls may share.
     """
-    sandboxes = asyncio.Semaphore(config.sandbox.at_once)
-    there = set(store.groups())
+    assignments = dict(assignments)
+    sandboxes = sandboxes or asyncio.Semaphore(config.sandbox.at_once)
 
     async def draw(group_id: int, task: Task) -> None:
         group = await run_group(
@@ -73,31 +97,207 @@ async def collect(
         on_group(group)
 
     async with asyncio.TaskGroup() as running:
-        for group_id, task in assignments:
-            if group_id not in there:
-                running.create_task(draw(group_id, task))
+        for group_id in await asyncio.to_thread(_missing, store, list(assignments)):
+            running.create_task(draw(group_id, assignments[group_id]))
 
 
-def waves(assignments: Assignments, group_size: int, slots: int) -> Iterator[list]:
-    """The assignments in lists whose episodes each have a slot of the embedded policy.
+def _missing(store: RolloutStore, group_ids: Sequence[int]) -> list[int]:
+    """Those that the store lacks."""
+    if not group_ids:
+        return []
+    first = min(group_ids)
+    there = set(store.groups(state=[[0, first]] if first else None))
+    return [group_id for group_id in group_ids if group_id not in there]
 
-    Beyond that an episode may lose its slot to another, by chance, and is prefilled anew: the same
-    tokens, but not the same bits. So each list is collected before the next.
+
+# -------------------------------------------------------------------------------------- the program
+
+
+class Worker:
+    """An engine that follows the published weights, and the episodes that it samples for."""
+
+    def __init__(self, work: Workdir, policy, name: str):
+        """policy: policy/vllm.py's, with `load`, `version` and `swap` besides `generate`."""
+        self.name, self._work, self._policy = name, work, policy
+        config = work.config
+        self._weights = WeightStore(work.url('weights'))
+        self._rounds = RoundStore(work.url('fleet'))
+        self._protocol = Protocol(work.tokenizer(), config.protocol)
+        self._make_sandbox = sandbox_maker(config)
+        self._sandboxes = asyncio.Semaphore(config.sandbox.at_once)
+        self._loading, self._loaded = asyncio.Lock(), None
+        self._tasks: dict[str, dict[str, Task]] = {}
+        self._counts = {'groups': 0, 'rollouts': 0, 'failed': 0, 'drawing': 0}
+
+    async def refresh(self) -> None:
+        """Takes the newest published weights, unless it has them."""
+        async with self._loading:
+            newest = await asyncio.to_thread(self._weights.newest)
+            if newest is not None and newest != self._loaded:
+                with contextlib.suppress(MissingError):  # collected by now: there is a newer one
+                    await self._policy.load(newest.version)
+                    self._loaded = newest
+
+    async def draw(self, round_: Round, group_id: int) -> None:
+        """Draws a group with the newest weights and writes it, unless it is there already."""
+        await self.refresh()
+        while self._policy.version < round_.version:  # missed it by a moment
+            await asyncio.sleep(_POLL_SECONDS)
+            await self.refresh()
+        self._counts['drawing'] += 1
+        try:
+            await collect(
+                [(group_id, self._task(round_.split, dict(round_.assignments)[group_id]))],
+                RolloutStore(self._work.url('rollouts', round_.store)),
+                config=self._work.config,
+                make_sandbox=self._make_sandbox,
+                protocol=self._protocol,
+                policy=self._policy,
+                group_size=round_.group_size,
+                temperature=round_.temperature,
+                sandboxes=self._sandboxes,
+                on_group=self._count,
+            )
+        finally:
+            self._counts['drawing'] -= 1
+
+    def _count(self, group: list[Rollout]) -> None:
+        self._counts['groups'] += 1
+        self._counts['rollouts'] += len(group)
+        self._counts['failed'] += sum(r.status == Status.INFRA_ERROR for r in group)
+
+    def _task(self, split: str, task_id: str) -> Task:
+        """Read at the first round of its split: the learner has made the tasks by then."""
+        if split not in self._tasks:
+            self._tasks[split] = {task.task_id: task for task in self._work.tasks(split)}
+        if task_id not in self._tasks[split]:
+            raise ValueError(
+                f'there is no task {task_id} among the {len(self._tasks[split])} of {split} here; '
+                'give worker and learner the same tasks'
+            )
+        return self._tasks[split][task_id]
+
+    async def report(self) -> None:
+        """Says how it is, again and again."""
+        while True:
+            swap = self._policy.swap._asdict() if self._policy.swap else {}
+            values = {'version': self._policy.version} | self._counts | swap
+            await asyncio.to_thread(self._rounds.report, self.name, values)
+            await asyncio.sleep(_REPORT_SECONDS)
+
+    async def close(self) -> None:
+        await self._policy.close()
+
+    async def serve(self, index: int = 0, count: int = 1) -> None:
+        """Draws the groups of numbers `index` modulo `count`, until the learner has finished."""
+        async with asyncio.TaskGroup() as running:
+            reporting = running.create_task(self.report())
+            async for round_, group_id in due_groups(self._work):
+                if group_id % count == index:
+                    running.create_task(self.draw(round_, group_id))
+            reporting.cancel()
+
+
+async def due_groups(work: Workdir) -> AsyncIterator[tuple[Round, int]]:
+    """The groups that are due and not there, each as it falls due, until the learner has finished.
+
+    One that falls due again, since a learner started anew, comes again.
     """
-    assignments, size = list(assignments), max(1, slots // group_size)
-    return (assignments[i : i + size] for i in range(0, len(assignments), size))
+    rounds, given = RoundStore(work.url('fleet')), set()
+    while not await asyncio.to_thread(rounds.finished):
+        due = await asyncio.to_thread(rounds.due)
+        given &= {(round_.store, group_id) for round_ in due for group_id in round_.group_ids}
+        for round_ in due:
+            new = [i for i in round_.group_ids if (round_.store, i) not in given]
+            given |= {(round_.store, group_id) for group_id in new}
+            store = RolloutStore(work.url('rollouts', round_.store))
+            for group_id in await asyncio.to_thread(_missing, store, new):
+                yield round_, group_id
+        await asyncio.sleep(_POLL_SECONDS)
 
 
-def demonstrator(tokenizer, habits: Sequence[str]) -> Callable[[Task], ScriptedPolicy]:
-    """Policies that replay a task's own solution, a command a turn, by the habits in turn.
+async def start(config: ml_collections.ConfigDict, workdir: str, name: str, **engine) -> Worker:
+    """A worker of the run in `workdir`, once the learner has said which model it is.
 
-    A task always gets the same habit: by the number in its id, else by the length of its id.
+    engine: settings of this machine in place of the recipe's, such as gpu_memory_utilization.
     """
+    from echo_jax.agent.policy.vllm import VllmPolicy  # here: only workers have vLLM
 
-    def policy(task: Task) -> ScriptedPolicy:
-        digits = re.search(r'\d+', task.task_id)
-        number = int(digits[0]) if digits else len(task.task_id)
-        turns = practice(task, habits[number % len(habits)])
-        return ScriptedPolicy(tokenizer, [format_reply(*turn) for turn in turns])
+    work = await open_run(config, workdir)
+    await _until(work.served_model().exists, f'the learner to write {work.served_model()}')
+    weights = WeightStore(work.url('weights'))
+    await _until(lambda: weights.latest() is not None, 'the learner to publish its weights')
+    settings = {
+        'dtype': config.model.dtype,
+        'max_model_len': config.protocol.max_total_tokens,
+        'max_num_seqs': config.policy.slots,
+        'tensor_parallel_size': config.policy.tensor_parallel,
+        'gpu_memory_utilization': config.policy.gpu_memory_utilization,
+    }
+    policy = await VllmPolicy.start(work.served_model(), work.url('weights'), **settings | engine)
+    return Worker(work, policy, name)
 
-    return policy
+
+async def open_run(config: ml_collections.ConfigDict, workdir: str) -> Workdir:
+    """The run in `workdir`, once the learner has made it."""
+    await _until(lambda: Workdir.holds_run(workdir), f'the learner to start a run in {workdir}')
+    return Workdir(workdir, config)
+
+
+async def _until(condition: Callable[[], object], what: str):
+    """The first true value of `condition()`; says once in a while that it waits."""
+    said = time.monotonic() - 50
+    while not (value := await asyncio.to_thread(condition)):
+        if time.monotonic() - said > 60:
+            logging.warning('waiting for %s', what)
+            said = time.monotonic()
+        await asyncio.sleep(_POLL_SECONDS)
+    return value
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    if config.policy.backend != 'vllm':
+        raise ValueError(
+            f'policy.backend is {config.policy.backend!r}: its learner samples by itself; workers '
+            "are for 'vllm'"
+        )
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    config = ml_collections.FrozenConfigDict(_CONFIG.value)
+    if not 0 <= _INDEX.value < _COUNT.value:
+        raise ValueError(f'--index={_INDEX.value} is not below --count={_COUNT.value}')
+    check_config(config)
+    name = _NAME.value or f'{socket.gethostname()}-{_INDEX.value}'
+    here = {'gpu_memory_utilization': _MEMORY.value, 'tensor_parallel_size': _PARALLEL.value}
+    engine = {key: value for key, value in here.items() if value is not None}
+
+    async def work():
+        worker = await start(config, _WORKDIR.value, name, **engine)
+        try:
+            await worker.serve(_INDEX.value, _COUNT.value)
+        finally:
+            await worker.close()
+
+    sandbox_maker(config)  # fails now where this machine allows no sandbox
+    try:
+        program.Stop().run(work())
+    except program.Stopped:
+        sys.exit('stopped; the same command goes on from here')
+
+
+if __name__ == '__main__':
+    _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
+    _WORKDIR = flags.DEFINE_string('workdir', None, "Folder of the run, the same as the learner's.")
+    _INDEX = flags.DEFINE_integer('index', 0, 'Which of the workers this is, from 0.')
+    _COUNT = flags.DEFINE_integer('count', 1, 'Workers that share the work.')
+    _NAME = flags.DEFINE_string('name', '', 'Of this worker; empty: its host and index.')
+    _MEMORY = flags.DEFINE_float(
+        'gpu_memory_utilization', None, "Share of a GPU's memory, in place of the recipe's."
+    )
+    _PARALLEL = flags.DEFINE_integer(
+        'tensor_parallel', None, "GPUs of the engine, in place of the recipe's."
+    )
+    flags.mark_flags_as_required(['config', 'workdir'])
+    program.run(main, PolicyError)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import IO
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Every part of a run, as small as it goes. The replies of the transcripts fit, so that commands run
@@ -70,13 +71,20 @@ class Programs:
         }
         self.environment.pop('XLA_FLAGS', None)
 
-    def start(self, program: str, *flags: str, **environment: str) -> subprocess.Popen:
+    def start(
+        self,
+        program: str,
+        *flags: str,
+        python: str | os.PathLike = sys.executable,
+        output: int | IO = subprocess.PIPE,
+        **environment: str,
+    ) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, '-m', f'echo_jax.{program}', *flags],
+            [python, '-m', f'echo_jax.{program}', *flags],
             cwd=ROOT,
             env=self.environment | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
             text=True,
         )
 

@@ -13,8 +13,10 @@ from echo_jax.agent.protocol import Protocol
 from echo_jax.agent.sandbox import SandboxError, local
 from echo_jax.agent.tasks import load_tasks
 from echo_jax.agent.tokenizer import build_tokenizer, training_texts
+from echo_jax.sampling import waves
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import Status
+from echo_jax.warm_start import demonstrator
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -49,7 +51,7 @@ def collect(tasks):
                 config=config,
                 make_sandbox=worker.sandbox_maker(config),
                 protocol=protocol,
-                policy=worker.demonstrator(tokenizer, ['solve']),
+                policy=demonstrator(tokenizer, ['solve']),
                 group_size=group_size,
                 temperature=1.0,
                 **options,
@@ -112,11 +114,9 @@ def test_no_more_sandboxes_than_allowed(collect, tasks, tmp_path, monkeypatch):
 
 def test_a_wave_has_no_more_episodes_than_slots():
     def sizes(groups, group_size, slots):
-        return [
-            len(wave) for wave in worker.waves(zip(range(groups), 'abcdefgh'), group_size, slots)
-        ]
+        return [len(wave) for wave in waves(zip(range(groups), 'abcdefgh'), group_size, slots)]
 
-    assert list(worker.waves(zip([4, 7, 9], 'abc'), 2, 5)) == [[(4, 'a'), (7, 'b')], [(9, 'c')]]
+    assert list(waves(zip([4, 7, 9], 'abc'), 2, 5)) == [[(4, 'a'), (7, 'b')], [(9, 'c')]]
     assert sizes(8, 8, 64) == [8]
     assert sizes(8, 1, 3) == [3, 3, 2]
     assert sizes(2, 5, 4) == [1, 1]

@@ -1,10 +1,14 @@
-"""Joins the processes of a learner that runs on several hosts, by what their environment says."""
+"""Joins the processes of a learner that runs on several hosts, and lets the first one lead."""
 
+import contextlib
 import glob
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 def start() -> None:
@@ -27,6 +31,26 @@ def start() -> None:
         jax.distributed.initialize(address, count, index)
     elif _several_slurm_tasks() or _indexed_job() or _tpu_host():
         jax.distributed.initialize()  # which asks the same environment for the rest
+
+
+def leads() -> bool:
+    """True in the one process that writes what is written once."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def leader_first(what: str) -> Iterator[None]:
+    """The first process goes through the block, then all others do."""
+    if not leads():
+        multihost_utils.sync_global_devices(what)
+    yield
+    if leads():
+        multihost_utils.sync_global_devices(what)
+
+
+def leader_says(flag: bool) -> bool:
+    """The first process's `flag`, in every process; all must call it."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
 
 
 def _several_slurm_tasks() -> bool:

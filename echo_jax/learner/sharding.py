@@ -127,7 +127,7 @@ def state_shardings(abstract_state, params_shardings, mesh: Mesh):
         for start in range(len(names)):
             if names[start:] in by_path and leaf.ndim == len(by_path[names[start:]].spec):
                 return by_path[names[start:]]
-        return NamedSharding(mesh, PartitionSpec())
+        return everywhere(mesh)
 
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
@@ -135,6 +135,11 @@ def state_shardings(abstract_state, params_shardings, mesh: Mesh):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over data and fsdp, tokens over context."""
     return Layout(mesh, _BATCH).sharding('rows', 'tokens')
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:

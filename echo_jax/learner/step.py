@@ -70,6 +70,8 @@ def _accumulate(f: Callable, batch: Batch, micro_rows: int):
     def at(i):
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro)
 
+    if len(micro.tokens) == 1:
+        return f(at(0))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, at(0)))
     add = lambda i, total: jax.tree.map(jnp.add, total, f(at(i)))  # noqa: E731
     return jax.lax.fori_loop(0, count, add, zeros)
@@ -180,11 +182,21 @@ class Programs:
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
 
     def score(self, temperature: float = 1.0) -> Callable:
-        """`make_score`, jitted on the mesh."""
-        return jax.jit(
+        """`make_score`, jitted on the mesh; the result is whole on every device.
+
+        Its batch lies on the host, the same on all of them.
+        """
+        score = jax.jit(
             self._laid_out(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
             in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
+            out_shardings=sharding.everywhere(self.mesh),
         )
+        return lambda params, batch: score(params, sharding.put_batch(batch, self.mesh))
+
+    def serving(self) -> Callable[[nnx.State], nnx.State]:
+        """The parameters in the dtype that the model computes in, as a sampler has them."""
+        cast = lambda params: jax.tree.map(lambda x: x.astype(self.model.dtype), params)  # noqa: E731
+        return jax.jit(cast, out_shardings=self.placed)
 
     def _laid_out(self, f: Callable) -> Callable:
         @functools.wraps(f)

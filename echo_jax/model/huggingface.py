@@ -206,14 +206,7 @@ def write_model(
     shapes = {name: leaf.shape for name, leaf in model_params.flatten(abstract).items()}
     partial = directory.with_name(directory.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    document, ends = _config_json(config, dtype), generation_config or {}
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-        ids = {f'{end}_token_id': getattr(tokenizer, f'{end}_token_id') for end in ('eos', 'pad')}
-        document, ends = document | ids, ids | ends
-    (partial / 'config.json').write_text(json.dumps(document, indent=2))
-    (partial / 'generation_config.json').write_text(json.dumps(ends, indent=2))
+    write_config(partial, config, tokenizer, dtype=dtype, generation_config=generation_config)
     places = safetensors.create_files(partial, _layout(shapes), dtype, shard_bytes)
     for name, array in params:
         if shapes.pop(name, 'no such array') != array.shape:
@@ -224,6 +217,30 @@ def write_model(
     if shapes:
         raise ValueError(f'the parameters lack {", ".join(shapes)}')
     partial.rename(directory)
+
+
+def write_config(
+    directory: pathlib.Path,
+    config: Qwen3Config,
+    tokenizer=None,
+    *,
+    dtype: str = 'bfloat16',
+    generation_config: dict | None = None,
+) -> None:
+    """What `write_model` writes besides the tensors, into a new directory."""
+    directory.mkdir(parents=True)
+    document, ends = _config_json(config, dtype), generation_config or {}
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+        ids = {f'{end}_token_id': getattr(tokenizer, f'{end}_token_id') for end in ('eos', 'pad')}
+        document, ends = document | ids, ids | ends
+    (directory / 'generation_config.json').write_text(json.dumps(ends, indent=2))
+    (directory / 'config.json').write_text(json.dumps(document, indent=2))
+
+
+def tensor_names(names: Iterable[str]) -> dict[str, str]:
+    """{flat name of ours: tensor's name there, with {} for the layer}."""
+    return {name: _TENSORS[name] for name in names}
 
 
 def _load(tensors: dict, name: str, leaf: jax.ShapeDtypeStruct, sharding) -> jax.Array:

@@ -1,0 +1,151 @@
+"""A learner and its workers as processes of their own: real vLLM, sandboxes, stores and signals."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+
+import pytest
+from small_run import ROOT, SETTINGS, metrics, wait_for
+
+from echo_jax.store.rollouts import RolloutStore
+
+ROLLOUT_PYTHON = pathlib.Path(
+    os.environ.get('ECHO_ROLLOUT_PYTHON', ROOT / '.venv-rollout/bin/python')
+)
+STEPS, GROUPS, SIZE = SETTINGS['num_steps'], SETTINGS['batch']['groups'], SETTINGS['group_size']
+VLLM = '--config.policy.backend=vllm'
+
+pytestmark = [
+    pytest.mark.skipif(
+        not ROLLOUT_PYTHON.exists(), reason=f'no {ROLLOUT_PYTHON}: `make rollout` makes it'
+    ),
+    pytest.mark.timeout(600),
+]
+
+
+class Fleet:
+    """Processes of one run, whose output goes to files beside its workdir."""
+
+    def __init__(self, programs, folder: pathlib.Path, *flags: str):
+        self.workdir, self._folder, self._programs = folder / 'run', folder, programs
+        self._flags = programs.train_flags(self.workdir, VLLM, *flags)
+        self._started: list[subprocess.Popen] = []
+
+    def learner(self) -> subprocess.Popen:
+        return self._start('train')
+
+    def learners(self) -> list[subprocess.Popen]:
+        """Two processes of one learner."""
+        with socket.create_server(('localhost', 0)) as free:
+            port = free.getsockname()[1]
+        address = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_PROCESS_COUNT': '2'}
+        return [self._start('train', **address, JAX_PROCESS_ID=str(i)) for i in range(2)]
+
+    def worker(self, *flags: str) -> subprocess.Popen:
+        return self._start('worker', *flags, python=ROLLOUT_PYTHON)
+
+    def _start(self, program: str, *flags: str, **options) -> subprocess.Popen:
+        log = (self._folder / f'{program}{len(self._started)}.log').open('w')
+        process = self._programs.start(program, *self._flags, *flags, output=log, **options)
+        self._started.append(process)
+        return process
+
+    def ends(self, process: subprocess.Popen, seconds: float = 300) -> int:
+        return process.wait(seconds)
+
+    def logs(self) -> str:
+        files = sorted(self._folder.glob('*.log'))
+        return '\n'.join(f'--- {file.name}\n{file.read_text()[-3000:]}' for file in files)
+
+    def groups(self) -> list[int]:
+        return RolloutStore(self.workdir / 'rollouts' / 'train').groups()
+
+    def stop(self) -> None:
+        for process in self._started:
+            process.kill()
+            process.wait()
+        wait_for(lambda: not self._programs.alive())
+
+
+@pytest.fixture
+def fleet(programs, tmp_path, request):
+    fleet = Fleet(programs, tmp_path, *getattr(request, 'param', ()))
+    yield fleet
+    print(fleet.logs())
+    fleet.stop()
+
+
+def assert_whole(fleet: Fleet) -> list[dict]:
+    """Every group of every step is there, once, whole; the metrics of all steps."""
+    rows = metrics(fleet.workdir)
+    assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+    assert fleet.groups() == list(range(STEPS * GROUPS))
+    groups = RolloutStore(fleet.workdir / 'rollouts' / 'train').read_groups(fleet.groups())
+    assert all([r.sample_id for r in group] == list(range(SIZE)) for group in groups)
+    assert (fleet.workdir / 'summary.json').exists()
+    return rows
+
+
+@pytest.mark.parametrize(
+    'fleet',
+    [('--config.model.tie_word_embeddings=True',), ('--config.model.tie_word_embeddings=False',)],
+    ids=['tied', 'untied'],
+    indirect=True,
+)
+def test_a_worker_samples_with_what_the_learner_publishes(fleet):
+    learner, worker = fleet.learner(), fleet.worker()
+    assert fleet.ends(learner) == 0
+    assert fleet.ends(worker) == 0  # by itself, since the learner has finished
+    for row in assert_whole(fleet):
+        assert 0 < row['train/logprob_gap'] <= 1e-3  # of float32, at every step, each after a swap
+        assert row['rollout/staleness'] == 0
+
+
+@pytest.mark.parametrize('fleet', [('--config.max_staleness=2',)], indirect=True)
+def test_steps_ahead_are_drawn_while_the_learner_learns(fleet):
+    learner, worker = fleet.learner(), fleet.worker()
+    assert fleet.ends(learner) == 0 and fleet.ends(worker) == 0
+    staleness = [row['rollout/max_staleness'] for row in assert_whole(fleet)]
+    assert staleness[0] == 0 and 1 <= max(staleness) <= 2
+
+
+def test_killed_workers_and_learners(fleet):
+    """SIGKILL of a worker, then of the learner, each while groups are drawn; another joins."""
+    learner, worker = fleet.learner(), fleet.worker('--index=0', '--count=2')
+    other = fleet.worker('--index=1', '--count=2')
+    wait_for(lambda: len(fleet.groups()) >= GROUPS, seconds=400)
+    worker.kill()
+    wait_for(lambda: worker.poll() is not None)
+    worker = fleet.worker('--index=0', '--count=2')
+    wait_for(lambda: len(fleet.groups()) >= 2 * GROUPS, seconds=400)
+    learner.kill()
+    wait_for(lambda: learner.poll() is not None)
+    learner = fleet.learner()
+    assert fleet.ends(learner) == 0 and fleet.ends(worker) == 0 and fleet.ends(other) == 0
+    assert_whole(fleet)
+
+
+@pytest.mark.parametrize(
+    'fleet', [('--config.warm_start.steps=0', '--config.warm_start.explore_steps=0')], indirect=True
+)
+def test_a_learner_of_two_processes(fleet):
+    """Each publishes its shards and reads all groups; stopped, they stop and resume together."""
+    worker = fleet.worker()
+    learners = fleet.learners()
+    wait_for(lambda: len(fleet.groups()) >= 2 * GROUPS, seconds=400)
+    learners[0].send_signal(signal.SIGTERM)
+    assert [fleet.ends(learner, 120) for learner in learners] == [1, 1]
+    assert [fleet.ends(learner) for learner in fleet.learners()] == [0, 0]
+    assert fleet.ends(worker) == 0
+    assert all(row['train/logprob_gap'] <= 1e-3 for row in assert_whole(fleet))
+
+
+def test_a_worker_stops_on_sigterm_and_leaves_no_sandbox(fleet, programs):
+    fleet.learner()
+    worker = fleet.worker()
+    wait_for(lambda: len(fleet.groups()) >= 1, seconds=400)
+    worker.send_signal(signal.SIGTERM)
+    assert fleet.ends(worker, 60) == 1
+    assert 'the same command goes on' in fleet.logs()
