@@ -252,8 +252,7 @@ class WeightStore:
                 f'version {version} in {self.url} has no arrays {unknown}; it has {list(layout)}; '
                 f'slices are of arrays in names'
             )
-        rest = chain[chain.index(have) + 1 :] if have else chain
-        for link in rest:
+        for link in chain[chain.index(have) + 1 :] if have else chain:
             delta = link != chain[0]
             parts = {
                 name: self._open(link, layout, name, delta)[slices.get(name, ...)] for name in names
@@ -346,8 +345,8 @@ class WeightStore:
 class WeightReader:
     """Follows the versions of one store and holds the arrays of the one that it read last.
 
-    A version that continues from the one it holds costs the deltas between them; any other, such as
-    the first, or one of a learner that went back, is read from its key frame on.
+    A version that continues from that one costs the deltas between them; any other, such as the
+    first, or one of a learner that went back, is read from its key frame on.
     """
 
     def __init__(

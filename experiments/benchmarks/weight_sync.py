@@ -77,7 +77,7 @@ def train(config, steps: int) -> Iterator[dict[str, jax.Array]]:
             for rollout in draw_rollouts(config, config.batch.seq_len)
         ]
         batch = sharding.put_batch(make_batch(rollouts, config), programs.mesh)
-        state, _ = step(state, batch, config.loss.env_coef)
+        state, _ = step(state, batch, config.loss.env_coef, None)
         yield model_params.flatten(cast(state.params))
 
 

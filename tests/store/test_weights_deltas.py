@@ -87,7 +87,7 @@ def test_every_kept_version_is_exact(params, max_chunk, keep, keyframe_every, re
                 assert store._manifest(v)['kind'] == ('full' if full else 'delta')
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_parts_of_deltas_are_exact(data):
     """Names and slices, across the borders of chunks, for a reader that stays and one that asks."""
@@ -103,7 +103,7 @@ def test_parts_of_deltas_are_exact(data):
     slices = {name: ranges[name] for name in sliced}
     reader = store.reader(names, slices)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards_module, 'MAX_CHUNK', data.draw(st.sampled_from([60, 300, 9000])))
+        patch.setattr(shards_module, 'MAX_CHUNK', data.draw(st.sampled_from([300, 1000, 9000])))
         for version in range(3):
             params = changed(params, np.random.default_rng(version))
             store.publish(params, version)
@@ -123,7 +123,7 @@ def test_a_small_change_takes_few_bytes(tmp_path):
     whole = params['w'].nbytes
     assert whole < stored_bytes(store, 0) < 1.01 * whole
     # 0.14 bits a value is what a coin of 0.02 needs, 0.9% of 16.
-    assert 0.009 * whole < stored_bytes(store, 1) < 0.03 * whole
+    assert 0.009 * whole < stored_bytes(store, 1) < 0.025 * whole
 
 
 def test_a_reader_fetches_the_deltas_it_lacks_and_nothing_else():
