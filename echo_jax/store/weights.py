@@ -146,8 +146,6 @@ class WeightStore:
 
     def rewind(self, version: int) -> None:
         """Forgets the versions after `version`: for a learner that resumes before them."""
-        if any(held > version for held, _ in self._held[0]):
-            self._held = [], None
         for later in [later for later in self.versions() if later > version]:
             self._kvstore.write(_manifest_key(later), None).result()
         beyond = ts.KvStore.KeyRange(f'data/{version + 1:010d}', 'data0')

@@ -9,7 +9,8 @@ followed; a second store takes them whole; safetensors.numpy writes and loads th
 and with an fsync, which is what the store does. The four alternate, starting with another one each
 step. Loads come from the page cache. Every version read is compared with what was sent, bit by bit.
 Last, `catch_up` is the load of the newest version by a reader that holds nothing: the key frame and
-all deltas. Means of the bytes, medians of the seconds. A table, and one JSON line.
+all deltas. Means of the bytes, medians of the seconds and of the CPU seconds of all threads, which
+are steadier on a machine that others use. A table, and one JSON line.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from echo_jax.model import params as model_params
 from echo_jax.store.weights import WeightStore
 
 Arrays = dict[str, np.ndarray]
+WHAT = ('publish', 'load')
 
 
 def make_config(learning_rate: float):
@@ -88,10 +90,11 @@ def save_plain(arrays: Arrays, path: pathlib.Path, sync: bool) -> None:
             os.fsync(file.fileno())
 
 
-def seconds(call: Callable[..., Arrays | None], *args) -> tuple[float, Arrays | None]:
-    start = time.perf_counter()
+def timed(call: Callable[..., Arrays | None], *args) -> tuple[np.ndarray, Arrays | None]:
+    """([seconds, CPU seconds of all threads], what the call returned)."""
+    start = np.array([time.perf_counter(), time.process_time()])
     result = call(*args)
-    return time.perf_counter() - start, result
+    return np.array([time.perf_counter(), time.process_time()]) - start, result
 
 
 def differing(found: Arrays, sent: Arrays) -> int:
@@ -117,7 +120,7 @@ def measure(config, steps: int, directory: pathlib.Path) -> dict:
     readers = {name: store.reader() for name, store in stores.items()}
     plain = {'safetensors': False, 'safetensors_fsync': True}
     ways = [*stores, *plain]
-    times = {way: {'publish': [], 'load': []} for way in ways}
+    times = {way: {what: [] for what in WHAT} for way in ways}
     sizes, moved, wrong, before = [], [], 0, None
     for version, params in enumerate(train(config, steps)):
         jax.block_until_ready(params)
@@ -125,11 +128,11 @@ def measure(config, steps: int, directory: pathlib.Path) -> dict:
         for way in [*ways[version % 4 :], *ways[: version % 4]]:
             file = directory / f'{way}.safetensors'
             if way in stores:
-                publish, _ = seconds(stores[way].publish, params, version)
-                load, found = seconds(readers[way].read, version)
+                publish, _ = timed(stores[way].publish, params, version)
+                load, found = timed(readers[way].read, version)
             else:
-                publish, _ = seconds(save_plain, sent, file, plain[way])
-                load, found = seconds(safetensors.numpy.load_file, file)
+                publish, _ = timed(save_plain, sent, file, plain[way])
+                load, found = timed(safetensors.numpy.load_file, file)
                 file.unlink()
             wrong += differing(found, sent)
             del found
@@ -140,11 +143,11 @@ def measure(config, steps: int, directory: pathlib.Path) -> dict:
         if before:
             moved.append(differing(before, sent))
         before = sent
-    catch_up, found = seconds(stores['delta'].read, steps)
+    catch_up, found = timed(stores['delta'].read, steps)
     wrong += differing(found, before)
     count = sum(array.size for array in before.values())
     medians = {
-        way: {what: round(statistics.median(values), 3) for what, values in both.items()}
+        way: {what: np.median(values, axis=0).round(3).tolist() for what, values in both.items()}
         for way, both in times.items()
     }
     return {
@@ -155,19 +158,17 @@ def measure(config, steps: int, directory: pathlib.Path) -> dict:
         'key_frame_share': round(sizes[0] / (2 * count), 4),
         'values_changed': round(statistics.mean(moved) / count, 4),
         'differing_values': wrong,
-        'seconds': medians,
-        'catch_up_seconds': round(catch_up, 3),
+        'seconds_and_cpu': medians | {'catch_up': {'load': catch_up.round(3).tolist()}},
     }
 
 
 def table(result: dict) -> str:
-    share = dict.fromkeys(result['seconds'], 1.0)
-    share |= {'delta': result['delta_share'], 'key_frame': result['key_frame_share']}
-    rows = [('way', 'share of the bf16 bytes', 'publish or save, s', 'load, s')]
-    for way, taken in result['seconds'].items():
-        rows.append((way, f'{share[way]:.2%}', f'{taken["publish"]:.3f}', f'{taken["load"]:.3f}'))
-    rows.append(('catch_up', '', '', f'{result["catch_up_seconds"]:.3f}'))
-    rows.insert(1, ('---',) * 4)
+    share = {'delta': result['delta_share'], 'key_frame': result['key_frame_share']}
+    rows = [('way', 'share of the bf16 bytes', 'publish or save, s (CPU s)', 'load, s (CPU s)')]
+    rows.append(('---',) * 4)
+    for way, taken in result['seconds_and_cpu'].items():
+        cells = ('{:.3f} ({:.3f})'.format(*taken[w]) if w in taken else '' for w in WHAT)
+        rows.append((way, f'{share[way]:.2%}' if way in share else '', *cells))
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_weights import SHARDED, HostView, arrays, assert_equal, make_params
+from test_weights import SHARDED, HostView, arrays, assert_equal, make_params, publish_as
 
 from echo_jax.store import shards as shards_module
 from echo_jax.store import weights as weights_module
-from echo_jax.store.kvstore import CorruptError, MissingError
+from echo_jax.store.kvstore import CorruptError, MissingError, seal
 from echo_jax.store.weights import WeightStore
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -444,3 +444,21 @@ def test_a_host_on_another_base_is_not_believed(tmp_path):
     store = WeightStore(tmp_path)
     assert kinds(store) == {1: 'full', 2: 'full'}
     assert_equal(store.read(2), params)
+
+
+def test_a_host_holds_only_what_was_committed(tmp_path):
+    """Process 0 of a life that is over commits an attempt that this host had no part in."""
+    store, results = WeightStore(tmp_path, 2, 9), {}
+    store._kvstore.write('data/0000000000/attempt', seal({'attempt': 'new'})).result()
+    args = (store, SHARDED, 0, 1, 2, results)
+    thread = threading.Thread(target=publish_as, args=args)
+    thread.start()
+    store._wait('data/0000000000/new/host.1', 1e9, 'the marker')
+    old = {'kind': 'full', 'version': 0, 'attempt': 'old', 'bases': [], 'arrays': {}}
+    store._kvstore.write('manifests/0000000000', seal(old)).result()
+    thread.join(30)
+    assert results == {1: True}
+    begun = {'attempt': 'next', 'bases': [[0, 'old']]}  # a delta to that: it cannot
+    store._kvstore.write('data/0000000001/attempt', seal(begun)).result()
+    publish_as(store, SHARDED, 1, 1, 2, results, timeout=0.3)
+    assert store._wait('data/0000000001/next/host.1', 0, 'the marker')['written'] is None
