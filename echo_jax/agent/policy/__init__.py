@@ -14,6 +14,10 @@ class Generation(NamedTuple):
     finish_reason: str  # 'stop' (a stop token was sampled) or 'length'
 
 
+class PolicyError(RuntimeError):
+    """The policy itself failed, for good: fatal for its worker, nobody's reward."""
+
+
 class Policy(Protocol):
     async def generate(
         self,
