@@ -3,7 +3,7 @@
 Not a checkpoint: no optimizer, no step, and old versions go. It imports no JAX; an array is a NumPy
 array or anything with the `sharding` and `addressable_shards` of a `jax.Array`.
 
-    manifests/0000000007                the commit: kind, attempt, and each array's shape and dtype
+    manifests/0000000007                the commit: attempt, bases, each array's shape and dtype
     data/0000000007/attempt             names the attempt that is under way; process 0 writes it
     data/0000000007/ATTEMPT/0012/c.0.3  one zarr3 chunk of array 12 (in order of name), with CRC-32C
     data/0000000007/ATTEMPT/host.3      process 3 has written its shards
@@ -13,24 +13,29 @@ time it starts on a version: what a killed learner left behind is never mixed in
 began on an attempt of the past begins again. The manifest is written, once, when the markers of all
 hosts are there and together cover every element. Metadata is in the manifest and nowhere else, so a
 read costs one GET and then the chunks. Chunks are aligned with the shards, hence no two hosts touch
-the same one, and at most 16 MiB, so that a slice reads little besides itself; they are not
-compressed (bfloat16 weights shrink by a fifth at ten times the cost). A manifest's kind is 'full';
-other kinds (a delta to another version) are refused by a reader that does not know them.
+the same one, and at most 16 MiB, so that a slice reads little besides itself.
+
+A version is a key frame (kind 'full': its values, not compressed, since bfloat16 weights shrink by
+a fifth at ten times the cost) or a delta: the bits XOR those of its base, packed (shards.py). Its
+manifest lists the bases, key frame first, each by version and attempt, so a delta never meets other
+bits than it was made from, and reading it needs no other manifest. Every host holds its shards of
+the version it published last and makes its deltas to them. Process 0 begins an attempt as a delta
+where it can; a host that does not hold that base says so in its marker, and process 0 begins again
+with a key frame. A reader refuses kinds that it does not know.
 """
 
 import itertools
-import json
 import math
 import pathlib
 import re
 import secrets
 import time
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import tensorstore as ts
 
+from echo_jax.store import shards
 from echo_jax.store.kvstore import (
     CorruptError,
     MissingError,
@@ -39,29 +44,32 @@ from echo_jax.store.kvstore import (
     unseal,
     write_once,
 )
+from echo_jax.store.shards import Index, Params, Part
 
-Index = tuple[slice, ...]
-Params = Mapping[str, np.ndarray]  # or jax.Array
+Link = list  # [version, attempt]
 
-DTYPES = ('bfloat16', 'float16', 'float32')
-MAX_CHUNK = 16 << 20  # bytes
-_MAX_PENDING = 1 << 30  # bytes on their way to the store at once: the host memory of a publish
 _POLL_SECONDS = 0.1
 
 
 class WeightStore:
     """Versions of the weights under `url`: a path, or a `file://`, `gs://`, `s3://` URL.
 
-    keep: versions that stay when newer ones are published; 2 lets a worker finish reading one
-        while the next arrives.
+    keep: versions that can be read when newer ones are published; 2 lets a worker finish reading
+        one while the next arrives. The bases of a delta among them stay with it.
+    keyframe_every: 1 (or 0) publishes each version whole; a larger number makes at least every so
+        many'th a key frame and the others deltas, for which each host of the learner keeps a copy
+        of its shards in memory (2 bytes a parameter over all hosts, in bfloat16).
     """
 
-    def __init__(self, url: str | pathlib.Path, keep: int = 2):
+    def __init__(self, url: str | pathlib.Path, keep: int = 2, keyframe_every: int = 1):
         if keep < 1:
             raise ValueError(f'keep is {keep}; expected at least 1 version')
         self.url = str(url)
         self.keep = keep
+        self.keyframe_every = keyframe_every
         self._kvstore = open_kvstore(url)
+        # The chain, key frame first, and the bits of the version that this host published last.
+        self._held: tuple[list[Link], Part] = [], None
 
     def publish(
         self,
@@ -70,26 +78,33 @@ class WeightStore:
         process_index: int = 0,
         process_count: int = 1,
         timeout: float = 600.0,
+        about: dict | None = None,
     ) -> bool:
         """Publishes `params` as `version`; True if this call did, False if it was there already.
 
         Every host of the learner calls it with the same names, and writes those shards of each
         `jax.Array` that it holds (replica 0 of each); NumPy arrays are the same on every host and
         process 0 writes them. Returns when the version is readable; then process 0 collects old
-        versions. Arrays are bfloat16, float16 or float32, of any shape.
+        versions. Arrays are bfloat16, float16 or float32, of any shape. `about` is process 0's: a
+        small JSON object that `about(version)` returns.
+
+        The version is a key frame where the one before it is not this learner's, has other arrays
+        or shards, or is `keyframe_every` versions away from its own; else a delta.
 
         Raises TimeoutError where other hosts have not done their part after `timeout` seconds, and
         ValueError where the shards of all hosts do not make up the arrays.
         """
-        _check(params, version)
+        if not 0 <= version < 10**10:
+            raise ValueError(f'version is {version}; expected 0 to 10**10 - 1')
+        part = Part.of(params, process_index)
         deadline = time.monotonic() + timeout
-        if self._committed(version):
+        if self._find(version) is not None:
             return False
         if process_index == 0:
-            done = self._lead(params, version, process_count, deadline)
+            done = self._lead(part, version, process_count, deadline, about or {})
             self._collect(version)
             return done
-        return self._follow(params, version, process_index, deadline)
+        return self._follow(part, version, process_index, deadline)
 
     def versions(self) -> list[int]:
         """The published versions, ascending."""
@@ -100,6 +115,10 @@ class WeightStore:
     def latest(self) -> int | None:
         """The newest published version; None where there is none yet."""
         return max(self.versions(), default=None)
+
+    def about(self, version: int) -> dict:
+        """What `publish` was told of a version; MissingError where it was collected."""
+        return self._manifest(version).get('about', {})
 
     def read(
         self,
@@ -113,145 +132,178 @@ class WeightStore:
             {'mlp/up': (slice(None), slice(0, 1024))}; nothing else is fetched but the rest of the
             chunks that it touches.
 
-        Raises MissingError where the version was collected, before or during the read (take
-        `latest()` and retry), and CorruptError where its bytes are damaged.
+        A delta is read with all of its bases; who follows the versions takes a `reader`. Raises
+        MissingError where the version was collected, before or during the read (take `latest()`
+        and retry), and CorruptError where its bytes are damaged.
         """
-        manifest = self._manifest(version)
-        arrays = manifest['arrays']
-        names = list(arrays) if names is None else names
-        slices = slices or {}
-        unknown = [name for name in {*names, *slices} if name not in arrays]
-        if unknown or not {*slices} <= {*names}:
-            raise ValueError(
-                f'version {version} in {self.url} has no arrays {unknown}; it has {list(arrays)}; '
-                f'slices are of arrays in names'
-            )
-        parts = {name: self._open(version, manifest, name)[slices.get(name, ...)] for name in names}
-        try:
-            futures = {name: part.read() for name, part in parts.items()}
-            return {name: future.result() for name, future in futures.items()}
-        except ValueError as error:
-            if version not in self.versions() or self._manifest(version) != manifest:
-                raise self._missing(version) from error
-            raise self._corrupt(version, error) from error
+        return self._fetch(self._manifest(version), names, slices)
+
+    def reader(
+        self, names: list[str] | None = None, slices: Mapping[str, Index] | None = None
+    ) -> 'WeightReader':
+        """A reader that follows the versions of these arrays, or parts of them, as in `read`."""
+        return WeightReader(self, names, slices)
 
     def rewind(self, version: int) -> None:
         """Forgets the versions after `version`: for a learner that resumes before them."""
+        if any(held > version for held, _ in self._held[0]):
+            self._held = [], None
         for later in [later for later in self.versions() if later > version]:
             self._kvstore.write(_manifest_key(later), None).result()
         beyond = ts.KvStore.KeyRange(f'data/{version + 1:010d}', 'data0')
         self._kvstore.delete_range(beyond).result()
 
-    def _lead(self, params: Params, version: int, process_count: int, deadline: float) -> bool:
+    def _lead(
+        self, part: Part, version: int, process_count: int, deadline: float, about: dict
+    ) -> bool:
         """Process 0's part: opens an attempt, waits for the other hosts, commits."""
-        attempt = secrets.token_hex(8)
-        self._kvstore.write(_attempt_key(version), seal({'attempt': attempt})).result()
-        layout, written = self._write_shards(params, version, attempt, 0)
-        for process_index in range(1, process_count):
-            key = _host_key(version, attempt, process_index)
-            marker = self._wait(key, deadline, f'process {process_index} to publish {version}')
-            if marker['layout'] != _digest(layout):
-                raise ValueError(
-                    f'process {process_index} publishes version {version} with other names, '
-                    f'shapes, dtypes or shards than process 0; give every process the same arrays'
-                )
-            written = [a + b for a, b in zip(written, marker['written'])]
-        for (name, array), count in zip(layout.items(), written):
+        for bases in (self._bases(part, version), []):
+            attempt = secrets.token_hex(8)
+            begun = {'attempt': attempt, 'bases': bases}
+            self._kvstore.write(_attempt_key(version), seal(begun)).result()
+            written = self._write(part, version, begun)
+            for process_index in range(1, process_count):
+                key = _host_key(version, attempt, process_index)
+                marker = self._wait(key, deadline, f'process {process_index} to publish {version}')
+                if marker['layout'] != part.digest():
+                    raise ValueError(
+                        f'process {process_index} publishes version {version} with other names, '
+                        f'shapes, dtypes or shards than process 0; give every process the same '
+                        f'arrays'
+                    )
+                if marker['written'] is None:  # it does not hold the base
+                    written = None
+                    break
+                written = [a + b for a, b in zip(written, marker['written'])]
+            if written is not None:
+                break
+        for (name, array), count in zip(part.layout.items(), written):
             if count != math.prod(array['shape']):
                 raise ValueError(
                     f'{process_count} processes wrote {count} elements of {name}; expected '
                     f'{math.prod(array["shape"])}: check process_count, and that arrays are global'
                 )
-        manifest = {'kind': 'full', 'version': version, 'attempt': attempt, 'arrays': layout}
-        return write_once(self._kvstore, _manifest_key(version), seal(manifest))
+        kind = 'delta' if bases else 'full'
+        manifest = {'kind': kind, 'version': version, **begun, 'about': about}
+        manifest['arrays'] = part.layout
+        done = write_once(self._kvstore, _manifest_key(version), seal(manifest))
+        if done:
+            self._hold(part, manifest)
+        return done
 
-    def _follow(self, params: Params, version: int, process_index: int, deadline: float) -> bool:
+    def _follow(self, part: Part, version: int, process_index: int, deadline: float) -> bool:
         """Another process's part, again for each attempt that it sees, until one is committed."""
         mine = None
-        while not self._committed(version):
-            attempt = self._wait(_attempt_key(version), deadline, 'process 0 to begin')['attempt']
-            if attempt == mine:
+        while (manifest := self._find(version)) is None:
+            begun = self._wait(_attempt_key(version), deadline, 'process 0 to begin')
+            if begun['attempt'] == mine:
                 time.sleep(_POLL_SECONDS)
                 if time.monotonic() > deadline:
                     raise TimeoutError(f'version {version} in {self.url}: no commit by process 0')
                 continue
-            layout, written = self._write_shards(params, version, attempt, process_index)
-            marker = {'layout': _digest(layout), 'written': written}
-            key = _host_key(version, attempt, process_index)
+            marker = {'layout': part.digest(), 'written': self._write(part, version, begun)}
+            mine = begun['attempt']
+            key = _host_key(version, mine, process_index)
             self._kvstore.write(key, seal(marker)).result()
-            mine = attempt
+        if manifest['attempt'] == mine:
+            self._hold(part, manifest)
         return mine is not None
 
-    def _write_shards(
-        self, params: Params, version: int, attempt: str, process_index: int
-    ) -> tuple[dict, list[int]]:
-        """This host's shards; returns the layout of all arrays and the elements written of each."""
-        layout, written, pending = {}, [], []
-        for name in sorted(params):
-            array = params[name]
-            layout[name] = {
-                'shape': list(array.shape),
-                'dtype': array.dtype.name,
-                'chunk': _chunk_shape(_shard_shape(array), array.dtype.itemsize),
-            }
-        manifest = {'attempt': attempt, 'arrays': layout}
-        for name in layout:
-            target = self._open(version, manifest, name)
-            count = 0
-            for index, shard in _shards(params[name], process_index):
-                data = np.asarray(shard)
-                count += data.size
-                pending.append((data.nbytes, target[index or ...].write(data)))
-                if sum(size for size, _ in pending) > _MAX_PENDING:
-                    _finish(pending)
-            written.append(count)
-        _finish(pending)
-        return layout, written
+    def _bases(self, part: Part, version: int) -> list[Link]:
+        """What process 0 proposes to make `version` a delta to; empty: a key frame."""
+        chain, copy = self._held
+        if not chain or not copy.matches(part) or len(chain) >= self.keyframe_every:
+            return []
+        base, attempt = chain[-1]
+        found = self._intact(base) if base < version else None
+        return chain if found and found['attempt'] == attempt else []
 
-    def _open(self, version: int, manifest: dict, name: str) -> ts.TensorStore:
-        """The zarr3 array `name`, described by the manifest alone."""
-        number = sorted(manifest['arrays']).index(name)
-        array = manifest['arrays'][name]
-        metadata = {
-            'zarr_format': 3,
-            'node_type': 'array',
-            'shape': array['shape'],
-            'data_type': array['dtype'],
-            'fill_value': 0.0,
-            'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': array['chunk']}},
-            'chunk_key_encoding': {'name': 'default', 'configuration': {'separator': '.'}},
-            'codecs': [
-                {'name': 'bytes', 'configuration': {'endian': 'little'}},
-                {'name': 'crc32c'},
-            ],
-        }
-        spec = {
-            'driver': 'zarr3',
-            'metadata': metadata,
-            # A chunk of zeros is stored, so that a chunk that is not there is an error, not zeros.
-            'store_data_equal_to_fill_value': True,
-            'fill_missing_data_reads': False,
-        }
-        folder = self._kvstore / f'data/{version:010d}/{manifest["attempt"]}/{number:04d}/'
-        return ts.open(spec, kvstore=folder, open=True, assume_metadata=True).result()
+    def _write(self, part: Part, version: int, begun: dict) -> list[int] | None:
+        """Writes this host's shards; the elements of each array, or None without the base."""
+        bases, (chain, copy) = begun.get('bases', []), self._held
+        if bases and not (chain == bases and copy.matches(part)):
+            return None
+        link = [version, begun['attempt']]
+        part.write(
+            lambda name: self._open(link, part.layout, name, bool(bases)), copy if bases else None
+        )
+        return part.elements()
+
+    def _hold(self, part: Part, manifest: dict) -> None:
+        """Copies this host's shards of what was committed, over those of the version before."""
+        (_, over), self._held = self._held, ([], None)
+        if self.keyframe_every > 1:
+            self._held = _chain(manifest), part.copy(over)
+
+    def _fetch(
+        self,
+        manifest: dict,
+        names: list[str] | None,
+        slices: Mapping[str, Index] | None,
+        have: Link | None = None,
+        arrays: dict[str, np.ndarray] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The arrays of a manifest; `arrays`, of its base `have`, are changed in place."""
+        version, layout, chain = manifest['version'], manifest['arrays'], _chain(manifest)
+        names, slices = list(layout) if names is None else names, slices or {}
+        unknown = [name for name in {*names, *slices} if name not in layout]
+        if unknown or not {*slices} <= {*names}:
+            raise ValueError(
+                f'version {version} in {self.url} has no arrays {unknown}; it has {list(layout)}; '
+                f'slices are of arrays in names'
+            )
+        for link in chain[chain.index(have) + 1 :] if have else chain:
+            delta = link != chain[0]
+            parts = {
+                name: self._open(link, layout, name, delta)[slices.get(name, ...)] for name in names
+            }
+            try:
+                if delta:
+                    jobs = (shards.apply(parts[name], arrays[name]) for name in names)
+                    shards.run(itertools.chain.from_iterable(jobs))
+                else:
+                    futures = {name: part.read() for name, part in parts.items()}
+                    arrays = {name: np.asarray(future.result()) for name, future in futures.items()}
+            except ValueError as error:
+                if self._find(version) != manifest:
+                    raise self._missing(version) from error
+                raise self._corrupt(version, error, link[0]) from error
+        return arrays
+
+    def _open(self, link: Link, layout: dict, name: str, delta: bool) -> ts.TensorStore:
+        """The zarr3 array `name` of one version and attempt."""
+        version, attempt = link
+        number = sorted(layout).index(name)
+        folder = self._kvstore / f'data/{version:010d}/{attempt}/{number:04d}/'
+        return shards.open_array(folder, layout[name], delta)
 
     def _manifest(self, version: int) -> dict:
+        if (manifest := self._find(version)) is None:
+            raise self._missing(version)
+        return manifest
+
+    def _find(self, version: int) -> dict | None:
+        """The manifest of a version; None where there is none."""
         found = self._kvstore.read(_manifest_key(version)).result()
         if found.state == 'missing':
-            raise self._missing(version)
+            return None
         try:
             manifest = unseal(found.value)
         except ValueError as error:
-            raise self._corrupt(version, error) from error
-        if manifest.get('kind') != 'full':
+            raise self._corrupt(version, error, version) from error
+        if manifest.get('kind') not in ('full', 'delta'):
             raise ValueError(
                 f'version {version} in {self.url} is of kind {manifest.get("kind")!r}; '
-                f"this reader knows 'full': update it"
+                f"this reader knows 'full' and 'delta': update it"
             )
         return manifest
 
-    def _committed(self, version: int) -> bool:
-        return self._kvstore.read(_manifest_key(version)).result().state == 'value'
+    def _intact(self, version: int) -> dict | None:
+        """`_find`, for what publishes: a damaged version has no reader, and goes like any other."""
+        try:
+            return self._find(version)
+        except CorruptError:
+            return None
 
     def _wait(self, key: str, deadline: float, what: str) -> dict:
         """The sealed document at `key` once it is there."""
@@ -264,14 +316,18 @@ class WeightStore:
             time.sleep(_POLL_SECONDS)
 
     def _collect(self, version: int) -> None:
-        """Deletes what is older than the newest `keep` versions: manifests first, then data."""
+        """Deletes what is older than the newest `keep` versions and their bases.
+
+        Manifests go first: a reader whose chunks are gone finds that its version is.
+        """
         versions = self.versions()
         kept = {*versions[-self.keep :], version}
         for old in versions:
             if old not in kept:
                 self._kvstore.write(_manifest_key(old), None).result()
-        below = ts.KvStore.KeyRange('data/', f'data/{min(kept):010d}')
-        self._kvstore.delete_range(below).result()
+        chains = [_chain(manifest) for manifest in map(self._intact, kept) if manifest]
+        first = min((chain[0][0] for chain in chains), default=min(kept))
+        self._kvstore.delete_range(ts.KvStore.KeyRange('data/', f'data/{first:010d}')).result()
 
     def _missing(self, version: int) -> MissingError:
         return MissingError(
@@ -279,11 +335,56 @@ class WeightStore:
             f'collected or is not finished; take latest() and retry'
         )
 
-    def _corrupt(self, version: int, error: Exception) -> CorruptError:
+    def _corrupt(self, version: int, error: Exception, damaged: int) -> CorruptError:
         return CorruptError(
             f'version {version} in {self.url} is corrupt ({error}); read another one, or let the '
-            f'learner publish it again after WeightStore({self.url!r}).rewind({version - 1})'
+            f'learner publish it again after WeightStore({self.url!r}).rewind({damaged - 1})'
         )
+
+
+class WeightReader:
+    """Follows the versions of one store and holds the arrays of the one that it read last.
+
+    A version that continues from that one costs the deltas between them; any other, such as the
+    first, or one of a learner that went back, is read from its key frame on.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        names: list[str] | None = None,
+        slices: Mapping[str, Index] | None = None,
+    ):
+        self._store, self._names, self._slices = store, names, slices
+        self._link: Link | None = None
+        self._arrays: dict[str, np.ndarray] = {}
+
+    @property
+    def version(self) -> int | None:
+        """The version that it holds; None before the first read and after one that failed."""
+        return self._link and self._link[0]
+
+    def read(self, version: int) -> dict[str, np.ndarray]:
+        """The arrays of a version: read-only views, good until the next `read`, which changes them.
+
+        Copy what must outlive that, also before `jax.device_put` on a CPU: it may keep the memory.
+        Raises what `WeightStore.read` raises; the next read then starts from a key frame.
+        """
+        manifest = self._store._manifest(version)
+        chain = _chain(manifest)
+        have, arrays = (self._link, self._arrays) if self._link in chain else (None, None)
+        self._link, self._arrays = None, {}  # arrays that are half changed are of no version
+        self._arrays = self._store._fetch(manifest, self._names, self._slices, have, arrays)
+        self._link = chain[-1]
+        views = {name: array.view() for name, array in self._arrays.items()}
+        for view in views.values():
+            view.flags.writeable = False
+        return views
+
+
+def _chain(manifest: dict) -> list[Link]:
+    """What is read for a version, key frame first: its bases, and itself."""
+    return [*manifest.get('bases', []), [manifest['version'], manifest['attempt']]]
 
 
 def _manifest_key(version: int) -> str:
@@ -296,49 +397,3 @@ def _attempt_key(version: int) -> str:
 
 def _host_key(version: int, attempt: str, process_index: int) -> str:
     return f'data/{version:010d}/{attempt}/host.{process_index}'
-
-
-def _check(params: Params, version: int) -> None:
-    if not 0 <= version < 10**10:
-        raise ValueError(f'version is {version}; expected 0 to 10**10 - 1')
-    for name, array in params.items():
-        if array.dtype.name not in DTYPES:
-            raise ValueError(f'{name} is {array.dtype}; expected one of {", ".join(DTYPES)}')
-
-
-def _shard_shape(array) -> tuple[int, ...]:
-    sharding = getattr(array, 'sharding', None)
-    return tuple(sharding.shard_shape(array.shape) if sharding is not None else array.shape)
-
-
-def _shards(array, process_index: int) -> Iterator[tuple[Index, np.ndarray]]:
-    """What this host writes of an array: each part of it is replica 0 on exactly one host."""
-    if hasattr(array, 'addressable_shards'):
-        shards = array.addressable_shards
-        yield from ((shard.index, shard.data) for shard in shards if shard.replica_id == 0)
-    elif process_index == 0:
-        yield (), array
-
-
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """Splits a shard into equal chunks of at most MAX_CHUNK, leading axes first.
-
-    Leading axes, because layers are stacked on them and a chunk stays one run of memory. Each
-    length divides the shard's, so that the chunk grid meets every shard's border.
-    """
-    chunk = [max(1, length) for length in shape]
-    for axis, length in enumerate(chunk):
-        divisors = (n for n in itertools.count(1) if length % n == 0)
-        while math.prod(chunk) * itemsize > MAX_CHUNK and chunk[axis] > 1:
-            chunk[axis] = length // next(divisors)
-    return chunk
-
-
-def _finish(pending: list[tuple[int, ts.WriteFutures]]) -> None:
-    for _, write in pending:
-        write.result()
-    pending.clear()
-
-
-def _digest(layout: dict) -> int:
-    return zlib.crc32(json.dumps(layout).encode())

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from echo_jax.store import weights as weights_module
+from echo_jax.store import shards as shards_module
 from echo_jax.store.kvstore import CorruptError, MissingError, seal
 from echo_jax.store.weights import WeightStore
 
@@ -60,22 +60,22 @@ arrays = bits(bfloat16, np.uint16) | bits(np.float16, np.uint16) | bits(np.float
 @given(st.dictionaries(st.text(max_size=10), arrays, max_size=4), st.integers(8, 200))
 def test_round_trip_is_exact(params, max_chunk):
     store = WeightStore('memory://')
-    whole, weights_module.MAX_CHUNK = weights_module.MAX_CHUNK, max_chunk
+    whole, shards_module.MAX_CHUNK = shards_module.MAX_CHUNK, max_chunk
     try:
         assert store.publish(params, 3)
     finally:
-        weights_module.MAX_CHUNK = whole
+        shards_module.MAX_CHUNK = whole
     assert_equal(store.read(3), params)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 60), max_size=4), st.integers(1, 4000))
 def test_chunks_divide_the_shard_and_are_small(shape, max_bytes):
-    whole, weights_module.MAX_CHUNK = weights_module.MAX_CHUNK, max_bytes
+    whole, shards_module.MAX_CHUNK = shards_module.MAX_CHUNK, max_bytes
     try:
-        chunk = weights_module._chunk_shape(tuple(shape), 2)
+        chunk = shards_module._chunk_shape(tuple(shape), 2)
     finally:
-        weights_module.MAX_CHUNK = whole
+        shards_module.MAX_CHUNK = whole
     assert all(c >= 1 and n % c == 0 for n, c in zip(shape, chunk))
     assert np.prod(chunk) * 2 <= max(2, max_bytes)
 
@@ -111,7 +111,7 @@ def test_rewind_forgets_what_came_after():
 
 
 def test_reads_names_and_slices(monkeypatch):
-    monkeypatch.setattr(weights_module, 'MAX_CHUNK', 300)
+    monkeypatch.setattr(shards_module, 'MAX_CHUNK', 300)
     store = WeightStore('memory://')
     params = make_params()
     store.publish(params, 1)
@@ -297,7 +297,7 @@ def constant_params(version, life):
 
 
 def publish_forever(url, first, life, ready):
-    store = WeightStore(url)
+    store = WeightStore(url, keyframe_every=1 + 2 * (life % 2))
     ready.set()
     for version in itertools.count(first):
         store.publish(constant_params(version, life), version)
@@ -305,6 +305,7 @@ def publish_forever(url, first, life, ready):
 
 def test_killed_learner_leaves_whole_versions_or_none(tmp_path):
     store, seen = WeightStore(tmp_path), {}
+    reads = itertools.cycle([store.read, store.reader().read])
     rng = np.random.default_rng(0)
     pace = None  # seconds that three versions take on this machine now
     torn = 0  # lives that ended in the middle of a publish
@@ -317,11 +318,11 @@ def test_killed_learner_leaves_whole_versions_or_none(tmp_path):
         start = time.monotonic()
         stop = start + (60 if pace is None else rng.uniform(0, pace))
         while time.monotonic() < stop and (pace or len(seen) < 3):
-            check_latest(store, seen)
+            check_latest(store, next(reads), seen)
         pace = pace or time.monotonic() - start
         os.kill(learner.pid, signal.SIGKILL)
         learner.join()
-        check_latest(store, seen)
+        check_latest(store, next(reads), seen)
         begun = {int(folder.name) for folder in (tmp_path / 'data').iterdir()}
         torn += max(begun) > store.latest()
         if life >= 12 and torn >= 3:
@@ -329,16 +330,16 @@ def test_killed_learner_leaves_whole_versions_or_none(tmp_path):
     assert torn >= 3 and len(seen) > 3
     last = store.latest() + 1
     assert store.publish(constant_params(last, 99), last)
-    check_latest(store, seen)
+    check_latest(store, next(reads), seen)
     assert seen[last] == 99
 
 
-def check_latest(store, seen):
+def check_latest(store, read, seen):
     version = store.latest()
     if version is None:
         return
     try:
-        params = store.read(version)
+        params = read(version)
     except MissingError:  # overtaken: what a worker would retry
         return
     values = {float(value) for array in params.values() for value in np.unique(array)}
@@ -377,9 +378,13 @@ HOST = """
         'numpy': wide + 0.5,
     }
     mine = sum(s.data.size for s in params['both'].addressable_shards if s.replica_id == 0)
-    store = WeightStore(url)
-    done = [store.publish(params, v, index, 2, timeout=60) for v in (1, 2)]
-    print(json.dumps({'mine': mine, 'done': done, 'latest': store.latest()}))
+    store = WeightStore(url, keep=3, keyframe_every=9)
+    done = []
+    for version in (1, 2, 3):
+        done.append(store.publish(params, version, index, 2, timeout=60))
+        params = {name: array * 3 for name, array in params.items()}
+    kinds = [store._manifest(version)['kind'] for version in (1, 2, 3)]
+    print(json.dumps({'mine': mine, 'done': done, 'kinds': kinds}))
 """
 
 
@@ -406,7 +411,7 @@ def test_two_jax_hosts_publish_their_shards(tmp_path):
         out, err = host.communicate(timeout=120)
         assert host.returncode == 0, err[-3000:]
         # Neither host had the whole array: 16 x 32 elements, half each.
-        expected = {'mine': 256, 'done': [True, True], 'latest': 2}
+        expected = {'mine': 256, 'done': [True] * 3, 'kinds': ['full', 'delta', 'delta']}
         assert json.loads(out.splitlines()[-1]) == expected
     wide = np.arange(16 * 32, dtype=np.float32).reshape(16, 32)
     expected = {
@@ -419,7 +424,9 @@ def test_two_jax_hosts_publish_their_shards(tmp_path):
         'scalar': np.array(7, np.float32),
         'numpy': wide + 0.5,
     }
-    assert_equal(WeightStore(tmp_path).read(1), expected)
     part = (slice(3, 9), slice(1, 30))
-    read = WeightStore(tmp_path).read(2, ['both'], {'both': part})
-    assert_equal(read, {'both': wide[part]})
+    for version in (1, 2, 3):
+        assert_equal(WeightStore(tmp_path).read(version), expected)
+        read = WeightStore(tmp_path).read(version, ['both'], {'both': part})
+        assert_equal(read, {'both': expected['both'][part]})
+        expected = {name: array * array.dtype.type(3) for name, array in expected.items()}
