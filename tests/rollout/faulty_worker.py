@@ -10,9 +10,9 @@ class FaultyLoader(WeightLoader):
         """'head': it is not packed again. 'half': the next load, once, ends after some tensors."""
         self._faults = faults
 
-    def _pack_head(self) -> None:
+    def _pack_head(self, model) -> None:
         if 'head' not in self._faults:
-            super()._pack_head()
+            super()._pack_head(model)
 
     def _their_tensors(self, arrays):
         for number, tensor in enumerate(super()._their_tensors(arrays)):

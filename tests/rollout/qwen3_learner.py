@@ -1,7 +1,6 @@
 """A random Qwen3 of transformers, in float32, that publishes itself as the learner does."""
 
 import copy
-import json
 import pathlib
 
 import numpy as np
@@ -30,10 +29,6 @@ TENSORS = {
 }
 
 
-def about(self: WeightStore, version: int) -> dict:
-    return json.loads(pathlib.Path(self.url, f'about.{version}').read_text())
-
-
 class Learner:
     def __init__(self, folder: pathlib.Path, *, tied: bool, kv_heads: int = 2):
         """Writes `folder`/model, a config and no weights; publishes in `folder`/weights."""
@@ -56,7 +51,7 @@ class Learner:
         self.model = transformers.Qwen3ForCausalLM(config).eval()
         config.architectures = ['Qwen3ForCausalLM']
         config.save_pretrained(self.model_dir)
-        self.store = WeightStore(self.url, keep=100)
+        self.store = WeightStore(self.url, keyframe_every=4)
         self.versions: dict[int, dict] = {}
         self.probe = np.random.default_rng(0).integers(0, VOCAB, 48).tolist()
 
@@ -70,14 +65,9 @@ class Learner:
         tensors = {k: v for k, v in TENSORS.items() if k != 'head' or not self.tied}
         self.versions[version] = copy.deepcopy(state)
         logprobs = self.logprobs(self.probe) + probe_error
-        self.store.publish(
-            {name: _ours(state, theirs) for name, theirs in tensors.items()}, version
-        )
-        document = {
-            'tensors': tensors,
-            'probe': {'tokens': self.probe, 'logprobs': logprobs.tolist(), 'temperature': 1.0},
-        }
-        pathlib.Path(self.url, f'about.{version}').write_text(json.dumps(document))
+        arrays = {name: _ours(state, theirs) for name, theirs in tensors.items()}
+        probe = {'tokens': self.probe, 'logprobs': logprobs.tolist(), 'temperature': 1.0}
+        self.store.publish(arrays, version, about={'tensors': tensors, 'probe': probe})
 
     @property
     def tied(self) -> bool:

@@ -2,21 +2,23 @@
 
 import asyncio
 import multiprocessing
+import subprocess
 import time
+import types
 
 import numpy as np
 import pytest
 
 pytest.importorskip('vllm', reason='vLLM is not installed here; `make rollout` makes .venv-rollout')
 
-import qwen3_learner
 from qwen3_learner import EOS, VOCAB, Learner
 
 from echo_jax.agent.policy import Generation, PolicyError
 from echo_jax.agent.policy.vllm import VllmPolicy
+from echo_jax.agent.policy.vllm_worker import share
 from echo_jax.store.kvstore import CorruptError, MissingError
-from echo_jax.store.weights import WeightStore
 
+pytestmark = pytest.mark.timeout(600)  # an engine starts in half a minute, on an idle machine
 MAX_MODEL_LEN = 512
 RNG = np.random.default_rng(1)
 # Longer than a block of the prefix cache, which has 128 tokens on a CPU.
@@ -26,11 +28,11 @@ PROMPTS = [RNG.integers(0, VOCAB, length) for length in (1, 140, 200, 300)]
 class Rig:
     """One learner, one engine, one event loop; versions count on from test to test."""
 
-    def __init__(self, folder, *, tied: bool):
-        self.learner = Learner(folder, tied=tied)
+    def __init__(self, folder, *, tied: bool, kv_heads: int = 2, **options):
+        self.learner = Learner(folder, tied=tied, kv_heads=kv_heads)
         self.loop = asyncio.Runner()
         self.next = 0
-        self.policy = self.run(start(self.learner))
+        self.policy = self.run(start(self.learner, **options))
 
     def run(self, work):
         return self.loop.run(asyncio.wait_for(work, 240))
@@ -90,9 +92,6 @@ async def generate_all(policy, prompts, *, temperature=1.0, max_tokens=16, seed=
 
 @pytest.fixture(scope='module', params=['tied', 'untied'])
 def rig(request, tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(WeightStore, 'about', qwen3_learner.about, raising=False)
-    patch.setenv('VLLM_CPU_OMP_THREADS_BIND', 'nobind')  # as many engines as there are tests
     rig = Rig(tmp_path_factory.mktemp(request.param), tied=request.param == 'tied')
     with pytest.raises(PolicyError, match='no weights yet'):
         rig.generate(PROMPTS[:1])
@@ -100,7 +99,6 @@ def rig(request, tmp_path_factory):
     yield rig
     rig.run(rig.policy.close())
     rig.loop.close()
-    patch.undo()
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.7, 0.0])
@@ -278,24 +276,82 @@ def test_a_damaged_or_absent_version_changes_nothing(rig):
     assert generation.versions[0] == good and rig.gap(PROMPTS[1], generation) < 1e-4
 
 
-def test_ranks_read_their_shares():
-    """Two ranks, one of them with all key-value heads of the other's kind, in a real engine."""
+def test_shares_by_hand():
+    """4 heads of 32 over 2 key-value heads, an inner axis of 128, 500 rows padded to 512."""
+    config = types.SimpleNamespace(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=128,
+        vocab_size=500,
+    )
+    layer = 'model.layers.{}.'
+    shares = [
+        share(layer + 'self_attn.q_proj.weight', config, 1, 2),
+        share(layer + 'self_attn.k_proj.weight', config, 1, 2),
+        share(layer + 'self_attn.v_proj.weight', config, 1, 4),  # ranks 0 and 1 share head 0
+        share(layer + 'self_attn.v_proj.weight', config, 2, 4),
+        share(layer + 'self_attn.o_proj.weight', config, 1, 2),
+        share(layer + 'mlp.up_proj.weight', config, 3, 4),
+        share(layer + 'mlp.down_proj.weight', config, 0, 4),
+        share('lm_head.weight', config, 1, 2),
+    ]
+    assert shares == [
+        (0, 64, 128, 128),
+        (0, 32, 64, 64),
+        (0, 0, 32, 64),
+        (0, 32, 64, 64),
+        (1, 64, 128, 128),
+        (0, 96, 128, 128),
+        (1, 0, 32, 128),
+        (0, 256, 500, 500),
+    ]
+    assert share(layer + 'input_layernorm.weight', config, 1, 2) is None
+    assert share('model.norm.weight', config, 1, 2) is None
+    assert share(layer + 'mlp.up_proj.weight', config, 0, 1) is None
+
+
+async def turns_that_fail(policy, end) -> float:
+    """Seconds from `end()`, which ends the engine, to errors from every call."""
+    turns = asyncio.create_task(generate_all(policy, PROMPTS, max_tokens=200))
+    await asyncio.sleep(0.3)
+    end()
+    started = time.monotonic()
+    with pytest.raises(PolicyError, match="vLLM's engine failed"):
+        await turns
+    for failing in (policy.load(policy.version), generate_all(policy, PROMPTS)):
+        with pytest.raises(PolicyError):
+            await failing
+    return time.monotonic() - started
 
 
 def test_an_engine_that_died_fails_every_turn(rig):
     """The last of an engine's tests."""
 
-    async def kill():
-        turns = asyncio.create_task(generate_all(rig.policy, PROMPTS, max_tokens=200))
-        await asyncio.sleep(0.3)
+    def kill():
         for process in multiprocessing.active_children():
             process.kill()
-        started = time.monotonic()
-        with pytest.raises(PolicyError, match="vLLM's engine failed"):
-            await turns
-        for failing in (rig.policy.load(rig.policy.version), generate_all(rig.policy, PROMPTS)):
-            with pytest.raises(PolicyError):
-                await failing
-        return time.monotonic() - started
 
-    assert rig.run(kill()) < 10
+    assert rig.run(turns_that_fail(rig.policy, kill)) < 10
+
+
+def test_two_ranks_read_their_shares(tmp_path, monkeypatch):
+    """Of key-value heads fewer than ranks, and a vocabulary that is padded.
+
+    And all processes of vLLM end with the one that they were told to, killed or not.
+    """
+    monkeypatch.setenv('VLLM_CPU_OMP_THREADS_BIND', 'nobind')  # more ranks than NUMA nodes
+    rig = Rig(tmp_path, tied=False, kv_heads=1, tensor_parallel_size=2)
+    for _ in range(2):
+        rig.swap()
+        for prompt, generation in zip(PROMPTS, rig.generate(PROMPTS)):
+            assert rig.gap(prompt, generation) < 1e-4
+    owner = subprocess.Popen(['sleep', '600'])
+    rig.run(rig.policy._call('end_with', owner.pid))
+    assert rig.run(turns_that_fail(rig.policy, owner.kill)) < 10
+    owner.wait()
+    for process in multiprocessing.active_children():
+        process.join(30)
+        assert process.exitcode is not None
+    rig.run(rig.policy.close())
+    rig.loop.close()

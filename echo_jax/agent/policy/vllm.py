@@ -95,6 +95,8 @@ class VllmPolicy:
         engine_args: any other of vLLM's AsyncEngineArgs. Raises PolicyError where vLLM is missing
         or refuses the model.
         """
+        if probe_tolerance is None and dtype not in PROBE_TOLERANCE:
+            raise ValueError(f'policy.dtype is {dtype!r}; expected one of {list(PROBE_TOLERANCE)}')
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
@@ -126,7 +128,9 @@ class VllmPolicy:
             reason = str(error).strip().partition('\n')[0]
             raise PolicyError(f'vLLM does not start with {model_dir}: {reason}') from error
         tolerance = PROBE_TOLERANCE[dtype] if probe_tolerance is None else probe_tolerance
-        return cls(engine, WeightStore(weights_url), max_model_len, tolerance)
+        policy = cls(engine, WeightStore(weights_url), max_model_len, tolerance)
+        await policy._call('end_with', os.getpid())
+        return policy
 
     async def generate(
         self,
@@ -164,10 +168,9 @@ class VllmPolicy:
         if completion.finish_reason not in ('stop', 'length'):
             raise PolicyError(f'vLLM ended a turn with {completion.finish_reason!r}')
         tokens = np.array(completion.token_ids, np.int32)
-        logprobs = [found[token].logprob for found, token in zip(completion.logprobs, tokens)]
         return Generation(
             tokens,
-            np.array(logprobs, np.float32),
+            np.array(completion.logprobs.logprobs, np.float32),
             np.full(len(tokens), version, np.int32),
             completion.finish_reason,
         )
@@ -224,7 +227,10 @@ class VllmPolicy:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            **sampling, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+            **sampling,
+            detokenize=False,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         prompt = {'prompt_token_ids': context}
         async with _engine_errors():
@@ -296,8 +302,7 @@ class VllmPolicy:
     async def _score(self, tokens: list[int]) -> np.ndarray:
         """float32 [n - 1]: log-probabilities of all tokens but the first, at temperature 1."""
         output = await self._request(tokens, max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        found = zip(output.prompt_logprobs[1:], tokens[1:])
-        return np.array([logprobs[token].logprob for logprobs, token in found], np.float32)
+        return np.array(output.prompt_logprobs.logprobs, np.float32)
 
     async def _call(self, method: str, *args) -> list:
         """What every rank's `method` of `WeightLoader` returns."""

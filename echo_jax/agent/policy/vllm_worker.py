@@ -6,12 +6,15 @@ functions, since `echo_jax.agent` is imported where they are not installed.
 """
 
 import concurrent.futures
+import os
+import select
+import threading
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from echo_jax.store.weights import WeightStore
+from echo_jax.store.weights import WeightReader, WeightStore
 
 READING = 'reading'
 
@@ -67,25 +70,45 @@ def _even(axis: int, length: int, rank: int, size: int) -> Share:
 class WeightLoader:
     """A worker's part of a swap: `begin_fetch`, `fetch_state` until it is '', `load_fetched`."""
 
+    _source = None  # what the reader reads: it stays, since the next version is a small difference
     _fetch: concurrent.futures.Future | None = None
+
+    def end_with(self, pid: int) -> None:
+        """Ends this process when process `pid` ends: vLLM's outlive it, and hold their GPUs."""
+        descriptor = os.pidfd_open(pid)
+
+        def wait() -> None:
+            select.select([descriptor], [], [])
+            os._exit(1)  # the engine's process follows those of its ranks
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def begin_fetch(self, weights_url: str, version: int, tensors: Mapping[str, str]) -> None:
         """Reads this rank's part of a version in a thread of its own, while the engine goes on.
 
         `tensors` is {our name: Hugging Face name, with {} for the number of the layer}.
         """
-        config = self.model_config.hf_text_config
-        parallel = self.parallel_config
-        rank, size = self.rank % parallel.tensor_parallel_size, parallel.tensor_parallel_size
-        # A model with a tied head may come with one: vLLM takes it from the embedding.
-        if config.tie_word_embeddings:
-            tensors = {ours: theirs for ours, theirs in tensors.items() if 'lm_head' not in theirs}
-        shares = {ours: share(theirs, config, rank, size) for ours, theirs in tensors.items()}
-        slices = {ours: _slices(ours, part) for ours, part in shares.items() if part}
-        self._tensors, self._shares = dict(tensors), shares
+        if self._source != (weights_url, tensors):
+            self._source = weights_url, tensors
+            self._reader = self._open(weights_url, tensors)
         pool = concurrent.futures.ThreadPoolExecutor(1)
-        self._fetch = pool.submit(WeightStore(weights_url).read, version, list(tensors), slices)
+        self._fetch = pool.submit(self._reader.read, version)
         pool.shutdown(wait=False)
+
+    def _open(self, weights_url: str, tensors: Mapping[str, str]) -> WeightReader:
+        config, size = self.model_config.hf_text_config, self.parallel_config.tensor_parallel_size
+        # A tied head may be published too: vLLM takes it from the embedding.
+        self._tensors = {
+            ours: theirs
+            for ours, theirs in tensors.items()
+            if not (config.tie_word_embeddings and theirs == 'lm_head.weight')
+        }
+        self._shares = {
+            ours: share(theirs, config, self.rank % size, size)
+            for ours, theirs in self._tensors.items()
+        }
+        slices = {ours: _slices(ours, part) for ours, part in self._shares.items() if part}
+        return WeightStore(weights_url).reader(list(self._tensors), slices)
 
     def fetch_state(self) -> tuple[str, str]:
         """READING, or '' once the part is here; else the error's class, and what it says."""
@@ -96,9 +119,15 @@ class WeightLoader:
 
     def load_fetched(self) -> None:
         """Replaces the model's weights, in place. The engine must be idle."""
-        arrays, self._fetch = self._fetch.result(), None
-        self.model_runner.reload_weights(weights_iterator=self._their_tensors(arrays))
-        self._pack_head()
+        from vllm.model_executor.model_loader import reload
+
+        arrays, model = self._fetch.result(), self.model_runner.model
+        reload.initialize_layerwise_reload(model)
+        try:
+            model.load_weights(self._their_tensors(arrays))
+        finally:  # half an update must be closed too, or the next one is added to it
+            reload.finalize_layerwise_reload(model, self.model_config)
+        self._pack_head(model)
 
     def _their_tensors(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, object]]:
         """(name, tensor) of Hugging Face, layer by layer, so that vLLM buffers one at a time."""
@@ -112,14 +141,14 @@ class WeightLoader:
                     tensor = _whole(array[layer].T, self._shares[name])
                     yield self._tensors[name].format(layer), tensor
 
-    def _pack_head(self) -> None:
+    def _pack_head(self, model) -> None:
         """On a CPU the head has a packed copy for its kernel; a reload forgets that of a tied one.
 
         Without it log-probabilities are those of the new layers under the old head.
         """
         from vllm.platforms import current_platform
 
-        head = getattr(self.model_runner.model, 'lm_head', None)
+        head = getattr(model, 'lm_head', None)
         if current_platform.is_cpu() and head is not None:
             head.quant_method.process_weights_after_loading(head)
 
