@@ -311,6 +311,16 @@ def test_shares_by_hand():
     assert share(layer + 'mlp.up_proj.weight', config, 0, 1) is None
 
 
+def test_a_model_that_vllm_refuses_is_one_line(tmp_path):
+    (tmp_path / 'config.json').write_text('{"architectures": ["NoSuch"], "model_type": "nosuch"}')
+    work = VllmPolicy.start(tmp_path, '', dtype='float32', max_model_len=8, max_num_seqs=1)
+    with pytest.raises(PolicyError, match=f'^vLLM does not start with {tmp_path}: .+$') as refused:
+        asyncio.run(work)
+    assert '\n' not in str(refused.value)
+    with pytest.raises(ValueError, match="dtype is 'auto'"):
+        asyncio.run(VllmPolicy.start(tmp_path, '', dtype='auto', max_model_len=8, max_num_seqs=1))
+
+
 async def turns_that_fail(policy, end) -> float:
     """Seconds from `end()`, which ends the engine, to errors from every call."""
     turns = asyncio.create_task(generate_all(policy, PROMPTS, max_tokens=200))

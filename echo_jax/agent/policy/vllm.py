@@ -245,7 +245,7 @@ class VllmPolicy:
             await asyncio.sleep(_POLL_SECONDS)
         for error, message in await self._call('fetch_state'):
             if error:
-                raise _STORE_ERRORS.get(error, OSError)(message)
+                raise _STORE_ERRORS.get(error, PolicyError)(message)
 
     async def _swap(self, version: int, about: dict) -> float:
         """Loads what was fetched until it is proven, at most twice; returns the probe's gap."""

@@ -119,15 +119,17 @@ class WeightLoader:
 
     def load_fetched(self) -> None:
         """Replaces the model's weights, in place. The engine must be idle."""
+        from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader import reload
 
-        arrays, model = self._fetch.result(), self.model_runner.model
-        reload.initialize_layerwise_reload(model)
-        try:
-            model.load_weights(self._their_tensors(arrays))
-        finally:  # half an update must be closed too, or the next one is added to it
-            reload.finalize_layerwise_reload(model, self.model_config)
-        self._pack_head(model)
+        arrays, model = self._fetch.result(), self.get_model()
+        with set_current_vllm_config(self.vllm_config):
+            reload.initialize_layerwise_reload(model)
+            try:
+                model.load_weights(self._their_tensors(arrays))
+            finally:  # half an update must be closed too, or the next one is added to it
+                reload.finalize_layerwise_reload(model, self.model_config)
+            self._pack_head(model)
 
     def _their_tensors(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, object]]:
         """(name, tensor) of Hugging Face, layer by layer, so that vLLM buffers one at a time."""
