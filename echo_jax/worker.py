@@ -135,7 +135,7 @@ class Worker:
             newest = await asyncio.to_thread(self._weights.newest)
             if newest is not None and newest != self._loaded:
                 with contextlib.suppress(MissingError):  # collected by now: there is a newer one
-                    await self._policy.load(newest.version)
+                    await self._policy.load(newest[0])
                     self._loaded = newest
 
     async def draw(self, round_: Round, group_id: int) -> None:

@@ -116,6 +116,13 @@ class WeightStore:
         """The newest published version; None where there is none yet."""
         return max(self.versions(), default=None)
 
+    def newest(self) -> tuple[int, str] | None:
+        """(version, attempt) of the newest version; another attempt has other bits, maybe."""
+        while (version := self.latest()) is not None:
+            if manifest := self._find(version):  # unless it was rewound meanwhile
+                return version, manifest['attempt']
+        return None
+
     def about(self, version: int) -> dict:
         """What `publish` was told of a version; MissingError where it was collected."""
         return self._manifest(version).get('about', {})

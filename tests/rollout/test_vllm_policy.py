@@ -1,0 +1,367 @@
+"""Log-probabilities, swaps and their three hazards on a real vLLM, against transformers."""
+
+import asyncio
+import multiprocessing
+import subprocess
+import time
+import types
+
+import numpy as np
+import pytest
+
+pytest.importorskip('vllm', reason='vLLM is not installed here; `make rollout` makes .venv-rollout')
+
+from qwen3_learner import EOS, VOCAB, Learner
+
+from echo_jax.agent.policy import Generation, PolicyError
+from echo_jax.agent.policy.vllm import VllmPolicy
+from echo_jax.agent.policy.vllm_worker import share
+from echo_jax.store.kvstore import CorruptError, MissingError
+
+pytestmark = pytest.mark.timeout(600)  # an engine starts in half a minute, on an idle machine
+MAX_MODEL_LEN = 512
+RNG = np.random.default_rng(1)
+# Longer than a block of the prefix cache, which has 128 tokens on a CPU.
+PROMPTS = [RNG.integers(0, VOCAB, length) for length in (1, 140, 200, 300)]
+
+
+class Rig:
+    """One learner, one engine, one event loop; versions count on from test to test."""
+
+    def __init__(self, folder, *, tied: bool, kv_heads: int = 2, **options):
+        self.learner = Learner(folder, tied=tied, kv_heads=kv_heads)
+        self.loop = asyncio.Runner()
+        self.next = 0
+        self.policy = self.run(start(self.learner, **options))
+
+    def run(self, work):
+        return self.loop.run(asyncio.wait_for(work, 240))
+
+    def publish(self, **options) -> int:
+        self.learner.change(0.02)
+        self.learner.publish(self.next, **options)
+        self.next += 1
+        return self.next - 1
+
+    def swap(self) -> int:
+        version = self.publish()
+        self.run(self.policy.load(version))
+        return version
+
+    def fail_at(self, *faults: str) -> None:
+        self.run(self.policy._engine.collective_rpc('fail_at', args=faults))
+
+    def generate(self, prompts, **options) -> list[Generation]:
+        return self.run(generate_all(self.policy, prompts, **options))
+
+    def gap(self, prompt, generation, temperature: float = 1.0) -> float:
+        """The largest distance from the reference by the version that the tokens name."""
+        (version,) = {*generation.versions.tolist()}
+        tokens = [*prompt, *generation.token_ids]
+        expected = self.learner.logprobs(tokens, temperature, version)[len(prompt) :]
+        assert np.abs(expected).max() > 0.1  # something to be wrong about
+        return float(np.abs(generation.logprobs - expected).max())
+
+
+async def start(learner: Learner, **options) -> VllmPolicy:
+    return await VllmPolicy.start(
+        learner.model_dir,
+        learner.url,
+        dtype='float32',
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=32,
+        enforce_eager=True,
+        worker_extension_cls='faulty_worker.FaultyLoader',
+        **options,
+    )
+
+
+async def generate_all(policy, prompts, *, temperature=1.0, max_tokens=16, seed=0, stop=()):
+    turns = (
+        policy.generate(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed + i,
+            stop_token_ids=stop,
+        )
+        for i, prompt in enumerate(prompts)
+    )
+    return await asyncio.gather(*turns)
+
+
+@pytest.fixture(scope='module', params=['tied', 'untied'])
+def rig(request, tmp_path_factory):
+    rig = Rig(tmp_path_factory.mktemp(request.param), tied=request.param == 'tied')
+    with pytest.raises(PolicyError, match='no weights yet'):
+        rig.generate(PROMPTS[:1])
+    rig.swap()
+    yield rig
+    rig.run(rig.policy.close())
+    rig.loop.close()
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7, 0.0])
+def test_every_swap_brings_the_learners_logprobs(rig, temperature):
+    for _ in range(2):
+        version = rig.swap()
+        assert rig.policy.version == rig.policy.swap.version == version
+        assert rig.policy.swap.probe_gap < 1e-5
+        generations = rig.generate(PROMPTS, temperature=temperature)
+        for prompt, generation in zip(PROMPTS, generations):
+            assert generation.versions.tolist() == [version] * 16
+            assert rig.gap(prompt, generation, temperature or 1.0) < 1e-4
+            assert generation.logprobs.dtype == np.float32
+            if temperature == 0.0:
+                logits = rig.learner.logits([*prompt, *generation.token_ids[:-1]], version)
+                greedy = logits.argmax(-1)[len(prompt) - 1 :]
+                assert greedy.tolist() == generation.token_ids.tolist()
+
+
+def test_the_prefix_cache_must_be_dropped(rig, monkeypatch):
+    """What load does about it, undone: old keys and values under the new weights."""
+
+    async def keep(self):
+        return True
+
+    rig.generate(PROMPTS[3:])
+    with monkeypatch.context() as undone:
+        undone.setattr(VllmPolicy, '_drop_prefixes', keep)
+        rig.swap()
+    (stale,) = rig.generate(PROMPTS[3:])
+    assert rig.gap(PROMPTS[3], stale) > 1e-2
+    rig.swap()
+    (fresh,) = rig.generate(PROMPTS[3:])
+    assert rig.gap(PROMPTS[3], fresh) < 1e-4
+
+
+def test_a_cache_that_stays_is_no_success(rig, monkeypatch):
+    async def refuse():
+        return False
+
+    with monkeypatch.context() as stuck:
+        stuck.setattr('echo_jax.agent.policy.vllm._CACHE_SECONDS', 0.1)
+        stuck.setattr(rig.policy._engine, 'reset_prefix_cache', refuse)
+        with pytest.raises(PolicyError, match='prefix cache'):
+            rig.swap()
+    rig.swap()
+
+
+def test_a_tied_head_keeps_the_old_weights_unless_it_is_packed_again(rig):
+    rig.fail_at('head')
+    if rig.learner.tied:
+        with pytest.raises(PolicyError, match="probe's log-probabilities are"):
+            rig.swap()
+    else:
+        rig.swap()
+    rig.fail_at()
+    rig.swap()
+    assert rig.policy.swap.probe_gap < 1e-5
+
+
+def test_a_wrong_probe_is_refused_twice_and_the_next_version_mends_it(rig, caplog):
+    good = rig.policy.version
+    bad = rig.publish(probe_error=0.01)
+    with pytest.raises(PolicyError, match=f'version {bad} .*0.01 nats off .* more than 0.001'):
+        rig.run(rig.policy.load(bad))
+    assert [f'version {bad}' in r.message for r in caplog.records].count(True) == 1  # one retry
+    # What is in the engine is of no version, so nothing is sampled from it.
+    with pytest.raises(PolicyError, match=f'version {bad}'):
+        rig.generate(PROMPTS[:1])
+    assert rig.policy.version == good
+    version = rig.swap()
+    (generation,) = rig.generate(PROMPTS[1:2])
+    assert generation.versions[0] == version and rig.gap(PROMPTS[1], generation) < 1e-4
+
+
+def test_weights_that_stay_when_the_learners_change_are_refused(rig):
+    """The probe is within the tolerance, and yet the swap did not take."""
+    version = rig.publish()
+    rig.run(rig.policy.load(version))
+    rig.learner.publish(rig.next, probe_error=1e-4)  # the same weights
+    rig.next += 1
+    with pytest.raises(PolicyError, match=f"changed since version {version}, vLLM's did not"):
+        rig.run(rig.policy.load(version + 1))
+    rig.swap()
+
+
+def test_half_an_update_is_done_once_more(rig, caplog):
+    rig.fail_at('half')
+    rig.swap()
+    assert 'half of it' in caplog.text
+    (generation,) = rig.generate(PROMPTS[2:3])
+    assert rig.gap(PROMPTS[2], generation) < 1e-4
+
+
+def test_turns_that_run_end_on_their_version(rig):
+    """16 turns under way, a swap, and 16 more that were asked for while it waits."""
+    old, new = rig.policy.version, rig.publish()
+    prompts = PROMPTS * 4
+
+    async def swap_meanwhile():
+        first = asyncio.create_task(generate_all(rig.policy, prompts, max_tokens=120))
+        await asyncio.sleep(0.3)
+        load = asyncio.create_task(rig.policy.load(new))
+        while rig.policy._open.is_set():
+            await asyncio.sleep(0.01)
+        assert not first.done()
+        later = asyncio.create_task(generate_all(rig.policy, prompts))
+        return await asyncio.gather(first, later, load)
+
+    first, later, _ = rig.run(swap_meanwhile())
+    for generations, version in ((first, old), (later, new)):
+        for prompt, generation in zip(prompts, generations):
+            assert {*generation.versions.tolist()} == {version}
+            assert rig.gap(prompt, generation) < 1e-4
+    assert rig.policy.swap.drain_seconds > 0
+    # The model's own end of text ends no turn: none of the callers asked for it.
+    assert all(g.finish_reason == 'length' and len(g.token_ids) == 120 for g in first)
+    assert any(EOS in g.token_ids[:-1] for g in first)
+
+
+def test_a_seed_repeats_its_sample(rig):
+    again = [rig.generate([PROMPTS[2]], max_tokens=40, seed=s)[0].token_ids for s in (5, 5, 6)]
+    assert np.array_equal(again[0], again[1]) and not np.array_equal(again[1], again[2])
+    (large,) = rig.generate([PROMPTS[0]], seed=2**63 - 1)  # PROTOCOL 7.2: 63 bits
+    assert len(large.token_ids) == 16
+
+
+def test_a_stop_token_is_in_the_result(rig):
+    (greedy,) = rig.generate([PROMPTS[1]], temperature=0.0, max_tokens=8)
+    stop = greedy.token_ids[5]
+    (stopped,) = rig.generate([PROMPTS[1]], temperature=0.0, max_tokens=8, stop=(499, int(stop)))
+    length = greedy.token_ids.tolist().index(stop) + 1
+    assert stopped.token_ids.tolist() == greedy.token_ids[:length].tolist()
+    assert (stopped.finish_reason, greedy.finish_reason) == ('stop', 'length')
+
+
+def test_a_context_that_does_not_fit_is_refused(rig):
+    with pytest.raises(ValueError, match='500 tokens and max_tokens=16 do not fit'):
+        rig.generate([RNG.integers(0, VOCAB, 500)])
+    with pytest.raises(ValueError, match='a context of 0 tokens'):
+        rig.generate([[]])
+
+
+def test_a_cancelled_turn_frees_its_request(rig):
+    async def cancel():
+        task = asyncio.create_task(generate_all(rig.policy, PROMPTS[:2], max_tokens=200))
+        await asyncio.sleep(0.3)
+        assert rig.policy._engine.output_processor.get_num_unfinished_requests() == 2
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert rig.policy._engine.output_processor.get_num_unfinished_requests() == 0
+        started = time.monotonic()
+        assert await rig.policy._drop_prefixes()  # no block of it is in use
+        return time.monotonic() - started
+
+    assert rig.run(cancel()) < 1.0
+    rig.swap()  # and no swap waits for it
+
+
+def test_a_damaged_or_absent_version_changes_nothing(rig):
+    good, bad = rig.policy.version, rig.publish()
+    data = rig.learner.store._manifest(bad)['attempt']
+    chunks = (rig.learner.model_dir.parent / 'weights' / 'data' / f'{bad:010d}' / data).rglob('c*')
+    chunk = max((path for path in chunks if path.is_file()), key=lambda path: path.stat().st_size)
+    damaged = bytearray(chunk.read_bytes())
+    damaged[100] ^= 1
+    chunk.write_bytes(damaged)
+    with pytest.raises(CorruptError, match=f'version {bad} in .* is corrupt'):
+        rig.run(rig.policy.load(bad))
+    rig.learner.store.rewind(bad - 1)
+    with pytest.raises(MissingError, match=f'version {bad} is not in'):
+        rig.run(rig.policy.load(bad))
+    (generation,) = rig.generate(PROMPTS[1:2])
+    assert generation.versions[0] == good and rig.gap(PROMPTS[1], generation) < 1e-4
+
+
+def test_shares_by_hand():
+    """4 heads of 32 over 2 key-value heads, an inner axis of 128, 500 rows padded to 512."""
+    config = types.SimpleNamespace(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=128,
+        vocab_size=500,
+    )
+    layer = 'model.layers.{}.'
+    shares = [
+        share(layer + 'self_attn.q_proj.weight', config, 1, 2),
+        share(layer + 'self_attn.k_proj.weight', config, 1, 2),
+        share(layer + 'self_attn.v_proj.weight', config, 1, 4),  # ranks 0 and 1 share head 0
+        share(layer + 'self_attn.v_proj.weight', config, 2, 4),
+        share(layer + 'self_attn.o_proj.weight', config, 1, 2),
+        share(layer + 'mlp.up_proj.weight', config, 3, 4),
+        share(layer + 'mlp.down_proj.weight', config, 0, 4),
+        share('lm_head.weight', config, 1, 2),
+    ]
+    assert shares == [
+        (0, 64, 128, 128),
+        (0, 32, 64, 64),
+        (0, 0, 32, 64),
+        (0, 32, 64, 64),
+        (1, 64, 128, 128),
+        (0, 96, 128, 128),
+        (1, 0, 32, 128),
+        (0, 256, 500, 500),
+    ]
+    assert share(layer + 'input_layernorm.weight', config, 1, 2) is None
+    assert share('model.norm.weight', config, 1, 2) is None
+    assert share(layer + 'mlp.up_proj.weight', config, 0, 1) is None
+
+
+def test_a_model_that_vllm_refuses_is_one_line(tmp_path):
+    (tmp_path / 'config.json').write_text('{"architectures": ["NoSuch"], "model_type": "nosuch"}')
+    work = VllmPolicy.start(tmp_path, '', dtype='float32', max_model_len=8, max_num_seqs=1)
+    with pytest.raises(PolicyError, match=f'^vLLM does not start with {tmp_path}: .+$') as refused:
+        asyncio.run(work)
+    assert '\n' not in str(refused.value)
+    with pytest.raises(ValueError, match="dtype is 'auto'"):
+        asyncio.run(VllmPolicy.start(tmp_path, '', dtype='auto', max_model_len=8, max_num_seqs=1))
+
+
+async def turns_that_fail(policy, end) -> float:
+    """Seconds from `end()`, which ends the engine, to errors from every call."""
+    turns = asyncio.create_task(generate_all(policy, PROMPTS, max_tokens=200))
+    await asyncio.sleep(0.3)
+    end()
+    started = time.monotonic()
+    with pytest.raises(PolicyError, match="vLLM's engine failed"):
+        await turns
+    for failing in (policy.load(policy.version), generate_all(policy, PROMPTS)):
+        with pytest.raises(PolicyError):
+            await failing
+    return time.monotonic() - started
+
+
+def test_an_engine_that_died_fails_every_turn(rig):
+    """The last of an engine's tests."""
+
+    def kill():
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    assert rig.run(turns_that_fail(rig.policy, kill)) < 10
+
+
+def test_two_ranks_read_their_shares(tmp_path, monkeypatch):
+    """Of key-value heads fewer than ranks, and a vocabulary that is padded.
+
+    And all processes of vLLM end with the one that they were told to, killed or not.
+    """
+    monkeypatch.setenv('VLLM_CPU_OMP_THREADS_BIND', 'nobind')  # more ranks than NUMA nodes
+    rig = Rig(tmp_path, tied=False, kv_heads=1, tensor_parallel_size=2)
+    for _ in range(2):
+        rig.swap()
+        for prompt, generation in zip(PROMPTS, rig.generate(PROMPTS)):
+            assert rig.gap(prompt, generation) < 1e-4
+    owner = subprocess.Popen(['sleep', '600'])
+    rig.run(rig.policy._call('end_with', owner.pid))
+    assert rig.run(turns_that_fail(rig.policy, owner.kill)) < 10
+    owner.wait()
+    for process in multiprocessing.active_children():
+        process.join(30)
+        assert process.exitcode is not None
+    rig.run(rig.policy.close())
+    rig.loop.close()
