@@ -15,7 +15,7 @@ ROLLOUT_PYTHON = pathlib.Path(
     os.environ.get('ECHO_ROLLOUT_PYTHON', ROOT / '.venv-rollout/bin/python')
 )
 STEPS, GROUPS, SIZE = SETTINGS['num_steps'], SETTINGS['batch']['groups'], SETTINGS['group_size']
-VLLM = '--config.policy.backend=vllm'
+VLLM = '--config.policy.backend=vllm', '--config.model.head_dim=32'  # vLLM's least on a CPU
 
 pytestmark = [
     pytest.mark.skipif(
@@ -30,7 +30,7 @@ class Fleet:
 
     def __init__(self, programs, folder: pathlib.Path, *flags: str):
         self.workdir, self._folder, self._programs = folder / 'run', folder, programs
-        self._flags = programs.train_flags(self.workdir, VLLM, *flags)
+        self._flags = programs.train_flags(self.workdir, *VLLM, *flags)
         self._started: list[subprocess.Popen] = []
 
     def learner(self) -> subprocess.Popen:
