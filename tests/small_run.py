@@ -73,14 +73,16 @@ class Programs:
 
     def start(
         self,
-        program: str,
+        program: str | pathlib.Path,
         *flags: str,
         python: str | os.PathLike = sys.executable,
         output: int | IO = subprocess.PIPE,
         **environment: str,
     ) -> subprocess.Popen:
+        """`program` is a file, or one of echo_jax's."""
+        what = [program] if isinstance(program, pathlib.Path) else ['-m', f'echo_jax.{program}']
         return subprocess.Popen(
-            [python, '-m', f'echo_jax.{program}', *flags],
+            [python, *what, *flags],
             cwd=ROOT,
             env=self.environment | environment,
             stdout=output,

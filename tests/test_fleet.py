@@ -46,8 +46,14 @@ class Fleet:
     def worker(self, *flags: str) -> subprocess.Popen:
         return self._start('worker', *flags, python=ROLLOUT_PYTHON)
 
-    def _start(self, program: str, *flags: str, **options) -> subprocess.Popen:
-        log = (self._folder / f'{program}{len(self._started)}.log').open('w')
+    def ray(self, address: str, *flags: str) -> subprocess.Popen:
+        """launch/ray/fleet.py of this run."""
+        script = ROOT / 'launch' / 'ray' / 'fleet.py'
+        return self._start(script, f'--address={address}', *flags, python=ROLLOUT_PYTHON)
+
+    def _start(self, program: str | pathlib.Path, *flags: str, **options) -> subprocess.Popen:
+        name = pathlib.Path(program).stem
+        log = (self._folder / f'{name}{len(self._started)}.log').open('w')
         process = self._programs.start(program, *self._flags, *flags, output=log, **options)
         self._started.append(process)
         return process
@@ -149,3 +155,32 @@ def test_a_worker_stops_on_sigterm_and_leaves_no_sandbox(fleet, programs):
     worker.send_signal(signal.SIGTERM)
     assert fleet.ends(worker, 60) == 1
     assert 'the same command goes on' in fleet.logs()
+
+
+@pytest.fixture
+def cluster(programs, tmp_path):
+    """A cluster.stdin that obeys, and the address that it said."""
+    with (tmp_path / 'ray.txt').open('w') as log:
+        process = subprocess.Popen(
+            [ROLLOUT_PYTHON, ROOT / 'tests' / 'ray_cluster.py'],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=programs.environment,
+        )
+    said = (line.split() for line in process.stdout)
+    process.address = next(words[1] for words in said if words[:1] == ['address'])
+    yield process
+    process.stdin.close()
+    process.wait(60)
+
+
+def test_a_ray_cluster_loses_a_node(fleet, cluster):
+    learner = fleet.learner()
+    workers = fleet.ray(cluster.address, '--workers=2', '--gpus=0')
+    wait_for(lambda: len(fleet.groups()) >= GROUPS, seconds=500)
+    print('kill', file=cluster.stdin, flush=True)
+    assert fleet.ends(learner, 500) == 0
+    assert fleet.ends(workers, 120) == 0
+    assert_whole(fleet)
