@@ -131,6 +131,7 @@ async def measure(args) -> dict:
             max_model_len=context,
             max_num_seqs=args.slots,
             probe_tolerance=np.inf,
+            enforce_eager=args.eager,
         )
         await policy.load(0)
         rounds = {0.0: [], args.latency: []}
@@ -154,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', help='Hugging Face directory; its config.json is read')
     parser.add_argument('--dtype', default='float32')
+    parser.add_argument('--eager', action='store_true', help='do not let vLLM compile the model')
     parser.add_argument('--latency', type=float, default=1.0, help='seconds a command')
     parser.add_argument('--episodes', type=int, default=256, help='in flight')
     parser.add_argument('--slots', type=int, default=64, help='turns that decode together')

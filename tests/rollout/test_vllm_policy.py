@@ -226,6 +226,13 @@ def test_a_seed_repeats_its_sample(rig):
     assert len(large.token_ids) == 16
 
 
+def test_more_prompts_than_one_step_takes(rig):
+    """4,800 tokens at once: vLLM would prefill one prompt in parts, and on a CPU die of it."""
+    prompts = RNG.integers(0, VOCAB, (16, 300))
+    for prompt, generation in zip(prompts, rig.generate(prompts, max_tokens=4)):
+        assert rig.gap(prompt, generation) < 1e-4
+
+
 def test_a_stop_token_is_in_the_result(rig):
     (greedy,) = rig.generate([PROMPTS[1]], temperature=0.0, max_tokens=8)
     stop = greedy.token_ids[5]

@@ -35,6 +35,7 @@ _ENVIRONMENT = {
 PROBE_TOLERANCE = {'float32': 1e-3, 'bfloat16': 0.05, 'float16': 0.01}
 _SAME = 1e-6  # nats: log-probabilities that differ by less may be of the same weights
 _POLL_SECONDS = 0.05
+_CPU_BATCH_TOKENS = 2048  # of one step
 _CACHE_SECONDS = 5.0  # until the blocks of requests that were aborted must be free
 _STORE_ERRORS = {error.__name__: error for error in (CorruptError, MissingError, ValueError)}
 
@@ -97,16 +98,6 @@ class VllmPolicy:
         """
         if probe_tolerance is None and dtype not in PROBE_TOLERANCE:
             raise ValueError(f'policy.dtype is {dtype!r}; expected one of {list(PROBE_TOLERANCE)}')
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        try:
-            from vllm import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
-        except ImportError as error:
-            raise PolicyError(
-                f'vLLM cannot be imported ({error}); install requirements-rollout.txt, or on a CPU '
-                'run `make rollout`, and start the worker in that environment'
-            ) from error
         arguments = dict(
             model=os.fspath(model_dir),
             load_format='dummy',  # the first `load` brings real ones
@@ -122,11 +113,7 @@ class VllmPolicy:
             worker_extension_cls=f'{vllm_worker.__name__}.{vllm_worker.WeightLoader.__name__}',
             disable_log_stats=True,
         )
-        try:
-            engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**(arguments | engine_args)))
-        except (ValueError, OSError, RuntimeError) as error:
-            reason = str(error).strip().partition('\n')[0]
-            raise PolicyError(f'vLLM does not start with {model_dir}: {reason}') from error
+        engine = _start_engine(arguments | engine_args)
         tolerance = PROBE_TOLERANCE[dtype] if probe_tolerance is None else probe_tolerance
         policy = cls(engine, WeightStore(weights_url), max_model_len, tolerance)
         await policy._call('end_with', os.getpid())
@@ -307,6 +294,30 @@ class VllmPolicy:
     async def _call(self, method: str, *args) -> list:
         """What every rank's `method` of `WeightLoader` returns."""
         return await self._engine.collective_rpc(method, args=args)
+
+
+def _start_engine(arguments: dict):
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        from vllm import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ImportError as error:
+        raise PolicyError(
+            f'vLLM cannot be imported ({error}); install requirements-rollout.txt, or on a CPU '
+            'run `make rollout`, and start the worker in that environment'
+        ) from error
+    if current_platform.is_cpu():
+        # A prompt that is prefilled in parts kills the engine (0.32): it then turns the generator
+        # of the request's seed back, which PyTorch's for CPUs cannot.
+        batch = max(arguments['max_model_len'], _CPU_BATCH_TOKENS)
+        arguments = dict(enable_chunked_prefill=False, max_num_batched_tokens=batch) | arguments
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except (ValueError, OSError, RuntimeError) as error:
+        reason = str(error).strip().partition('\n')[0]
+        raise PolicyError(f'vLLM does not start with {arguments["model"]}: {reason}') from error
 
 
 @contextlib.asynccontextmanager

@@ -70,7 +70,9 @@ def _even(axis: int, length: int, rank: int, size: int) -> Share:
 class WeightLoader:
     """A worker's part of a swap: `begin_fetch`, `fetch_state` until it is '', `load_fetched`."""
 
-    _source = None  # what the reader reads: it stays, since the next version is a small difference
+    # What the reader reads. It stays, and this rank's part with it in host memory, since the next
+    # version is a small difference.
+    _source: tuple[str, Mapping[str, str]] | None = None
     _fetch: concurrent.futures.Future | None = None
 
     def end_with(self, pid: int) -> None:
