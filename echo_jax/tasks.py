@@ -182,18 +182,24 @@ def build_images(
             f"--build makes images for sandbox.backend='docker', which is "
             f'{config.sandbox.backend!r}; add --config.sandbox.backend=docker'
         )
-    from echo_jax.agent.sandbox import docker  # here: no other backend needs the Docker SDK
+    from echo_jax.agent.sandbox import engine, images  # here: only they need the Docker SDK
 
-    failures: dict[str, str] = {}
+    made, done, failures = images.Images(engine.Engine()), 0, {}
+
+    def progress(task: Task, error: Exception | None) -> None:
+        nonlocal done
+        done += 1
+        bar.show(done)
+
+    async def run() -> None:
+        failures.update(await made.build(tasks, progress))
+
     with Progress('build', len(tasks)) as bar:
-
-        def progress(done: int, failed: int) -> None:
-            bar.show(done, failed=failed)
-
-        async def run() -> None:
-            failures.update(await docker.Images().build(tasks, progress))
-
-        stop.run(run())
+        try:
+            stop.run(run())
+        finally:
+            made.close()  # a build under way ends first
+            made.engine.close()
     return failures
 
 
