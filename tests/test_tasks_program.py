@@ -81,7 +81,7 @@ def test_mistakes_are_one_line(programs, tasks, tmp_path):
     assert "images for sandbox.backend='docker', which is 'local'" in line
     (tmp_path / 'bad.parquet').write_text('no parquet')
     line = fails(f'--tasks={tmp_path}/bad.parquet')
-    assert 'bad.parquet is no parquet file' in line
+    assert 'bad.parquet cannot be read, or is no parquet file' in line
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])

@@ -108,6 +108,8 @@ def _check(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
         if (name in checked or name in folders) and not both_folders:
             raise ValueError(f'{name!r} comes twice')
         folders.update(parents)
+        if len(folders) > MAX_MEMBERS:  # those that are only named on the way to a file
+            raise ValueError(f'{name!r} takes the folders over {MAX_MEMBERS}; make it smaller')
         checked[name] = _checked(name, member, checked, lead)
         total += checked[name].size
         if total > MAX_BYTES:

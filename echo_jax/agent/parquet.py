@@ -99,8 +99,9 @@ def _rows(file: pathlib.Path) -> Iterator[_Row]:
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows):
                 yield _row(f'{file}, row {number}', row)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f'{file} is no parquet file or a damaged one ({error})') from error
+    except (pa.ArrowException, OSError) as error:
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'{file} cannot be read, or is no parquet file ({reason})') from error
 
 
 def _check_columns(file: pathlib.Path, schema: pa.Schema) -> None:

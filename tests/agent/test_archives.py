@@ -165,6 +165,9 @@ def test_bombs(tmp_path, monkeypatch):
         archives.unpack(zeros, tmp_path)
     with pytest.raises(ValueError, match='over 50 members'):
         archives.unpack(tar(*((f'{i}', 'dir') for i in range(51))), tmp_path)
+    deep = (f'{i}/' + 'd/' * 30 + 'x' for i in range(3))
+    with pytest.raises(ValueError, match=r"x' takes the folders over 50"):
+        archives.unpack(tar(*((name, 'file', 'x') for name in deep)), tmp_path)
     # A hard link costs nothing in the archive, and a whole copy here.
     half = ('a', 'file', 'x' * (600 << 10))
     with pytest.raises(ValueError, match=r"'b' takes the files over 1 MiB"):

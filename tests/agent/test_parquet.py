@@ -206,14 +206,19 @@ def test_files_that_are_no_parquet(tmp_path):
         load_tasks(file, tmp_path / 'cache')
     for content in (b'', b'PAR1 but no more PAR1', b'x' * 5000):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match='is no parquet file or a damaged one') as error:
+        with pytest.raises(ValueError, match='cannot be read, or is no parquet file') as error:
             load_tasks(file, tmp_path / 'cache')
         assert '\n' not in str(error.value)
-    write(file, row(), row('b'))
+    write(file, row(), row('b', packed({**FILES, 'x': 'y' * 3000})), compression='zstd')
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match='damaged'):
+    with pytest.raises(ValueError, match='cannot be read'):
         load_tasks(file, tmp_path / 'cache')
+    middle = len(whole) // 3  # of the compressed pages
+    file.write_bytes(whole[:middle] + b'\xff' * 60 + whole[middle + 60 :])
+    with pytest.raises(ValueError, match='cannot be read') as error:
+        load_tasks(file, tmp_path / 'cache')
+    assert '\n' not in str(error.value)
     with pytest.raises(ValueError, match='has to be unpacked; say where, by --workdir'):
         load_tasks(file)
 
