@@ -18,6 +18,7 @@ task that wants none. The image needs bash, coreutils, util-linux and tar.
 
 import asyncio
 import base64
+import hashlib
 import logging
 import math
 import os
@@ -141,9 +142,11 @@ def create_environment(
 
     paths = TrialPaths(trial)
     paths.mkdir()
+    # Images go by this name, so no two tasks may share one.
+    unique = hashlib.sha256(task.task_id.encode()).hexdigest()[:8]
     common = dict(
         environment_dir=task.path / 'environment',
-        environment_name=re.sub(r'[^a-z0-9-]+', '-', task.task_id.lower()),
+        environment_name=re.sub('[^a-z0-9]+', '-', f'{task.task_id.lower()}-{unique}').strip('-'),
         session_id=f'echo-jax-{secrets.token_hex(8)}',
         trial_paths=paths,
         task_env_config=EnvironmentConfig(
@@ -203,9 +206,8 @@ class HarborSandbox:
         """
         self._trial = tempfile.TemporaryDirectory(prefix='echo_jax-harbor-')
         try:
-            self._environment = self._make(pathlib.Path(self._trial.name))
             seconds = self.task.build_timeout_sec + _SETUP_SEC
-            await self._harbor('start', self._environment.start(force_build=False), seconds)
+            await self._harbor('start', self._boot(), seconds)
             named = self.task.workdir != Task.workdir
             workdir = channels.quote(self.task.workdir if named else '')
             report = (await self._exec(_START, workdir=workdir))[-1].split()
@@ -289,6 +291,10 @@ class HarborSandbox:
                 trial.cleanup()
 
     # The rest is one sandbox's plumbing, from the outside in.
+
+    async def _boot(self) -> None:
+        self._environment = self._make(pathlib.Path(self._trial.name))
+        await self._environment.start(force_build=False)
 
     def _require_running(self) -> None:
         if self._environment is None:
