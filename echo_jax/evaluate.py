@@ -4,13 +4,14 @@
         --agent=policy --samples=4 --output=eval.json
 
 `--agent=oracle` runs each task's solution/solve.sh, `nop` nothing: the one must earn the reward and
-the other must not. `policy` samples with the newest weights that the workdir has published.
+the other must not. `policy` samples with the newest weights that the workdir has published. Exit
+code 1 where a result is an infra_error, which says nothing of the agent; all results are written.
 """
 
-import asyncio
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -22,21 +23,18 @@ from ml_collections import config_flags
 from echo_jax import program, worker
 from echo_jax.agent.policy.jax import JaxPolicy
 from echo_jax.agent.protocol import Protocol
-from echo_jax.agent.sandbox import Sandbox
 from echo_jax.agent.tasks import load_tasks
-from echo_jax.agent.verifier import verify
 from echo_jax.learner import batching
 from echo_jax.learner.step import make_score
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
-from echo_jax.report import CONSOLE
+from echo_jax.report import CONSOLE, Progress
 from echo_jax.sampling import waves
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
+from echo_jax.tasks import show_failures, unpacked, watched
 from echo_jax.types import ENV_TARGETS, SOLVED_REWARD, Rollout, Status, Task
 from echo_jax.workdir import Workdir, write_whole
-
-SOLUTION_SECONDS = 600.0
 
 
 def solve_rate(rollouts: Sequence[Rollout]) -> float:
@@ -71,33 +69,12 @@ def env_ce(score, params, rollouts: Sequence[Rollout], config) -> dict[str, floa
     return {'all': sum(sums.values()) / total, **means}
 
 
-async def run_solution(task: Task, sandbox: Sandbox, oracle: bool) -> tuple[float, Status]:
-    """The reward of a task's own solution, or of nothing at all, in a fresh sandbox."""
-    try:
-        await sandbox.start()
-        if oracle:
-            await sandbox.upload(task.path / 'solution', '/solution')
-            await sandbox.run('bash /solution/solve.sh', SOLUTION_SECONDS)
-        return await verify(task, sandbox)
-    finally:
-        await sandbox.stop()
-
-
-async def check_tasks(tasks: Sequence[Task], config, oracle: bool) -> list[dict]:
-    """The results of the agents that need no model."""
-    at_once = asyncio.Semaphore(config.sandbox.at_once)
-    make_sandbox = worker.sandbox_maker(config)
-
-    async def one(task):
-        async with at_once:
-            reward, status = await run_solution(task, make_sandbox(task), oracle)
-        return _result(task.task_id, 0, reward, status, 0)
-
-    return list(await asyncio.gather(*(one(task) for task in tasks)))
-
-
 def evaluate_policy(
-    config: ml_collections.ConfigDict, work: Workdir, tasks: Sequence[Task], samples: int
+    stop: program.Stop,
+    config: ml_collections.ConfigDict,
+    work: Workdir,
+    tasks: Sequence[Task],
+    samples: int,
 ) -> tuple[list[dict], dict[str, float]]:
     """(results, environment CE) of the newest weights over `samples` rollouts of every task."""
     weights = WeightStore(work.url('weights'))
@@ -118,6 +95,11 @@ def evaluate_policy(
     )
     store = RolloutStore('memory://')
     make_sandbox = worker.sandbox_maker(config)  # opens a sandbox to know: once, not each wave
+    rewards: list[float] = []
+
+    def on_group(group: list[Rollout]) -> None:
+        rewards.extend(r.reward for r in group)
+        bar.show(len(rewards), reward=float(np.mean(rewards)))
 
     async def draw():
         await policy.load(params, version)
@@ -131,9 +113,11 @@ def evaluate_policy(
                 policy=policy,
                 group_size=samples,
                 temperature=config.eval.temperature,
+                on_group=on_group,
             )
 
-    asyncio.run(draw())
+    with Progress('policy', len(tasks) * samples) as bar:
+        stop.run(draw())
     rollouts = [r for group in store.read_groups(range(len(tasks))) for r in group]
     score = jax.jit(make_score(graphdef, config.batch.micro_rows))
     results = [
@@ -164,36 +148,59 @@ def summarize(results: list[dict], samples: int) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    config = _CONFIG.value
+    config, agent, samples = _CONFIG.value, _AGENT.value, _SAMPLES.value
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
-    if _AGENT.value == 'policy':
-        if not _WORKDIR.value:
-            raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
-        if not (pathlib.Path(_WORKDIR.value) / 'config.json').exists():
-            raise ValueError(f'{_WORKDIR.value} holds no run; name the --workdir of echo_jax.train')
-        work = Workdir(_WORKDIR.value, config)
-        tasks = load_tasks(pathlib.Path(_TASKS.value)) if _TASKS.value else work.tasks('heldout')
-        results, ce = evaluate_policy(config, work, tasks, _SAMPLES.value)
-    else:
-        if not _TASKS.value:
-            raise ValueError(f'--agent={_AGENT.value} needs --tasks, a folder of Harbor tasks')
-        tasks = load_tasks(pathlib.Path(_TASKS.value))
-        results = asyncio.run(check_tasks(tasks, config, _AGENT.value == 'oracle'))
-        ce = {}
-    samples = _SAMPLES.value if _AGENT.value == 'policy' else 1
+    work = _run(config)
+    with unpacked(work) as cache:
+        tasks = load_tasks(_TASKS.value, cache) if _TASKS.value else work.tasks('heldout')
+        stop, reasons, ce = program.Stop(), {}, {}
+        try:
+            if agent == 'policy':
+                results, ce = evaluate_policy(stop, config, work, tasks, samples)
+            else:
+                outcomes = watched(stop, tasks, config, agent, samples)
+                results = [_result(*outcome[:4], turns=0) for outcome in outcomes]
+                reasons = {
+                    outcome.task_id: outcome.reason for outcome in outcomes if outcome.reason
+                }
+        except program.Stopped:
+            sys.exit('stopped')
     document = {'results': results, 'pass@k': summarize(results, samples), 'env_ce': ce}
     if _OUTPUT.value:
         write_whole(output, json.dumps(document, indent=1))
     rates = ', '.join(f'pass@{k} {rate:.1%}' for k, rate in document['pass@k'].items())
     bad = sum(result['status'] not in (Status.OK, Status.TRUNCATED) for result in results)
-    CONSOLE.print(f'{len(tasks)} tasks, {_AGENT.value}: {rates}; {bad} with an error status')
+    show_failures(reasons)
+    CONSOLE.print(f'{len(tasks)} tasks, {agent}: {rates}; {bad} with an error status')
+    if lost := sum(result['status'] == Status.INFRA_ERROR for result in results):
+        sys.exit(f'error: {lost} of {len(results)} results are an infra_error; see their reasons')
+
+
+def _run(config: ml_collections.ConfigDict) -> Workdir | None:
+    """The run of --workdir. ValueError where there is none, or one is needed and not named."""
+    if not (path := _WORKDIR.value):
+        if _AGENT.value == 'policy':
+            raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
+        if not _TASKS.value:
+            raise ValueError(
+                f'--agent={_AGENT.value} needs --tasks, a directory or .parquet of Harbor tasks, '
+                'or the --workdir of a run for its held-out ones'
+            )
+        return None
+    if not (pathlib.Path(path) / 'config.json').exists():
+        raise ValueError(f'{path} holds no run; name the --workdir of echo_jax.train')
+    return Workdir(path, config)
 
 
 if __name__ == '__main__':
     _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
     _WORKDIR = flags.DEFINE_string('workdir', '', 'Run whose newest weights are evaluated.')
-    _TASKS = flags.DEFINE_string('tasks', '', "Folder of Harbor tasks; empty: the run's held-out.")
+    _TASKS = flags.DEFINE_string(
+        'tasks',
+        '',
+        "Directory or .parquet of tasks, or several with commas; else a run's held-out.",
+    )
     _AGENT = flags.DEFINE_enum('agent', 'policy', ['policy', 'oracle', 'nop'], 'Who acts.')
     _SAMPLES = flags.DEFINE_integer('samples', 1, 'Rollouts of every task.', lower_bound=1)
     _OUTPUT = flags.DEFINE_string('output', '', 'JSON file to write.')

@@ -60,6 +60,7 @@ class Task:
     allow_internet: bool = False
     workdir: str = '/app'
     env: dict[str, str] = dataclasses.field(default_factory=dict)
+    environment_only: bool = False  # its rollouts carry the environment loss and no policy gradient
 
 
 @dataclasses.dataclass

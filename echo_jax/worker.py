@@ -41,23 +41,41 @@ Assignments = Iterable[tuple[int, Task]]  # a group's id and its task
 
 
 def sandbox_maker(
-    config: ml_collections.ConfigDict, backend: str = ''
+    config: ml_collections.ConfigDict, backend: str = '', *, run: str = '', worker: str = ''
 ) -> Callable[[Task], Sandbox]:
     """What makes the sandbox of a task; fails early where this machine allows none.
 
-    `backend` is `sandbox.backend` where it is empty.
+    `backend` is `sandbox.backend` where it is empty. `run` and `worker` label what a Docker engine
+    keeps for it; what a dead process of the same labels left there is removed.
     """
+    limits = {key: config.sandbox[key] for key in ('processes', 'memory_mb', 'disk_mb')}
     match backend or config.sandbox.backend:
         case 'local':
             local.check()
+            return functools.partial(local.LocalSandbox, **limits)
+        case 'docker':
+            try:  # here: no other backend needs the Docker SDK
+                from echo_jax.agent.sandbox import docker, engine, images
+            except ModuleNotFoundError as error:
+                raise ValueError(
+                    f"sandbox.backend='docker' needs the Docker SDK ({error}); pip install docker"
+                ) from error
+            made = images.Images(engine.Engine(run=run, worker=worker))
+            return functools.partial(docker.DockerSandbox, images=made, **limits)
+        case 'harbor':
+            from echo_jax.agent.sandbox import harbor
+
+            harbor.check(config.sandbox.harbor_environment)
             return functools.partial(
-                local.LocalSandbox,
-                processes=config.sandbox.processes,
-                memory_mb=config.sandbox.memory_mb,
-                disk_mb=config.sandbox.disk_mb,
+                harbor.HarborSandbox,
+                environment=config.sandbox.harbor_environment,
+                memory_mb=limits['memory_mb'],
+                disk_mb=limits['disk_mb'],
             )
         case backend:
-            raise ValueError(f"sandbox.backend is {backend!r}; expected 'local'")
+            raise ValueError(
+                f"sandbox.backend is {backend!r}; expected 'local', 'docker' or 'harbor'"
+            )
 
 
 async def collect(

@@ -10,8 +10,11 @@ from small_run import HELDOUT, SETTINGS, config_flags
 
 from configs.tiny import get_config
 from echo_jax.agent.families import FAMILIES, generate_tasks
+from echo_jax.agent.parquet import write_parquet
+from echo_jax.agent.tasks import load_tasks
 from echo_jax.evaluate import env_ce, pass_at_k, solve_rate, summarize
 from echo_jax.types import Role, Rollout, Status
+from echo_jax.workdir import Workdir
 
 RESULT = {'task_id', 'sample_id', 'reward', 'correct', 'status', 'turns'}
 
@@ -41,6 +44,42 @@ def test_agents_without_a_model(programs, tasks, tmp_path, agent, reward):
     assert document['pass@k'] == {'1': reward} and document['env_ce'] == {}
     assert f'10 tasks, {agent}: pass@1 {reward:.1%}; 0 with an error status' in said
     assert not programs.alive()
+
+
+def test_samples_of_a_parquet(programs, tasks, tmp_path):
+    file = tmp_path / 'set.parquet'
+    write_parquet(load_tasks(tasks)[:3], file)
+    flags = [f'--tasks={file}', '--agent=oracle', '--samples=2']
+    document, said = evaluate(programs, tmp_path / 'eval.json', *flags)
+    got = [(r['task_id'], r['sample_id'], r['reward'], r['turns']) for r in document['results']]
+    assert got == [(t.task_id, i, 1.0, 0) for t in load_tasks(tasks)[:3] for i in range(2)]
+    assert document['pass@k'] == {'1': 1.0, '2': 1.0} and '3 tasks, oracle: pass@1 100.0%' in said
+
+
+def test_the_tasks_of_a_run_without_a_model(programs, tmp_path):
+    config = get_config()
+    config.tasks.heldout_count = 2
+    run = Workdir(tmp_path / 'run', config)
+    flags = ['--config.tasks.heldout_count=2', f'--workdir={run.path}', '--agent=nop']
+    document, _ = evaluate(programs, tmp_path / 'eval.json', *flags)
+    assert [r['task_id'] for r in document['results']] == [t.task_id for t in run.tasks('heldout')]
+    assert {r['reward'] for r in document['results']} == {0.0}
+
+
+def test_one_task_without_a_sandbox_does_not_end_the_check(programs, tasks, tmp_path):
+    folder = shutil.copytree(tasks, tmp_path / 'set')
+    broken = sorted(path for path in folder.iterdir() if path.is_dir())[4]
+    (broken / 'environment' / 'Dockerfile').write_text('FROM x\nRUN exit 3\n')
+    output = tmp_path / 'eval.json'
+    flags = ['--config=configs/tiny.py', f'--tasks={folder}', f'--output={output}']
+    done = programs.run('evaluate', *flags, '--agent=oracle', COLUMNS='300')
+    assert done.returncode == 1
+    assert done.stderr == 'error: 1 of 10 results are an infra_error; see their reasons\n'
+    assert f"{broken.name}: {broken.name}: RUN 'exit 3' ended with 3" in done.stdout
+    results = json.loads(output.read_text())['results']
+    lost = [r for r in results if r['status'] == 'infra_error']
+    assert [(r['task_id'], r['reward'], r['correct']) for r in lost] == [(broken.name, 0.0, False)]
+    assert all(r['reward'] == 1 and r['status'] == 'ok' for r in results if r not in lost)
 
 
 def test_policy_of_a_run(programs, finished, tmp_path):

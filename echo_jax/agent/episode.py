@@ -80,6 +80,7 @@ async def run_episode(
     metrics = dataclasses.asdict(counts)
     metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
     metrics['correct'] = reward >= SOLVED_REWARD
+    metrics['environment_only'] = task.environment_only
     return _rollout(
         conversation,
         reward=reward - length_penalty(conversation, protocol.config),
@@ -249,7 +250,10 @@ async def run_group(
             task_id=task.task_id,
             group_id=group_id,
             sample_id=sample_id,
-            metrics={'infra_retries': float(max_retries)},
+            metrics={
+                'infra_retries': float(max_retries),
+                'environment_only': float(task.environment_only),
+            },
         )
 
     async with asyncio.TaskGroup() as running:

@@ -46,7 +46,9 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     - 'token_mean': policy 1/sum |A|, env 1/sum |E|;
     - 'dr_grpo': 1/(N max_tokens) for both, max_tokens = `protocol.max_total_tokens`.
 
-    A sequence that lacks such tokens still counts in N. An INFRA_ERROR counts nowhere and is left
+    A sequence that lacks such tokens still counts in N. A rollout with the metric
+    `environment_only` trains the environment term alone: as if it had no ACTION tokens, and its
+    advantage is 0. An INFRA_ERROR counts nowhere and is left
     out of the rows, which changes no number since all its weights are 0; with
     `loss.count_infra_errors` it is a sequence like any other whose reward is 0.
 
@@ -56,7 +58,7 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
         r for r in rollouts if config.loss.count_infra_errors or r.status != Status.INFRA_ERROR
     ]
     advantages = _advantages(counted, config.loss.advantages)
-    actions = [_mask(r, (Role.ACTION,)) for r in counted]
+    actions = [_mask(r, () if _environment_only(r) else (Role.ACTION,)) for r in counted]
     targets = [_mask(r, _choice(config.loss, 'targets', ENV_TARGETS)) for r in counted]
     policy_counts, env_counts = _denominators(counted, actions, targets, config)
     segments = [
@@ -108,6 +110,7 @@ def _advantages(rollouts: Sequence[Rollout], estimator: str) -> np.ndarray:
     matrix[valid] = rewards[index[valid]]
     advantages = np.zeros(len(rollouts), np.float32)
     advantages[index[valid]] = group_advantages(matrix, valid, estimator)[valid]
+    advantages[[_environment_only(r) for r in rollouts]] = 0.0
     return advantages
 
 
@@ -138,6 +141,10 @@ def _denominators(
             raise ValueError(
                 f"loss.reduction is {other!r}; expected 'sequence_mean', 'token_mean' or 'dr_grpo'"
             )
+
+
+def _environment_only(rollout: Rollout) -> bool:
+    return bool(rollout.metrics.get('environment_only'))
 
 
 def _choice(loss: ml_collections.ConfigDict, key: str, options: dict):

@@ -1,6 +1,7 @@
 """PROTOCOL 6, 7, 10, 11, 14 to 16: scripted episodes of hand-made tasks in real sandboxes."""
 
 import asyncio
+import dataclasses
 import time
 
 import numpy as np
@@ -146,6 +147,13 @@ def test_an_episode_that_solves_its_task(make_task, episodes):
     # The last turn closes the rollout: its sampled end, and nothing that the harness added.
     assert episodes.tokenizer.decode(rollout.tokens[-1:]) == '<|im_end|>'
     assert rollout.roles[-1] == Role.ACTION
+
+
+def test_a_rollout_says_whether_its_task_is_environment_only(make_task, episodes):
+    task = make_task()
+    assert episodes.run(task, [DONE]).metrics['environment_only'] == 0
+    marked = dataclasses.replace(task, environment_only=True)
+    assert episodes.run(marked, [DONE]).metrics['environment_only'] == 1
 
 
 def test_the_verifier_alone_is_for_oracle_and_nop(make_task):

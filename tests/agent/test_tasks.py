@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_jax.agent.tasks import TaskSource, load_task, load_tasks, task_iterator
+from echo_jax.agent.parquet import write_parquet
+from echo_jax.agent.tasks import TaskSource, load_sources, load_task, load_tasks, task_iterator
 from echo_jax.types import Task
 
 TOML = """
@@ -134,6 +135,36 @@ def test_a_folder_without_tasks_is_refused(tmp_path):
         load_tasks(tmp_path)
     with pytest.raises(ValueError, match='is no directory'):
         load_tasks(tmp_path / 'none')
+
+
+def test_several_sources_and_their_marks(tmp_path):
+    for name in ('one/b', 'one/a', 'two/c', 'three/d'):
+        write(tmp_path / name)
+    write_parquet(load_tasks(tmp_path / 'three'), tmp_path / 'd.parquet')
+    sources = f'{tmp_path}/one:environment_only, {tmp_path}/two,{tmp_path}/d.parquet'
+    loaded = load_sources(sources, tmp_path / 'cache')
+    assert [path.name for path, _ in loaded] == ['one', 'two', 'd.parquet']
+    got = [(t.task_id, t.environment_only) for _, tasks in loaded for t in tasks]
+    assert got == [('a', True), ('b', True), ('c', False), ('d', False)]
+    assert [t.task_id for t in load_tasks(sources, tmp_path / 'cache')] == ['a', 'b', 'c', 'd']
+    marked = load_tasks(f'{tmp_path}/d.parquet:environment_only', tmp_path / 'cache')
+    assert [t.environment_only for t in marked] == [True]
+    # A folder that is really called so is one source, and is not marked.
+    odd = (tmp_path / 'two').rename(tmp_path / 'one,two:environment_only')
+    assert [(t.task_id, t.environment_only) for t in load_tasks(odd)] == [('c', False)]
+
+
+def test_sources_that_do_not_fit_together(tmp_path):
+    for name in ('one/a', 'one/b', 'two/b'):
+        write(tmp_path / name)
+    with pytest.raises(ValueError, match=r"two and .*one both have a task 'b'"):
+        load_tasks(f'{tmp_path}/one,{tmp_path}/two')
+    with pytest.raises(ValueError, match="both have a task 'a'"):
+        load_tasks(f'{tmp_path}/one,{tmp_path}/one')
+    with pytest.raises(ValueError, match='names no tasks'):
+        load_tasks(' , ')
+    with pytest.raises(ValueError, match='one:environment is no directory'):
+        load_tasks(f'{tmp_path}/one:environment')
 
 
 def test_long_prompts_are_dropped_and_counted():

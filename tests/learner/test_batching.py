@@ -73,6 +73,28 @@ def test_infra_error_is_nobodys_reward():
     assert (batch.segment_ids[0] == 3).sum() == 3
 
 
+def test_environment_only_has_no_policy_gradient():
+    marked = [dataclasses.replace(r, metrics={'environment_only': 1.0}) for r in (FIRST, SECOND)]
+    other = make_rollout('PAAO', reward=1.0, group=1, sample=0, first_token=17)
+    worse = make_rollout('PAO', reward=0.0, group=1, sample=1, first_token=21)
+    batch = make_batch([*marked, other, worse], small_config())
+    plain = make_batch([FIRST, SECOND, other, worse], small_config())
+    # N stays 4: the others weigh what they weigh beside trained groups, 1/(4*2) and 1/(4*1).
+    ours = batch.tokens >= 17
+    np.testing.assert_array_equal(batch.policy_weight, np.where(ours, plain.policy_weight, 0))
+    assert batch.policy_weight[batch.tokens == 18] == np.float32(1 / 8)
+    np.testing.assert_array_equal(batch.advantages, np.where(ours, plain.advantages, 0))
+    assert plain.advantages[~ours].any() and plain.policy_weight[~ours].any()
+    # The environment term is as before: 1/(N O_i), the first rollout's 1/(4*4).
+    np.testing.assert_array_equal(batch.env_weight, plain.env_weight)
+    assert batch.env_weight[batch.tokens == 5] == np.float32(1 / 16)
+    # By token: 2 + 1 actions that are trained on, not 4 + 2 more.
+    batch = make_batch([*marked, other, worse], small_config(reduction='token_mean'))
+    assert set(np.unique(batch.policy_weight)) == {np.float32(0), np.float32(1 / 3)}
+    alone = make_batch(marked, small_config())
+    assert not alone.policy_weight.any() and alone.env_weight.any()
+
+
 @pytest.mark.parametrize('reduction', ['sequence_mean', 'token_mean', 'dr_grpo'])
 def test_nothing_to_train_on_is_an_ordinary_case(reduction):
     config = small_config(reduction=reduction)

@@ -1,0 +1,189 @@
+"""python -m echo_jax.tasks as a process: what it lists, packs, finds fault with and builds."""
+
+import asyncio
+import os
+import pathlib
+import shutil
+import signal
+import sys
+
+import pytest
+from small_run import SETTINGS, config_flags, wait_for
+
+from configs.tiny import get_config
+from echo_jax import tasks as program
+from echo_jax import worker
+from echo_jax.agent.families import FAMILIES, generate_tasks
+from echo_jax.agent.sandbox import SandboxError
+from echo_jax.agent.tasks import load_tasks
+from echo_jax.types import Status
+
+TINY = '--config=configs/tiny.py'
+
+
+@pytest.fixture(scope='module')
+def tasks(tmp_path_factory):
+    """A task of every family."""
+    folder = tmp_path_factory.mktemp('tasks') / 'set'
+    return generate_tasks(folder, split='train', count=len(FAMILIES), seed=5)
+
+
+def says(programs, *flags, code=0) -> list[str]:
+    done = programs.run('tasks', *flags, COLUMNS='300')
+    assert done.returncode == code and done.stderr == '', (done.returncode, done.stderr)
+    return done.stdout.splitlines()
+
+
+def test_lists_packs_and_counts_what_fits(programs, tasks, tmp_path):
+    file, run = tmp_path / 'set.parquet', tmp_path / 'run'
+    lines = says(programs, f'--tasks={tasks}', f'--parquet={file}')
+    assert lines == [f'{tasks}: 10 tasks', f'10 tasks packed into {file}']
+    # With a run: its own tokenizer counts prompts, and it keeps what was unpacked.
+    flags = [TINY, f'--workdir={run}', *config_flags(SETTINGS)]
+    lines = says(programs, *flags, f'--tasks={file}:environment_only')
+    assert lines == [f'{file}: 10 tasks, environment only', '0 prompts over 200 tokens dropped']
+    assert len([p for p in (run / 'tasks' / 'unpacked').iterdir() if p.is_dir()]) == 10
+    lines = says(programs, *flags)
+    assert lines == ['train: 40 tasks', 'heldout: 6 tasks', '0 prompts over 200 tokens dropped']
+
+
+def test_a_check_names_the_tasks_that_are_wrong(programs, tasks, tmp_path):
+    folder = shutil.copytree(tasks, tmp_path / 'set')
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    (folder / names[0] / 'solution' / 'solve.sh').write_text('echo no\n')
+    shutil.rmtree(folder / names[1] / 'solution')
+    test = folder / names[2] / 'tests' / 'test.sh'
+    test.write_text('echo 0.75 > /logs/verifier/reward.txt\n')
+    dockerfile = folder / names[3] / 'environment' / 'Dockerfile'
+    dockerfile.write_text('FROM x\nVOLUME /data\n')
+    lines = says(programs, TINY, f'--tasks={folder}', '--check', code=1)
+    end = lines[lines.index(f'{names[0]}: its solution earns 0 (ok)') :]
+    assert end[1].startswith(f'{names[1]}: {folder}/{names[1]}/solution/solve.sh is missing')
+    assert end[2].startswith(f'{names[3]}: {dockerfile}:2: VOLUME is not followed by the local')
+    assert end[3:5] == [
+        '3 of 10 tasks where oracle is wrong',
+        f'{names[2]}: doing nothing earns 0.75',
+    ]
+    assert end[5].startswith(f'{names[3]}: ') and end[6:] == ['2 of 10 tasks where nop is wrong']
+    assert not programs.alive()
+
+
+def test_mistakes_are_one_line(programs, tasks, tmp_path):
+    fails = lambda *flags: programs.fails('tasks', *flags)  # noqa: E731
+    assert 'no tasks named; give --tasks' in fails()
+    assert '--build and --check go by a recipe; give its --config' in fails(
+        f'--tasks={tasks}', '--check'
+    )
+    line = fails(TINY, f'--tasks={tasks}', '--build')
+    assert "images for sandbox.backend='docker', which is 'local'" in line
+    (tmp_path / 'bad.parquet').write_text('no parquet')
+    line = fails(f'--tasks={tmp_path}/bad.parquet')
+    assert 'bad.parquet cannot be read, or is no parquet file' in line
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_sandboxes(programs, tasks, tmp_path, number):
+    folder = shutil.copytree(tasks, tmp_path / 'set')
+    for script in folder.glob('*/solution/solve.sh'):
+        script.write_text('sleep 1000\n')
+    process = programs.start('tasks', TINY, f'--tasks={folder}', '--check')
+    try:
+        # Ten sandboxes, each with more than one process.
+        wait_for(lambda: len(programs.alive()) > 30 or process.poll() is not None)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, stderr) == (1, 'stopped\n'), stdout
+    wait_for(lambda: not programs.alive())
+
+
+# ------------------------------------------------------------------------ sandboxes that fail
+def check(tasks, make_sandbox, **options):
+    run = program.run_without_model(tasks, make_sandbox, at_once=2, **options)
+    return asyncio.run(run)
+
+
+def test_failed_sandboxes_are_retried_then_recorded(tasks):
+    """Real sandboxes; the first of one task, and all of another, are killed as they start."""
+    make, made = worker.sandbox_maker(get_config()), []
+    first, second, third, *_ = load_tasks(tasks)
+
+    def killing(task):
+        sandbox = make(task)
+        made.append(task.task_id)
+        if task is second or (task is first and made.count(task.task_id) == 1):
+            start = sandbox.start
+
+            async def start_and_die():
+                await start()
+                os.kill(sandbox._process.pid, signal.SIGKILL)
+                raise SandboxError('the sandbox\ndied')
+
+            sandbox.start = start_and_die
+        return sandbox
+
+    outcomes, seen = [first, second, third], []
+    outcomes = check(outcomes, killing, oracle=True, samples=2, on_outcome=seen.append)
+    assert [(o.task_id, o.sample_id) for o in outcomes] == [
+        (t.task_id, i) for t in (first, second, third) for i in range(2)
+    ]
+    assert sorted(seen) == sorted(outcomes)
+    lost = [o for o in outcomes if o.task_id == second.task_id]
+    assert {(o.reward, o.status, o.reason) for o in lost} == {
+        (0.0, Status.INFRA_ERROR, 'the sandbox died')
+    }
+    assert {(o.reward, o.status, o.reason) for o in outcomes if o not in lost} == {
+        (1.0, Status.OK, '')
+    }
+    assert made.count(second.task_id) == 6 and made.count(first.task_id) == 3
+
+
+def test_a_solution_has_the_agents_time(tasks, tmp_path):
+    (name, *_) = (t.task_id for t in load_tasks(tasks))
+    task = shutil.copytree(tasks / name, tmp_path / 'set' / name)
+    toml = (task / 'task.toml').read_text()
+    (task / 'task.toml').write_text(toml.replace('timeout_sec = 60.0', 'timeout_sec = 0.5'))
+    with (task / 'solution' / 'solve.sh').open('a') as script:
+        script.write('sleep 1000\n')
+    # The work was done in time, and is verified; that the script did not end is said.
+    (outcome,) = check(
+        load_tasks(tmp_path / 'set'), worker.sandbox_maker(get_config()), oracle=True
+    )
+    assert outcome == (name, 0, 1.0, Status.AGENT_TIMEOUT, '')
+
+
+# ----------------------------------------------------------------------------------- with Docker
+@pytest.fixture(scope='module')
+def daemon():
+    sys.path.append(str(pathlib.Path(__file__).parent / 'agent'))
+    docker_engine = pytest.importorskip('docker_engine', reason='the Docker SDK is not installed')
+    with docker_engine.running() as daemon:
+        yield daemon, docker_engine.BASE
+
+
+def test_images_are_built_once_and_the_check_holds_in_docker(programs, daemon, tasks, tmp_path):
+    engine, base = daemon
+    folder = shutil.copytree(tasks, tmp_path / 'set')
+    for file in folder.glob('*/environment/Dockerfile'):
+        file.write_text(file.read_text().replace('debian:bookworm-slim', base))
+    flags = [TINY, '--config.sandbox.backend=docker', '--config.sandbox.at_once=4']
+    flags += ['--config.sandbox.memory_mb=128', f'--tasks={folder}']
+    environment = dict(DOCKER_HOST=engine.url, COLUMNS='300')
+    done = programs.run('tasks', *flags, '--build', '--check', **environment)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert '0 of 10 tasks without an image' in done.stdout
+    assert '0 of 10 tasks where oracle is wrong' in done.stdout
+    assert '0 of 10 tasks where nop is wrong' in done.stdout
+    broken = sorted(p for p in folder.iterdir() if p.is_dir())[0]
+    (broken / 'environment' / 'Dockerfile').write_text(f'FROM {base}\nRUN exit 3\n')
+    done = programs.run('tasks', *flags, '--build', **environment)
+    assert done.returncode == 1 and '1 of 10 tasks without an image' in done.stdout, done
+    assert f'{broken.name}: ' in done.stdout
+
+
+def test_no_engine_is_one_line(programs, tasks, tmp_path):
+    pytest.importorskip('docker')
+    flags = [TINY, '--config.sandbox.backend=docker', f'--tasks={tasks}', '--build']
+    line = programs.fails('tasks', *flags, DOCKER_HOST=f'unix://{tmp_path}/no.sock')
+    assert 'no Docker engine answers' in line and "to 'local'" in line
