@@ -197,8 +197,8 @@ def available(descriptor: int) -> bytes:
     return os.read(descriptor, count[0]) if count[0] else b''
 
 
-def script(command: str, last_exit: int, nonce: str) -> bytes:
-    """The lines that make the shell run `command` and report.
+def script(command: str, last_exit: int, nonce: str, then: str = '') -> bytes:
+    """The lines that make the shell run `command` and report; `then` more of the last line.
 
     After a syntax error bash takes the next word for no keyword; the first line uses that up. The
     second sets bash's line counter, so that messages count the command's own lines, as in
@@ -209,7 +209,7 @@ def script(command: str, last_exit: int, nonce: str) -> bytes:
     status = f'(exit {last_exit});' if last_exit else ''
     return (
         ':\n{ :; } 2>&$((2+0*(LINENO=0)))\n'
-        f'{status}eval {quote(command)} </dev/null >&8 2>&9 8>&- 9>&-;{report(nonce)}\n'
+        f'{status}eval {quote(command)} </dev/null >&8 2>&9 8>&- 9>&-;{report(nonce)}{then}\n'
     ).encode()
 
 

@@ -320,9 +320,9 @@ class DockerSandbox:
         nonce = secrets.token_hex(8)
         out = _Output(rb'%b (\d+) ([^\n]*)\n' % nonce.encode(), self._output_bytes)
         err = _Output(rb'\x1e%b\n' % nonce.encode(), self._output_bytes)
-        # The report is stdout's; this line is the same for stderr, in a form that `set -v` has not.
-        script = channels.script(command, self._last_exit, nonce)
-        script += b"{ builtin printf '\\036%%s\\n' %b >&9; } 2>/dev/null\n" % nonce.encode()
+        # The report is stdout's; this is the same for stderr, in a form that `set -v` does not show.
+        then = f";{{ builtin printf '\\036%s\\n' {nonce} >&9; }} 2>/dev/null"
+        script = channels.script(command, self._last_exit, nonce, then)
         self._unclean = True  # until we know how it ended
         try:
             async with asyncio.timeout(timeout):
