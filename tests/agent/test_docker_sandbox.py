@@ -155,25 +155,25 @@ def test_memory_hog_fails_alone(session):
     )
     assert hog.exit_code == 137
     assert many.stdout == 'over\n' or many.exit_code == 137  # the kernel may take the shell
-    assert shared.exit_code == 1 and 'No space left' in shared.stderr
+    assert shared.exit_code in (1, 128 + signal.SIGXFSZ)
 
 
 def test_full_disk_is_the_sandboxs_own(session):
     free = os.statvfs('/tmp').f_bavail
     full, elsewhere, again, inodes = session(
-        'for d in /app /tmp /logs/agent /dev/shm /root /tests /run /var/tmp; do '
-        'cat /dev/zero > $d/fill; stat -c %s $d/fill; done',
+        'for d in /app /tmp /logs/agent /dev/shm /root /tests /run /var/tmp /solution; do '
+        'for i in 1 2 3; do head -c 5000000 /dev/zero > $d/fill$i; done; du -sb $d | cut -f1; done',
         'for d in $(find / -xdev -type d -writable 2>/dev/null); do echo x > $d/fill && echo $d; '
         'done 2>/dev/null; true',
-        'rm /app/fill /tmp/fill; echo room > /app/a; cat /app/a',
+        'rm /app/fill* /tmp/fill*; echo room > /app/a; cat /app/a',
         'for i in $(seq 300); do : > /tmp/$i; done',
         disk_mb=8,
         files=200,
         memory_mb=256,
     )
     sizes = [int(line) for line in full.stdout.split()]
-    assert len(sizes) == 8 and all(0 < size <= 8 << 20 for size in sizes)
-    assert full.stderr.count('No space left') + full.stderr.count('File too large') == 8
+    assert len(sizes) == 9 and all(5e6 < size <= 9e6 for size in sizes)
+    assert full.stderr.count('No space left') == 2 * 9
     assert elsewhere.stdout == ''  # the rest cannot be written
     assert again.stdout == 'room\n'
     assert 'No space left' in inodes.stderr
@@ -289,7 +289,8 @@ def test_process_1_can_be_neither_killed_nor_traced(session, user):
     killed, supervisor, traced, chmod = session(
         'sh -c "kill -9 -1"; kill -9 -1; echo still',
         'kill -9 1; kill -TERM 1; kill -STOP 1; kill -CHLD 1; [ -d /proc/1 ] && cat /proc/1/comm',
-        'cat /proc/1/environ /proc/1/maps /proc/1/mem; ls /proc/1/fd; (echo kill > /proc/1/fd/0); '
+        'cat /proc/1/environ /proc/1/maps /proc/1/mem; readlink /proc/1/exe /proc/1/fd/*; '
+        '(echo kill > /proc/1/fd/0); head -c 1 /proc/1/fd/7; '
         'perl -e \'print syscall(101, 16, 1, 0, 0), "\\n"; print $!, "\\n"\'',  # PTRACE_ATTACH
         'cat /var/lib/echo_jax/init | head -c 4',
         user=user,
@@ -354,7 +355,7 @@ def test_verifier(task, made, user):
     result, seen, processes = asyncio.run(main())
     assert result == (0.5, types.Status.OK)
     assert seen == b'data link test.sh '
-    assert sorted(processes) == ['bash', 'cat', 'init']
+    assert sorted(processes) == ['bash', 'init']
 
 
 def test_tests_that_lead_outside_are_refused(task, made, tmp_path):
@@ -374,7 +375,7 @@ def test_tests_that_lead_outside_are_refused(task, made, tmp_path):
             await sandbox.upload(tmp_path / 'file', "/app/new dir/it's\n%b")
             with pytest.raises(SandboxError, match='Read-only'):
                 await sandbox.upload(tmp_path / 'file', '/usr/file')
-            return await sandbox.run('ls -A /root | grep -c file; cat /app/f /app/new*/*', SEC)
+            return await sandbox.run('ls -A /root | grep -cx file; cat /app/f /app/new*/*', SEC)
 
     assert asyncio.run(main()).stdout == '0\nharnessharness'
 

@@ -293,7 +293,7 @@ class DockerSandbox:
     async def _open_shell(self) -> None:
         for attempt in (1, 2):
             nonce, workdir = secrets.token_hex(8), channels.quote(self._workdir)
-            line = f'exec 8>&1 9>&2;cd -- {self._cwd or workdir} || cd -- {workdir};'
+            line = f'exec 8>&1 9>&2 2>/dev/null;cd -- {self._cwd or workdir} || cd -- {workdir};'
             line += f'unset OLDPWD HOSTNAME;{channels.report(nonce)}\n'
             try:
                 async with asyncio.timeout(_STARTUP_SEC):
@@ -320,8 +320,8 @@ class DockerSandbox:
         nonce = secrets.token_hex(8)
         out = _Output(rb'%b (\d+) ([^\n]*)\n' % nonce.encode(), self._output_bytes)
         err = _Output(rb'\x1e%b\n' % nonce.encode(), self._output_bytes)
-        # The report is stdout's; this is the same for stderr, in a form that `set -v` does not show.
-        then = f";{{ builtin printf '\\036%s\\n' {nonce} >&9; }} 2>/dev/null"
+        # The report is stdout's; this is the same for stderr.
+        then = f";builtin printf '\\036%s\\n' {nonce} >&9"
         script = channels.script(command, self._last_exit, nonce, then)
         self._unclean = True  # until we know how it ended
         try:
