@@ -30,7 +30,9 @@ class Daemon:
 
     def start(self) -> None:
         """Returns when it answers."""
-        (self.folder / 'docker.pid').unlink(missing_ok=True)
+        # Of a killed engine; where nobody reaps orphans, their number is still taken.
+        for file in ('docker.pid', 'exec/containerd/containerd.pid'):
+            (self.folder / file).unlink(missing_ok=True)
         with open(self.folder / 'log', 'ab') as log:
             self.process = subprocess.Popen(
                 [
@@ -50,7 +52,7 @@ class Daemon:
             except SandboxError:
                 if time.monotonic() > deadline or self.process.poll() is not None:
                     tail = (self.folder / 'log').read_text(errors='replace').splitlines()[-3:]
-                    pytest.skip(f'dockerd does not start: {"; ".join(tail)}')
+                    raise RuntimeError(f'dockerd does not start: {"; ".join(tail)}') from None
                 time.sleep(0.1)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -83,7 +85,10 @@ def running():
     folder = pathlib.Path(tempfile.mkdtemp(prefix='echo-docker-'))  # short: a socket's path
     daemon = Daemon(f'unix://{folder}/docker.sock', folder)
     try:
-        daemon.start()
+        try:
+            daemon.start()
+        except RuntimeError as error:
+            pytest.skip(str(error))
         yield _with_base(daemon, archive)
     finally:
         daemon.stop()

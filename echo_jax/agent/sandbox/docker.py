@@ -53,7 +53,7 @@ umask 022
 exec 7<> <(:)
 for d; do
   [[ ! -d HOME/seeds$d ]] || problem=$(cp -a HOME/seeds$d/. $d/ 2>&1) || {
-    echo "cannot fill $d: ${problem//$'\n'/; }"; exit 1
+    echo "the image's $d does not fit in disk_mb ($?; ${problem//$'\n'/; })"; exit 1
   }
 done
 exec 2>/dev/null
@@ -118,13 +118,13 @@ class DockerSandbox:
         """Makes the image if need be, and the container. Raises as `Images.image`."""
         try:
             image = await self._images.image(self.task)
-            self._workdir = image.workdir
+            self._workdir, self._bash_env = image.workdir, image.env.get('BASH_ENV')
             self._creating = asyncio.wrap_future(self._engine.submit(self._create, image))
             self._control = await engine.Streams.open(await asyncio.shield(self._creating))
             async with asyncio.timeout(_STARTUP_SEC):
                 line = await self._control.read_line()
             if line != 'ready':
-                raise SandboxError(f'{self.task.task_id}: {line}; raise disk_mb')
+                raise SandboxError(f'{self.task.task_id}: {line}')
             async with self._lock:
                 await self._open_shell()
         except (EOFError, TimeoutError):
@@ -212,6 +212,7 @@ class DockerSandbox:
                 working_dir='/',
                 labels=self._engine.labels() | {'echo_jax.task': self.task.task_id},
                 healthcheck={'test': ['NONE']},
+                stop_signal='SIGKILL',  # process 1 heeds no other: a restarted engine would wait for it
                 host_config=self._host_config(image),
             )
         except docker.errors.ImageNotFound as error:
@@ -294,6 +295,8 @@ class DockerSandbox:
         for attempt in (1, 2):
             nonce, workdir = secrets.token_hex(8), channels.quote(self._workdir)
             line = f'exec 8>&1 9>&2 2>/dev/null;cd -- {self._cwd or workdir} || cd -- {workdir};'
+            if self._bash_env is not None:  # for the shell's children; the shell itself is ours
+                line += f'export BASH_ENV={channels.quote(self._bash_env)};'
             line += f'unset OLDPWD HOSTNAME;{channels.report(nonce)}\n'
             try:
                 async with asyncio.timeout(_STARTUP_SEC):
