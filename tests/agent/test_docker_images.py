@@ -114,8 +114,8 @@ def test_a_group_shares_one_build_and_runs_share_images(task, make, used):
     before = built(used)
     (name,) = {image.name for image in asyncio.run(draw(made))}
     images = built(used)
-    # The RUN's and the label's layers, and those of what is fitted to it: one build, not sixteen.
-    assert 0 < len(images - before) <= 8
+    # Layers of RUN and labels, and of what is fitted to them; four builds at once would make 26.
+    assert 0 < len(images - before) < 16
     assert {image.name for image in asyncio.run(draw(make()))} == {name}
     assert built(used) == images  # another run, another process: nothing is made again
     described = used.client.api.inspect_image(name)

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from echo_jax import types
-from echo_jax.agent.sandbox import CommandResult, SandboxError
+from echo_jax.agent.sandbox import SandboxError
 from echo_jax.agent.verifier import verify
 
 docker_engine = pytest.importorskip('docker_engine', reason='the Docker SDK is not installed')

@@ -29,7 +29,8 @@ NUL_RESULT = CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, Fa
 TRANSFERS = r"""
     put)
       error=$(head -c $size | {
-        place && [[ $(realpath -m -- "$path") == "$path" ]] || { echo "a link lies on the way"; false; } &&
+        place && [[ $(realpath -m -- "$path") == "$path" ]] ||
+          { echo "a link lies on the way"; false; } &&
         mkdir -p -- "$path" && tar -xpf - --no-same-owner -C "$path"
         status=$?; cat >/dev/null; exit $status
       } 2>&1) && echo done || echo "error ${error//$'\n'/; }" ;;

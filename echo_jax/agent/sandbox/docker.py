@@ -20,16 +20,16 @@ reads what they print.
 """
 
 import asyncio
-import contextlib
 import logging
+import pathlib
 import re
 import secrets
 import socket
-import time
 
 import docker
 
-from echo_jax.agent.sandbox import CommandResult, SandboxError, channels, engine, namespaces
+from echo_jax.agent.sandbox import CommandResult, SandboxError, channels, containers, engine
+from echo_jax.agent.sandbox.containers import sweep
 from echo_jax.agent.sandbox.images import HOME, Image, Images
 from echo_jax.types import Task
 
@@ -43,35 +43,7 @@ _LOOK_SEC = (0.5, 5.0)  # first and longest pause between looks after a command 
 _DISCARD_BYTES = 64 << 20  # output beyond this ends the command; up to it, it is only not kept
 _REPORT_BYTES = 16 << 10  # no report is longer
 _KILLED = 137
-_ENGINES_PIDS = 16  # what opening a shell needs while the agent has all of its own
-_SHARED = ('/tmp', '/var/tmp')  # mode 1777
 
-# The pipe 7 is there to wait on: a sleep without a process.
-_PROCESS_1 = r"""
-PATH=SYSTEM_PATH
-umask 022
-exec 7<> <(:)
-for d; do
-  [[ ! -d HOME/seeds$d ]] || problem=$(cp -a HOME/seeds$d/. $d/ 2>&1) || {
-    echo "the image's $d does not fit in disk_mb ($?; ${problem//$'\n'/; })"; exit 1
-  }
-done
-exec 2>/dev/null
-place() { :; }
-echo ready
-while IFS=' ' read -r request size escaped; do
-  printf -v path %b "$escaped"
-  case $request in
-    kill) while kill -9 -1; do read -r -t .001 -u 7; done; echo done ;;
-TRANSFERS
-  esac
-done
-"""
-_PROCESS_1 = (
-    _PROCESS_1.replace('HOME', HOME)
-    .replace('SYSTEM_PATH', namespaces.PATH)
-    .replace('TRANSFERS', channels.TRANSFERS)
-)
 # The shell by the name that its messages have; never by a PATH, which the agent may write to.
 _SHELL = [f'{HOME}/bash', '-pc', f'unset BASH_ENV; exec -a bash {HOME}/bash --norc --noprofile -s']
 
@@ -99,9 +71,9 @@ class DockerSandbox:
     ):
         self.task = task
         self._images, self._engine = images, images.engine
-        self._processes, self._disk_mb, self._files = processes, disk_mb, files
-        self._memory_mb = task.memory_mb if memory_mb is None else memory_mb
-        self._open_files, self._output_bytes, self._runtime = open_files, output_bytes, runtime
+        memory_mb = task.memory_mb if memory_mb is None else memory_mb
+        self._limits = containers.Limits(processes, memory_mb, disk_mb, files, open_files)
+        self._output_bytes, self._runtime = output_bytes, runtime
         self._name = f'echo_jax-{secrets.token_hex(8)}'
         self._lock = asyncio.Lock()  # one command or request at a time
         self._creating: asyncio.Future | None = None
@@ -146,7 +118,7 @@ class DockerSandbox:
                 await self._open_shell()
             return await self._run(command, timeout)
 
-    async def upload(self, path, target: str) -> None:
+    async def upload(self, path: pathlib.Path, target: str) -> None:
         """Copies a file to the path `target`, or a directory's content into the directory `target`.
 
         Makes directories on the way; all belongs to the sandbox's user and is readable. Raises
@@ -183,7 +155,7 @@ class DockerSandbox:
         await asyncio.wait({creating})
         try:
             if creating.exception() is None:
-                await self._engine.call(_remove, self._engine.client.api, self._name)
+                await self._engine.call(containers.remove, self._engine, self._name)
         except SandboxError as error:
             log.warning('%s is left to the engine: %s', self._name, error)
         finally:
@@ -197,66 +169,14 @@ class DockerSandbox:
     # The rest is one sandbox's plumbing, from the outside in.
 
     def _create(self, image: Image) -> socket.socket:
-        """In a thread: the container, started, and process 1's streams."""
-        api = self._engine.client.api
+        """In a thread."""
         try:
-            api.create_container(
-                image.name,
-                entrypoint=[f'{HOME}/init', '--norc', '--noprofile', '-pc', _PROCESS_1, 'init'],
-                command=list(image.writable if self._images.user else ()),
-                name=self._name,
-                hostname='sandbox',
-                user=f'{self._images.user}:{self._images.user}',
-                stdin_open=True,  # and closed for good when we are gone, since not detached
-                environment=image.env,
-                working_dir='/',
-                labels=self._engine.labels() | {'echo_jax.task': self.task.task_id},
-                healthcheck={'test': ['NONE']},
-                stop_signal='SIGKILL',  # process 1 heeds no other: a restarted engine would wait for it
-                host_config=self._host_config(image),
+            return containers.create(
+                self._engine, self.task, image, self._name, self._limits, self._runtime
             )
-        except docker.errors.ImageNotFound as error:
+        except docker.errors.NotFound as error:
             self._images.forget(self.task)
             raise SandboxError(f'{self.task.task_id}: {engine.brief(error)}; try again') from None
-        try:
-            attached = {'stdin': 1, 'stdout': 1, 'stderr': 1, 'stream': 1}
-            stream = self._engine.stream(api.attach_socket(self._name, attached))
-            api.start(self._name)
-            return stream
-        except BaseException:
-            with contextlib.suppress(*engine.FAILURES):
-                _remove(api, self._name)
-            raise
-
-    def _host_config(self, image: Image) -> dict:
-        user, size = self._images.user, f'size={self._disk_mb}m,nr_inodes={self._files}'
-        disk = self._disk_mb << 20
-        return self._engine.client.api.create_host_config(
-            auto_remove=True,
-            cap_drop=['ALL'],
-            security_opt=['no-new-privileges'],
-            network_mode='bridge' if self.task.allow_internet else 'none',
-            pids_limit=self._processes + _ENGINES_PIDS,
-            mem_limit=f'{self._memory_mb + (self._disk_mb if user else 0)}m',
-            memswap_limit=f'{self._memory_mb + (self._disk_mb if user else 0)}m',
-            nano_cpus=int(min(self.task.cpus, self._engine.info['NCPU']) * 1e9),
-            oom_score_adj=1000,  # the first that an out-of-memory kernel kills
-            read_only=bool(user),
-            tmpfs={
-                path: f'rw,exec,nosuid,nodev,{size},uid={user},gid={user},'
-                f'mode={1777 if path in _SHARED else 755}'
-                for path in (image.writable if user else ())
-            },
-            shm_size=disk,
-            ulimits=[
-                docker.types.Ulimit(name='fsize', soft=disk, hard=disk),
-                docker.types.Ulimit(name='nofile', soft=self._open_files, hard=self._open_files),
-                docker.types.Ulimit(name='core', soft=0, hard=0),
-            ],
-            log_config={'type': 'none'},  # process 1's words are for us alone, not the host's disk
-            init=False,
-            runtime=self._runtime,
-        )
 
     async def _request(self, line: str, payload: bytes = b'') -> str:
         """One request to process 1, its one-line reply."""
@@ -400,10 +320,8 @@ class DockerSandbox:
         """Whether a root's own layer has outgrown `disk_mb`; others cannot write there."""
         if self._images.user:
             return False
-        api = self._engine.client.api
-        url = api._url('/containers/{0}/json', self._name)  # the SDK has no `size` for one
-        described = await self._engine.call(lambda: api._result(api._get(url, params={'size': 1}), True))
-        return described.get('SizeRw', 0) > self._disk_mb << 20
+        written = await self._engine.call(containers.written, self._engine, self._name)
+        return written > self._limits.disk_mb << 20
 
 
 class _Output:
@@ -431,46 +349,3 @@ class _Output:
 
     def text(self) -> str:
         return bytes((self._kept + self._recent)[: self._limit]).decode(errors='replace')
-
-
-def _remove(api: docker.APIClient, name: str) -> None:
-    """The container, with its own volumes; returns when it is gone, whoever removed it."""
-    try:
-        api.remove_container(name, force=True, v=True)
-    except docker.errors.NotFound:
-        pass
-    except docker.errors.APIError as error:
-        if error.status_code != 409:  # the engine is at it already
-            raise
-        deadline = time.monotonic() + _REPLY_SEC
-        with contextlib.suppress(docker.errors.NotFound):
-            while time.monotonic() < deadline:
-                api.inspect_container(name)
-                time.sleep(0.02)
-
-
-def sweep(used: engine.Engine) -> list[str]:
-    """Removes what a dead predecessor of this run and worker left; the names. Images stay.
-
-    Blocks; call it before the first sandbox. Things of other runs and workers stay, as do those of
-    a process of this machine that is alive: two workers with one name harm no one.
-    """
-    api, labels = used.client.api, used.labels()
-    ours = {'label': [f'{key}={labels[key]}' for key in ('echo_jax.run', 'echo_jax.worker')]}
-
-    def dead(thing: dict) -> bool:
-        host, _, rest = thing['Labels'].get('echo_jax.owner', '').partition(':')
-        pid = int(rest.partition(':')[0] or 0)
-        return host != socket.gethostname() or engine.owner(pid) != f'{host}:{rest}'
-
-    containers = used.blocking(api.containers, all=True, filters=ours)
-    volumes = used.blocking(api.volumes, filters=ours)['Volumes'] or []
-    removed = []
-    for name in (container['Id'] for container in containers if dead(container)):
-        used.blocking(_remove, api, name)
-        removed.append(name)
-    for name in (volume['Name'] for volume in volumes if dead(volume)):
-        with contextlib.suppress(docker.errors.NotFound):
-            used.blocking(api.remove_volume, name, force=True)
-        removed.append(name)
-    return removed

@@ -75,7 +75,9 @@ class Engine:
     def stream(self, hijacked) -> socket.socket:
         """The socket of what attach or exec returned; ours alone, and not for forked children."""
         if self.client.api.base_url.startswith('https'):
-            raise SandboxError(f'{self.url}: TLS is not followed; use unix:// or an ssh tunnel to it')
+            raise SandboxError(
+                f'{self.url}: TLS is not followed; use unix:// or an ssh tunnel to it'
+            )
         own = socket.socket(fileno=os.dup(hijacked.fileno()))
         response = getattr(hijacked, '_response', None)
         if response is not None:

@@ -37,8 +37,9 @@ user=$1; shift
 bash=$(command -v bash) || { echo 'the image has no bash; install it'; exit 1; }
 mkdir -p HOME/seeds /logs/agent /logs/verifier /logs/artifacts "$@"
 cp "$bash" HOME/init && chmod 0111 HOME/init && ln -sf "$bash" HOME/bash
-grep -q "^[^:]*:[^:]*:$user:" /etc/passwd || echo "agent:x:$user:$user::/root:/bin/bash" >>/etc/passwd
-grep -q "^[^:]*:[^:]*:$user:" /etc/group || echo "agent:x:$user:" >>/etc/group
+known() { grep -q "^[^:]*:[^:]*:$user:" "$1"; }
+known /etc/passwd || echo "agent:x:$user:$user::/root:/bin/bash" >>/etc/passwd
+known /etc/group || echo "agent:x:$user:" >>/etc/group
 if [ "$user" = 0 ]; then
   [ ! -d /etc/apt ] || echo 'APT::Sandbox::User "root";' >/etc/apt/apt.conf.d/99echo_jax
   for d in /var/cache/apt/archives/partial /var/lib/apt/lists/partial; do
@@ -56,6 +57,7 @@ chown -R "$user:$user" HOME/seeds && chmod -R u+rwX HOME/seeds
 
 class Image(NamedTuple):
     name: str
+    user: int  # the agent's uid
     workdir: str
     env: dict[str, str]  # all variables, the task's own included
     writable: tuple[str, ...]  # directories that are the agent's; none lies in another
@@ -158,7 +160,7 @@ class Images:
             raise
         own = dict(line.partition('=')[::2] for line in base['Config'].get('Env') or ())
         env = namespaces.ENVIRONMENT | own | task.env
-        return Image(name, workdir, env, writable)
+        return Image(name, self.user, workdir, env, writable)
 
     def _base(self, task: Task) -> dict:
         """The engine's description of the image that the task asks for."""
