@@ -168,7 +168,7 @@ def test_builds_are_bounded_in_number_and_time(task, make):
     assert time.monotonic() - started > 2.0
     started = time.monotonic()
     failed = asyncio.run(made.build([late]))
-    assert list(failed) == ['late'] and time.monotonic() - started < 20
+    assert list(failed) == ['late'] and time.monotonic() - started < 40
     assert 'imed out' in failed['late'] or 'took over 1 seconds' in failed['late']
 
 

@@ -1,11 +1,13 @@
 """A sandbox that is a container of a Docker engine, with the task's own image.
 
 The agent and the verifier are one user without any capability. A user that is not root has a
-read-only system, and directories of its own in memory (tmpfs, of bounded size, `images.py`). Root
-(`Images(user=0)`), for tasks that install packages, may write anywhere in the container's own
-layer: the engine bounds that where its storage has quotas; elsewhere one file is bounded, and the
-sum is looked at every few seconds, so a fast writer may pass the bound by what a disk takes in
-that time. One kernel serves all: give `runtime` where tasks come from strangers.
+read-only system, and directories of its own in memory (tmpfs of bounded size, `images.py`), so that
+nothing it can write reaches a disk. Root (`Images(user=0)`), for tasks that install packages, may
+write anywhere in the container's layer, and replace what the verifier runs. One file is bounded
+there; the sum is only looked at, every second or so of commands, and what wrote too much is killed:
+a fast writer passes the bound by what a disk takes in a second, and what writes between two
+commands is found at the second. One kernel serves all: give `runtime` where tasks come from
+strangers.
 
 Process 1 is a bash that kills, and moves files, on requests over the container's own streams. It is
 the agent's user, but its file cannot be read, so the kernel keeps all others from tracing it or
@@ -25,6 +27,8 @@ import pathlib
 import re
 import secrets
 import socket
+import time
+from collections.abc import Callable
 
 import docker
 
@@ -40,6 +44,8 @@ __all__ = ['DockerSandbox', 'sweep']
 _STARTUP_SEC = 60.0  # for what takes a second, with hundreds of others at once
 _REPLY_SEC = 20.0
 _LOOK_SEC = (0.5, 5.0)  # first and longest pause between looks after a command that runs on
+_REPORT_SEC = 2.0  # between a report's two parts, on a machine that may be overloaded
+_LOOK_AT_DISK_SEC = 1.0  # at least, between looks at what was written
 _DISCARD_BYTES = 64 << 20  # output beyond this ends the command; up to it, it is only not kept
 _REPORT_BYTES = 16 << 10  # no report is longer
 _KILLED = 137
@@ -84,6 +90,7 @@ class DockerSandbox:
         self._last_exit = 0
         self._unread = (b'', b'')  # of the last command's background, after its report
         self._unclean = False  # a command was cancelled: kill before the next
+        self._looked = 0.0  # at what was written; time.monotonic()
         self._pending = ''  # the request that process 1 has yet to answer
 
     async def start(self) -> None:
@@ -220,14 +227,12 @@ class DockerSandbox:
             line += f'unset OLDPWD HOSTNAME;{channels.report(nonce)}\n'
             try:
                 async with asyncio.timeout(_STARTUP_SEC):
-                    stream = await self._engine.call(self._exec_shell)
+                    stream = await self._ask(self._exec_shell)
                     self._shell = await engine.Streams.open(stream)
                     await self._shell.write(line.encode(errors='surrogateescape'))
                     while nonce not in await self._shell.read_line():
                         pass
                 return
-            except docker.errors.NotFound:
-                raise SandboxError('the container died') from None
             except (EOFError, ConnectionError, TimeoutError):  # a fork bomb, perhaps: clear it
                 self._close_shell()
                 if attempt == 2:
@@ -250,6 +255,8 @@ class DockerSandbox:
         try:
             async with asyncio.timeout(timeout):
                 kind, exit_code = await self._watch(script, out, err)
+                if kind == 'reported' and await self._too_much_written():
+                    kind, exit_code = 'full', _KILLED
         except TimeoutError:
             kind, exit_code = 'timeout', -1
         if kind == 'dead':
@@ -261,7 +268,8 @@ class DockerSandbox:
             self._unread = (out.after, err.after)
         self._unclean = False
         self._last_exit = exit_code if kind == 'reported' else 0
-        return CommandResult(out.text(), err.text(), exit_code, kind == 'timeout')
+        note = 'sandbox: disk limit exceeded\n' if kind == 'full' else ''
+        return CommandResult(out.text(), err.text() + note, exit_code, kind == 'timeout')
 
     async def _watch(self, script: bytes, out: '_Output', err: '_Output') -> tuple[str, int]:
         """How the command ended, and its exit code. A streams' end tells of most dead shells; one
@@ -271,15 +279,16 @@ class DockerSandbox:
         pause, longest = _LOOK_SEC
         try:
             while not (await asyncio.wait({reading}, timeout=pause))[0]:
-                if out.end:  # stderr's end is missing: the command spoiled the shell's descriptors
-                    return 'lost', int(out.end[1])
+                if out.end:
+                    if not (await asyncio.wait({reading}, timeout=_REPORT_SEC))[0]:
+                        return 'lost', int(out.end[1])  # the command spoiled descriptor 9
+                    continue
                 status = await self._inspect()
                 if not status['Running']:
                     return 'dead', status['ExitCode']
                 if await self._too_much_written():
-                    err.feed(b'sandbox: disk limit exceeded\n')
                     return 'full', _KILLED
-                pause = min(pause * 1.5, longest)
+                pause = min(pause * 1.5, longest if self._images.user else _LOOK_AT_DISK_SEC)
             return reading.result()
         except EOFError:
             return 'dead', await self._exit_code()
@@ -301,11 +310,14 @@ class DockerSandbox:
                 return 'flood', _KILLED
         return 'reported', int(out.end[1])
 
-    async def _inspect(self) -> dict:
+    async def _ask(self, function: Callable, *arguments):
         try:
-            return await self._engine.call(self._engine.client.api.exec_inspect, self._exec)
+            return await self._engine.call(function, *arguments)
         except docker.errors.NotFound:
             raise SandboxError('the container died') from None
+
+    async def _inspect(self) -> dict:
+        return await self._ask(self._engine.client.api.exec_inspect, self._exec)
 
     async def _exit_code(self) -> int:
         """Of a shell whose streams have ended; the engine may be a moment behind them."""
@@ -318,9 +330,10 @@ class DockerSandbox:
 
     async def _too_much_written(self) -> bool:
         """Whether a root's own layer has outgrown `disk_mb`; others cannot write there."""
-        if self._images.user:
+        if self._images.user or time.monotonic() < self._looked + _LOOK_AT_DISK_SEC:
             return False
-        written = await self._engine.call(containers.written, self._engine, self._name)
+        self._looked = time.monotonic()
+        written = await self._ask(containers.written, self._engine, self._name)
         return written > self._limits.disk_mb << 20
 
 
