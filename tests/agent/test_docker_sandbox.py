@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
@@ -212,6 +213,16 @@ def test_no_network(session, user):
     assert out.exit_code == 1 and 'unreachable' in out.stderr
 
 
+def test_a_network_only_where_the_task_asks_for_one(task, made, used):
+    async def main(allowed: bool) -> str:
+        asking = dataclasses.replace(task, allow_internet=allowed)
+        async with opened(asking, made[1000]) as sandbox:
+            described = used.client.api.inspect_container(sandbox._name)
+            return described['HostConfig']['NetworkMode']
+
+    assert [asyncio.run(main(allowed)) for allowed in (False, True)] == ['none', 'bridge']
+
+
 def test_no_engine_and_no_host_within_reach(task, made, used, monkeypatch, tmp_path):
     """No socket, no bind mount, no device, no variable of the host's."""
     monkeypatch.setenv('SECRET_TOKEN', 'hunter2')
@@ -294,7 +305,7 @@ def test_process_1_can_be_neither_killed_nor_traced(session, user):
         'cat /proc/1/environ /proc/1/maps /proc/1/mem; readlink /proc/1/exe /proc/1/fd/*; '
         '(echo kill > /proc/1/fd/0); head -c 1 /proc/1/fd/7; '
         'perl -e \'print syscall(101, 16, 1, 0, 0), "\\n"; print $!, "\\n"\'',  # PTRACE_ATTACH
-        'cat /var/lib/echo_jax/init | head -c 4',
+        'cat /usr/lib/echo_jax/init | head -c 4',
         user=user,
     )
     assert killed.exit_code in (0, 137)

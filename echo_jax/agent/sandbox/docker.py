@@ -2,12 +2,12 @@
 
 The agent and the verifier are one user without any capability. A user that is not root has a
 read-only system, and directories of its own in memory (tmpfs of bounded size, `images.py`), so that
-nothing it can write reaches a disk. Root (`Images(user=0)`), for tasks that install packages, may
-write anywhere in the container's layer, and replace what the verifier runs. One file is bounded
-there; the sum is only looked at, every second or so of commands, and what wrote too much is killed:
-a fast writer passes the bound by what a disk takes in a second, and what writes between two
-commands is found at the second. One kernel serves all: give `runtime` where tasks come from
-strangers.
+nothing it can write reaches a disk; what the image holds there is copied for each sandbox. Root
+(`Images(user=0)`), for tasks that install packages, may write anywhere in the container's layer,
+and replace what the verifier runs. One file is bounded there; the sum is only looked at, every
+second or so of commands, and what wrote too much is killed: a fast writer passes the bound by what
+a disk takes in a second, what writes between two commands is found at the next, and the number of
+files is not bounded. One kernel serves all: give `runtime` where tasks come from strangers.
 
 Process 1 is a bash that kills, and moves files, on requests over the container's own streams. It is
 the agent's user, but its file cannot be read, so the kernel keeps all others from tracing it or

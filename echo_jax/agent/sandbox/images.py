@@ -25,7 +25,7 @@ from echo_jax.types import Task
 
 log = logging.getLogger(__name__)
 
-HOME = '/var/lib/echo_jax'  # ours, in every image
+HOME = '/usr/lib/echo_jax'  # ours, in every image
 # The agent's, besides the workdir and what the image calls a VOLUME. Harbor's paths among them.
 _WRITABLE = ('/app', '/logs', '/root', '/run', '/solution', '/tests', '/tmp', '/var/tmp')
 # Adds to an image, as root: a shell that may be run but not read, so that the kernel lets nobody
