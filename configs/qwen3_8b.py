@@ -117,11 +117,16 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.policy.gpu_memory_utilization = 0.8  # of a GPU's memory, vLLM's share
 
     c.sandbox = ml_collections.ConfigDict()
-    c.sandbox.backend = 'docker'
+    c.sandbox.backend = 'docker'  # or 'local' or 'harbor'
     c.sandbox.at_once = 512  # sandboxes alive at one time
     c.sandbox.processes = 512  # limits of one sandbox
     c.sandbox.memory_mb = 1024
     c.sandbox.disk_mb = 4096
+    c.sandbox.user = (
+        0  # the agent's, in a container; 0: a root without power, which may install packages
+    )
+    c.sandbox.build_network = True  # whether image builds reach the network
+    c.sandbox.harbor_environment = 'docker'  # of Harbor's, where the backend is 'harbor'
 
     c.tasks = ml_collections.ConfigDict()
     c.tasks.train = ''  # a folder of Harbor tasks; empty: generated into the workdir

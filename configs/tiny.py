@@ -100,11 +100,16 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.policy.gpu_memory_utilization = 0.8  # of a GPU's memory, vLLM's share
 
     c.sandbox = ml_collections.ConfigDict()
-    c.sandbox.backend = 'local'  # Linux namespaces
+    c.sandbox.backend = 'local'  # or 'docker' or 'harbor'
     c.sandbox.at_once = 64  # sandboxes alive at one time
     c.sandbox.processes = 64  # limits of one sandbox
     c.sandbox.memory_mb = 512  # of a process
     c.sandbox.disk_mb = 32
+    c.sandbox.user = (
+        1000  # the agent's, in a container; 0: a root without power, which may install packages
+    )
+    c.sandbox.build_network = True  # whether image builds reach the network
+    c.sandbox.harbor_environment = 'docker'  # of Harbor's, where the backend is 'harbor'
 
     c.tasks = ml_collections.ConfigDict()
     c.tasks.train = ''  # a folder of Harbor tasks; empty: generated into the workdir

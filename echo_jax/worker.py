@@ -12,7 +12,9 @@ on. The learner with the embedded policy uses `collect` in its own process.
 import asyncio
 import contextlib
 import functools
+import hashlib
 import logging
+import os
 import socket
 import sys
 import time
@@ -60,7 +62,12 @@ def sandbox_maker(
                 raise ValueError(
                     f"sandbox.backend='docker' needs the Docker SDK ({error}); pip install docker"
                 ) from error
-            made = images.Images(engine.Engine(run=run, worker=worker))
+            used = engine.Engine(run=run, worker=worker)
+            if run:
+                docker.sweep(used)
+            made = images.Images(
+                used, user=config.sandbox.user, network=config.sandbox.build_network
+            )
             return functools.partial(docker.DockerSandbox, images=made, **limits)
         case 'harbor':
             from echo_jax.agent.sandbox import harbor
@@ -141,7 +148,8 @@ class Worker:
         self._weights = WeightStore(work.url('weights'))
         self._rounds = RoundStore(work.url('fleet'))
         self._protocol = Protocol(work.tokenizer(), config.protocol)
-        self._make_sandbox = sandbox_maker(config)
+        run = hashlib.sha256(os.path.abspath(work.path).encode()).hexdigest()[:16]
+        self._make_sandbox = sandbox_maker(config, run=run, worker=name)
         self._sandboxes = asyncio.Semaphore(config.sandbox.at_once)
         self._loading, self._loaded = asyncio.Lock(), None
         self._tasks: dict[str, dict[str, Task]] = {}

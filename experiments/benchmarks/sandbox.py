@@ -1,16 +1,20 @@
-"""How long the local sandbox takes to start, to run a command, to reset and to stop.
+"""How long a sandbox takes to start, to run a command, to reset and to stop.
 
-    python experiments/benchmarks/sandbox.py [--sandboxes 1 64] [--commands 200] [--rounds 5]
+    python experiments/benchmarks/sandbox.py [--sandboxes 1 64] [--commands 200] [--rounds 5] \
+        [--docker_image debian:bookworm-slim]
 
 Prints one JSON line of medians, in milliseconds, for each backend that works here and each number
-of sandboxes at once. All of them live in one asyncio loop and do the same thing at the same time,
-so at 64 a number is what one sandbox waits for while 63 others want the processor; `wall_ms` is one
-command of every sandbox, all together. `true` is a builtin, `cat file` a process. Round 0 is not
+of sandboxes at once; Docker where an engine answers at DOCKER_HOST and an image is named. All of
+them live in one asyncio loop and do the same thing at the same time, so at 64 a number is what one
+sandbox waits for while 63 others want the processor; `wall_ms` is one command of every sandbox, all
+together. `first` is the first command, `true` a builtin, `cat file` a process. Round 0 is not
 counted.
 """
 
 import argparse
 import asyncio
+import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -18,11 +22,12 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from echo_jax import types
-from echo_jax.agent.sandbox import SandboxError, local, namespaces
+from echo_jax.agent.sandbox import Sandbox, SandboxError, local, namespaces
 
 
 async def timed(awaitable) -> float:
@@ -32,7 +37,7 @@ async def timed(awaitable) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-async def command(sandbox: local.LocalSandbox, text: str, times: int) -> float:
+async def command(sandbox: Sandbox, text: str, times: int) -> float:
     """Median milliseconds of `times` runs in one sandbox."""
     taken = []
     for _ in range(times):
@@ -44,15 +49,20 @@ async def command(sandbox: local.LocalSandbox, text: str, times: int) -> float:
     return statistics.median(taken)
 
 
-async def measure(backend: str, count: int, commands: int, rounds: int) -> dict[str, float]:
+async def measure(
+    make: Callable[[types.Task], Sandbox], image: str, count: int, commands: int, rounds: int
+) -> dict[str, float]:
     samples: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as directory:
-        task = types.Task('benchmark', pathlib.Path(directory), '')
+        task = types.Task('benchmark', pathlib.Path(directory), '', docker_image=image)
         for number in range(rounds + 1):
-            boxes = [local.LocalSandbox(task, backend=backend) for _ in range(count)]
+            boxes = [make(task) for _ in range(count)]
             try:
+                start = time.perf_counter()
                 taken = {'start_ms': await asyncio.gather(*(timed(b.start()) for b in boxes))}
-                await asyncio.gather(*(b.run('echo text > file', 60) for b in boxes))
+                taken['start_wall_ms'] = [(time.perf_counter() - start) * 1e3]
+                firsts = (timed(b.run('echo text > file', 60)) for b in boxes)
+                taken['first_ms'] = await asyncio.gather(*firsts)
                 for name, text in (('true', 'true'), ('cat', 'cat file')):
                     times = max(commands // count, 3)
                     start = time.perf_counter()
@@ -69,25 +79,51 @@ async def measure(backend: str, count: int, commands: int, rounds: int) -> dict[
     return {name: round(statistics.median(values), 3) for name, values in samples.items()}
 
 
+@contextlib.contextmanager
+def opened(backend: str, image: str | None):
+    """What makes a sandbox of a task; SandboxError where the backend does not work here."""
+    if backend != 'docker':
+        local.check(backend)
+        yield functools.partial(local.LocalSandbox, backend=backend)
+        return
+    if image is None:
+        raise SandboxError('no --docker_image')
+    from echo_jax.agent.sandbox import docker, engine, images  # the SDK is a worker's
+
+    used = engine.Engine(run='benchmark')
+    made = images.Images(used)
+    try:
+        yield functools.partial(docker.DockerSandbox, images=made)
+    finally:
+        made.close()
+        used.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--sandboxes', type=int, nargs='+', default=[1, 64], help='at once')
     parser.add_argument('--commands', type=int, default=200, help='a round, over all sandboxes')
     parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--docker_image', help="the image of Docker's rows; none without it")
     arguments = parser.parse_args()
     results: dict[str, object] = {}
-    for backend in namespaces.BACKENDS:
+    for backend in (*namespaces.BACKENDS, 'docker'):
         try:
-            local.check(backend)
+            with opened(backend, arguments.docker_image) as make:
+                results[backend] = {
+                    str(count): asyncio.run(
+                        measure(
+                            make,
+                            arguments.docker_image,
+                            count,
+                            arguments.commands,
+                            arguments.rounds if count < 8 else 2,
+                        )
+                    )
+                    for count in arguments.sandboxes
+                }
         except SandboxError as error:
             results[backend] = str(error)
-            continue
-        results[backend] = {
-            str(count): asyncio.run(
-                measure(backend, count, arguments.commands, arguments.rounds if count < 8 else 2)
-            )
-            for count in arguments.sandboxes
-        }
     load = os.getloadavg()[0]
     print(json.dumps({'benchmark': 'sandbox', 'cpus': os.cpu_count(), 'load': load, **results}))
 

@@ -1,10 +1,11 @@
-"""What passes between host and local sandbox: pipes, signed reports, archives, lines for bash.
+"""What passes between host and sandbox: pipes, signed reports, archives, lines for bash.
 
-Knows nothing of namespaces or shells' lives; see `namespaces.py` and `local.py`.
+Knows nothing of namespaces, engines or shells' lives; see `local.py` and `docker.py`.
 """
 
 import array
 import asyncio
+import binascii
 import contextlib
 import fcntl
 import io
@@ -15,10 +16,31 @@ import struct
 import tarfile
 import termios
 
+from echo_jax.agent.sandbox import CommandResult, SandboxError
+
 # A forked worker of this process must not keep its sandboxes alive (see `namespaces.py`).
 not_for_forks: set[int] = set()
 os.register_at_fork(after_in_child=lambda: [os.close(number) for number in not_for_forks])
 EMPTY_ARCHIVE = bytes(10240)  # a tar archive of nothing
+# No shell can hold one; said as bash would.
+NUL_RESULT = CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, False)
+# How process 1, a bash, answers `put` and `get`: cases of its `case $request`, where size and path
+# are the request's. `place` is a function of its own, which makes room for a top-level directory.
+TRANSFERS = r"""
+    put)
+      error=$(head -c $size | {
+        place && [[ $(realpath -m -- "$path") == "$path" ]] ||
+          { echo "a link lies on the way"; false; } &&
+        mkdir -p -- "$path" && tar -xpf - --no-same-owner -C "$path"
+        status=$?; cat >/dev/null; exit $status
+      } 2>&1) && echo done || echo "error ${error//$'\n'/; }" ;;
+    get)
+      if [[ -f $path && ! -L $path ]]; then
+        printf 'file '
+        dd if="$path" iflag=nonblock,nofollow,count_bytes count=$size bs=64K | base64 -w 0
+        echo
+      else echo missing; fi ;;
+"""
 
 
 def quote(text: str) -> str:
@@ -60,6 +82,38 @@ def archive(path: pathlib.Path, name: str) -> bytes:
     with tarfile.open(fileobj=buffer, mode='w') as tar:
         tar.add(path if not path.is_symlink() else root, name, filter=admit)
     return buffer.getvalue()
+
+
+def put(path: pathlib.Path, target: str) -> tuple[str, bytes]:
+    """The request, and what follows it, that copies a file or a directory's content to `target`.
+
+    Raises ValueError for a link that leads outside `path`.
+    """
+    path, target = pathlib.Path(path), absolute(target)
+    directory = target if path.is_dir() else os.path.dirname(target)
+    content = archive(path, '.' if path.is_dir() else os.path.basename(target))
+    return f'put {len(content)} {escape(directory)}\n', content
+
+
+def require_done(reply: str, path: pathlib.Path, target: str) -> None:
+    if reply != 'done':
+        raise SandboxError(f'cannot upload {path} to {target}: {reply.removeprefix("error ")}')
+
+
+def get(path: str, limit: int) -> str:
+    """The request for the content of a regular file."""
+    return f'get {limit + 1} {escape(absolute(path))}\n'
+
+
+def content(reply: str, path: str, limit: int) -> bytes:
+    """What `get` brought. FileNotFoundError where there is none, OSError where over `limit`."""
+    kind, _, text = reply.partition(' ')
+    if kind != 'file':
+        raise FileNotFoundError(f'{path}: no regular file in the sandbox')
+    found = binascii.a2b_base64(text)
+    if len(found) > limit:
+        raise OSError(f'{path}: longer than the {limit} bytes that are read from a sandbox')
+    return found
 
 
 def pipe() -> tuple[int, int]:
@@ -144,8 +198,8 @@ def available(descriptor: int) -> bytes:
     return os.read(descriptor, count[0]) if count[0] else b''
 
 
-def script(command: str, last_exit: int, nonce: str) -> bytes:
-    """The lines that make the shell run `command` and report.
+def script(command: str, last_exit: int, nonce: str, then: str = '') -> bytes:
+    """The lines that make the shell run `command` and report; `then` more of the last line.
 
     After a syntax error bash takes the next word for no keyword; the first line uses that up. The
     second sets bash's line counter, so that messages count the command's own lines, as in
@@ -156,9 +210,9 @@ def script(command: str, last_exit: int, nonce: str) -> bytes:
     status = f'(exit {last_exit});' if last_exit else ''
     return (
         ':\n{ :; } 2>&$((2+0*(LINENO=0)))\n'
-        f'{status}eval {quote(command)} </dev/null >&8 2>&9 8>&- 9>&-;{report(nonce)}\n'
+        f'{status}eval {quote(command)} </dev/null >&8 2>&9 8>&- 9>&-;{report(nonce)}{then}\n'
     ).encode()
 
 
 def report(nonce: str) -> str:
-    return f"""builtin printf '%s %d %q' {nonce} "$?" "${{PWD:0:500}}\""""
+    return f"""builtin printf '%s %d %q\\n' {nonce} "$?" "${{PWD:0:500}}\""""

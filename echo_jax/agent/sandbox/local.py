@@ -18,7 +18,6 @@ known directory, with the task's variables; its own variables, functions and opt
 """
 
 import asyncio
-import binascii
 import contextlib
 import functools
 import os
@@ -122,8 +121,8 @@ class LocalSandbox:
     async def run(self, command: str, timeout: float) -> CommandResult:
         """Runs `command` in the shell; `timeout` in seconds. See above for what outlives what."""
         self._require_running()
-        if '\0' in command:  # no shell can hold one; say so as bash would
-            return CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, False)
+        if '\0' in command:
+            return channels.NUL_RESULT
         async with self._lock:
             try:
                 if self._unclean:
@@ -140,14 +139,9 @@ class LocalSandbox:
         Makes directories on the way; all belongs to the sandbox's user and is readable. Raises
         ValueError for a link that leads outside `path`, SandboxError where it cannot be written.
         """
-        path, target = pathlib.Path(path), channels.absolute(target)
-        directory = target if path.is_dir() else os.path.dirname(target)
-        archive = channels.archive(path, '.' if path.is_dir() else os.path.basename(target))
+        request, content = channels.put(path, target)
         async with self._lock:
-            request = f'put {len(archive)} {channels.escape(directory)}\n'
-            reply = await self._request(request, archive)
-        if reply != 'done':
-            raise SandboxError(f'cannot upload {path} to {target}: {reply.removeprefix("error ")}')
+            channels.require_done(await self._request(request, content), path, target)
 
     async def read(self, path: str) -> bytes:
         """The bytes of a regular file inside; no link is followed to it, no FIFO is waited for.
@@ -156,14 +150,7 @@ class LocalSandbox:
         """
         limit = self._output_bytes
         async with self._lock:
-            request = f'get {limit + 1} {channels.escape(channels.absolute(path))}\n'
-            kind, _, content = (await self._request(request)).partition(' ')
-        if kind != 'file':
-            raise FileNotFoundError(f'{path}: no regular file in the sandbox')
-        content = binascii.a2b_base64(content)
-        if len(content) > limit:
-            raise OSError(f'{path}: longer than the {limit} bytes that are read from a sandbox')
-        return content
+            return channels.content(await self._request(channels.get(path, limit)), path, limit)
 
     async def reset(self) -> None:
         """Kills everything that runs inside and opens a fresh shell in the task's workdir."""
@@ -365,7 +352,7 @@ class LocalSandbox:
 
     def _on_report(self, nonce: str, ended: asyncio.Future) -> None:
         message, pid = channels.receive_now(self._status)
-        report = re.fullmatch(rb'%b (\d+) (.*)' % nonce.encode(), message)
+        report = re.fullmatch(rb'%b (\d+) (.*)\n' % nonce.encode(), message)
         if report and pid == self._shell_pid:
             self._cwd = report[2].decode(errors='surrogateescape')
             _settle(ended, 'reported', int(report[1]))
@@ -378,7 +365,7 @@ class LocalSandbox:
         self._seen += len(chunk)
         # A command that closes every descriptor takes the report's socket away; bash then writes
         # the report to what is left. It counts, but that shell can serve no longer.
-        report = re.search(rb'%b (\d+) .*' % nonce.encode(), chunk)
+        report = re.search(rb'%b (\d+) .*\n' % nonce.encode(), chunk)
         if report:
             _settle(ended, 'lost', int(report[1]))
             chunk = chunk[: report.start()] + chunk[report.end() :]

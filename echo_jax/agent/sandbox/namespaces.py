@@ -25,7 +25,7 @@ import subprocess
 import tarfile
 from typing import NamedTuple
 
-from echo_jax.agent.sandbox import SandboxError
+from echo_jax.agent.sandbox import SandboxError, channels
 
 BACKENDS = ('bubblewrap', 'unshare')
 PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
@@ -89,12 +89,16 @@ mount -a -T /etc/fstab && mount --make-rshared / && : >/etc/fstab || die 'cannot
 export -n S T O SHELL_STAGE
 unset SCRIPT WRITABLE SIZE INODES ID OLDPWD
 exec 9>&2 2>/dev/null
+place() {
+  local top=${path#/}
+  top=/${top%%/*}
+  [[ -e $top ]] || { mkdir $top && mount --bind $top $top; }
+}
 set -m
 shell=
 echo ready
 while IFS=' ' read -r request size escaped; do
   printf -v path %b "$escaped"
-  top=${path#/} top=/${top%%/*}
   case $request in
     shell)
       (
@@ -109,22 +113,10 @@ while IFS=' ' read -r request size escaped; do
       while kill -9 -1; do read -r -t .001 -N 65536 -u $S; done
       while read -t 0 -u $S && read -r -t .01 -N 65536 -u $S; do :; done
       wait; echo done ;;
-    put)
-      error=$(head -c $size | {
-        [[ -e $top ]] || { mkdir $top && mount --bind $top $top; } &&
-        [[ $(realpath -m -- "$path") == "$path" ]] || { echo "a link lies on the way"; false; } &&
-        mkdir -p -- "$path" && tar -xpf - --no-same-owner -C "$path"
-        status=$?; cat >/dev/null; exit $status
-      } 2>&1) && echo done || echo "error ${error//$'\n'/; }" ;;
-    get)
-      if [[ -f $path && ! -L $path ]]; then
-        printf 'file '
-        dd if="$path" iflag=nonblock,nofollow,count_bytes count=$size bs=64K | base64 -w 0
-        echo
-      else echo missing; fi ;;
+TRANSFERS
   esac
 done
-"""
+""".replace('TRANSFERS', channels.TRANSFERS)
 
 # The last steps to the agent's shell; bash for `ulimit -u`.
 _SHELL_STAGE = """
