@@ -122,9 +122,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.sandbox.processes = 512  # limits of one sandbox
     c.sandbox.memory_mb = 1024
     c.sandbox.disk_mb = 4096
-    c.sandbox.user = (
-        0  # the agent's, in a container; 0: a root without power, which may install packages
-    )
+    c.sandbox.user = 0  # the agent's, in a container; 0: root without capabilities
     c.sandbox.build_network = True  # whether image builds reach the network
     c.sandbox.harbor_environment = 'docker'  # of Harbor's, where the backend is 'harbor'
 
