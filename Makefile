@@ -36,8 +36,9 @@ rollout: $(ROLLOUT)/installed  ## environment of a rollout worker on this CPU, i
 quickstart: setup  ## train the tiny agent on this machine's CPU, into WORKDIR (runs/tiny)
 	$(VENV)/bin/python -m echo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
 
-test: develop  ## all tests
+test: develop  ## all tests; those of vLLM and the fleet where .venv-rollout is (make rollout), of Docker where an engine is
 	$(VENV)/bin/python -m pytest
+	[ ! -e $(ROLLOUT)/installed ] || $(ROLLOUT)/bin/python -m pytest tests/rollout
 
 lint: develop  ## ruff, check and format; shellcheck
 	$(VENV)/bin/ruff check .

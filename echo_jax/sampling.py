@@ -190,8 +190,8 @@ class Workers:
         """What a person wants to know when no group comes."""
         now = time.time()
         workers = [
-            f'{document["worker"]} at version {document.get("version")}, '
-            f'{document.get("episodes", 0)} episodes, {now - document["at"]:.0f} s ago'
+            f'{document["worker"]} with version {document["version"]} draws '
+            f'{document["drawing"]} groups, said {now - document["at"]:.0f} s ago'
             for document in self._rounds.reports()
         ]
         return (
