@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
 __all__ = ['run_episode', 'run_group', 'verify']
 
+RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds, in which an engine that died can be back
 # Why the agent's part ended, and what that makes of the episode.
 _STATUS = {
     'done': Status.OK,
@@ -215,17 +216,18 @@ async def run_group(
     seed: int,
     temperature: float,
     sandboxes: asyncio.Semaphore,
-    max_retries: int = 2,
+    retry_after: Sequence[float] = RETRY_AFTER,
 ) -> list[Rollout]:
     """The rollouts of one group, in the order of their sample_id, all at once.
 
     `sandboxes` is shared by all groups of a process and bounds the sandboxes that live at a time.
-    A SandboxError is retried `max_retries` times in a fresh sandbox, then recorded as an
+    A SandboxError is retried in a fresh sandbox, `retry_after` seconds later, then recorded as an
     INFRA_ERROR with nothing but the prompt in it. Any other error ends the whole group.
     """
 
     async def run_sample(sample_id: int) -> Rollout:
-        for attempt in range(max_retries + 1):
+        for attempt, pause in enumerate((0.0, *retry_after), start=1):
+            await asyncio.sleep(pause)
             try:
                 async with sandboxes:
                     return await run_episode(
@@ -241,7 +243,7 @@ async def run_group(
             except SandboxError as error:
                 logging.warning(
                     'task %s, group %d, sample %d, try %d of %d: %s',
-                    *(task.task_id, group_id, sample_id, attempt + 1, max_retries + 1, error),
+                    *(task.task_id, group_id, sample_id, attempt, len(retry_after) + 1, error),
                 )
         return _rollout(
             protocol.start(task.instruction),
@@ -251,7 +253,7 @@ async def run_group(
             group_id=group_id,
             sample_id=sample_id,
             metrics={
-                'infra_retries': float(max_retries),
+                'infra_retries': float(len(retry_after)),
                 'environment_only': float(task.environment_only),
             },
         )

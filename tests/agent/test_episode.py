@@ -519,6 +519,7 @@ def group(task, policy, protocol, sandbox, *, size=4, at_once=2):
         seed=5,
         temperature=1.0,
         sandboxes=asyncio.Semaphore(at_once),
+        retry_after=(0.0, 0.1),
     )
 
 
