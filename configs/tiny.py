@@ -110,7 +110,9 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.sandbox.harbor_environment = 'docker'  # of Harbor's, where the backend is 'harbor'
 
     c.tasks = ml_collections.ConfigDict()
-    c.tasks.train = ''  # a folder of Harbor tasks; empty: generated into the workdir
+    # Folders of Harbor tasks or .parquet files, with commas between; ':environment_only' behind one
+    # keeps its rewards out of it (agent/tasks.py). Empty: generated into the workdir.
+    c.tasks.train = ''
     c.tasks.heldout = ''  # likewise, of words that training never sees
     c.tasks.train_count = 1500  # how many to generate
     c.tasks.heldout_count = 128

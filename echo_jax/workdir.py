@@ -73,7 +73,7 @@ class Workdir:
         """The tasks of 'train', 'heldout' or 'explore': the config's own folder, or generated."""
         tasks = self.config.tasks
         if folder := tasks.get(split, ''):
-            return load_tasks(pathlib.Path(folder))
+            return load_tasks(folder, self.path / 'tasks' / 'unpacked')
         count = (
             self.config.warm_start.explorations if split == 'explore' else tasks[f'{split}_count']
         )
