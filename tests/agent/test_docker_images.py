@@ -1,6 +1,7 @@
 """Images of tasks on a real engine: built once, kept, fitted; and what happens when they fail."""
 
 import asyncio
+import dataclasses
 import logging
 import time
 import uuid
@@ -210,3 +211,11 @@ def test_a_copy_that_does_not_fit_says_so(task, make):
             await sandbox.start()
 
     asyncio.run(main())
+
+
+def test_a_workdir_of_the_tasks_own(task, make):
+    made = task('RUN mkdir -p "/srv/my box" && echo here > "/srv/my box/file"\n')
+    made = dataclasses.replace(made, workdir='/srv/my box')
+    assert asyncio.run(answers(make(), made, 'pwd; cat file; echo 1 > new; ls')) == [
+        '/srv/my box\nhere\nfile\nnew\n'
+    ]

@@ -24,7 +24,7 @@ PATH=SYSTEM_PATH
 umask 022
 exec 7<> <(:)
 for d; do
-  [[ ! -d HOME/seeds$d ]] || problem=$(cp -a HOME/seeds$d/. $d/ 2>&1) || {
+  [[ ! -d HOME/seeds$d ]] || problem=$(cp -a "HOME/seeds$d/." "$d/" 2>&1) || {
     echo "the image's $d does not fit in disk_mb ($?; ${problem//$'\n'/; })"; exit 1
   }
 done
@@ -132,18 +132,17 @@ def written(used: engine.Engine, name: str) -> int:
 
 def remove(used: engine.Engine, name: str) -> None:
     """The container, with its own volumes; returns when it is gone, whoever removed it."""
-    api = used.client.api
-    try:
-        api.remove_container(name, force=True, v=True)
-    except docker.errors.NotFound:
-        pass
-    except docker.errors.APIError as error:
-        if error.status_code != 409:  # the engine is at it already
-            raise
-        deadline = time.monotonic() + _GONE_SEC
-        with contextlib.suppress(docker.errors.NotFound):
-            while time.monotonic() < deadline:
+    api, deadline = used.client.api, time.monotonic() + _GONE_SEC
+    with contextlib.suppress(docker.errors.NotFound):
+        try:
+            api.remove_container(name, force=True, v=True)
+        except docker.errors.APIError as error:
+            if error.status_code != 409:
+                raise
+            while True:  # the engine is at it already
                 api.inspect_container(name)
+                if time.monotonic() > deadline:
+                    raise
                 time.sleep(0.02)
 
 

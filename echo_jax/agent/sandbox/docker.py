@@ -49,6 +49,7 @@ _LOOK_AT_DISK_SEC = 1.0  # at least, between looks at what was written
 _DISCARD_BYTES = 64 << 20  # output beyond this ends the command; up to it, it is only not kept
 _REPORT_BYTES = 16 << 10  # no report is longer
 _KILLED = 137
+_REPORT = re.compile(rb'(?:(\d+) ([^\n]*))?\n')  # after its mark: stdout's, or stderr's end of line
 
 # The shell by the name that its messages have; never by a PATH, which the agent may write to.
 _SHELL = [f'{HOME}/bash', '-pc', f'unset BASH_ENV; exec -a bash {HOME}/bash --norc --noprofile -s']
@@ -246,8 +247,8 @@ class DockerSandbox:
 
     async def _run(self, command: str, timeout: float) -> CommandResult:
         nonce = secrets.token_hex(8)
-        out = _Output(rb'%b (\d+) ([^\n]*)\n' % nonce.encode(), self._output_bytes)
-        err = _Output(rb'\x1e%b\n' % nonce.encode(), self._output_bytes)
+        out = _Output(b'%b ' % nonce.encode(), self._output_bytes)
+        err = _Output(b'\x1e%b' % nonce.encode(), self._output_bytes)
         # The report is stdout's; this is the same for stderr.
         then = f";builtin printf '\\036%s\\n' {nonce} >&9"
         script = channels.script(command, self._last_exit, nonce, then)
@@ -340,8 +341,8 @@ class DockerSandbox:
 class _Output:
     """One stream while one command runs: what to keep of it, up to the command's report."""
 
-    def __init__(self, end: bytes, limit: int):
-        self._pattern, self._limit = re.compile(end), limit
+    def __init__(self, mark: bytes, limit: int):
+        self._mark, self._limit = mark, limit
         self._kept, self._recent = bytearray(), bytearray()
         self.seen = 0  # bytes
         self.end: re.Match | None = None
@@ -353,8 +354,11 @@ class _Output:
             self.after = (self.after + chunk)[: self._limit]
             return
         self._recent += chunk
-        self.end = self._pattern.search(bytes(self._recent))
-        sure = self.end.start() if self.end else max(len(self._recent) - _REPORT_BYTES, 0)
+        sure = self._recent.find(self._mark)
+        if sure >= 0:
+            self.end = _REPORT.match(bytes(self._recent), sure + len(self._mark))
+        else:
+            sure = max(len(self._recent) - _REPORT_BYTES, 0)
         if self.end:
             self.after = bytes(self._recent[self.end.end() :])
         self._kept += self._recent[: min(sure, self._limit - len(self._kept))]
