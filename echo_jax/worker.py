@@ -36,14 +36,10 @@ def sandbox_maker(
             local.check()
             return functools.partial(local.LocalSandbox, **limits)
         case 'docker':
-            try:  # here: no other backend needs the Docker SDK
-                from echo_jax.agent.sandbox import docker, engine, images
-            except ModuleNotFoundError as error:
-                raise ValueError(
-                    f"sandbox.backend='docker' needs the Docker SDK ({error}); pip install docker"
-                ) from error
-            made = images.Images(engine.Engine(run=run, worker=worker))
-            return functools.partial(docker.DockerSandbox, images=made, **limits)
+            images = docker_images(run, worker)
+            from echo_jax.agent.sandbox import docker
+
+            return functools.partial(docker.DockerSandbox, images=images, **limits)
         case 'harbor':
             from echo_jax.agent.sandbox import harbor
 
@@ -58,6 +54,17 @@ def sandbox_maker(
             raise ValueError(
                 f"sandbox.backend is {backend!r}; expected 'local', 'docker' or 'harbor'"
             )
+
+
+def docker_images(run: str = '', worker: str = ''):
+    """The images.Images of the engine at DOCKER_HOST; fails where it or the Docker SDK is not."""
+    try:  # here: no other backend needs the SDK
+        from echo_jax.agent.sandbox import engine, images
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"sandbox.backend='docker' needs the Docker SDK ({error}); pip install docker"
+        ) from error
+    return images.Images(engine.Engine(run=run, worker=worker))
 
 
 async def collect(
