@@ -182,9 +182,7 @@ def build_images(
             f"--build makes images for sandbox.backend='docker', which is "
             f'{config.sandbox.backend!r}; add --config.sandbox.backend=docker'
         )
-    from echo_jax.agent.sandbox import engine, images  # here: only they need the Docker SDK
-
-    made, done, failures = images.Images(engine.Engine()), 0, {}
+    images, done, failures = worker.docker_images(config), 0, {}
 
     def progress(task: Task, error: Exception | None) -> None:
         nonlocal done
@@ -192,14 +190,14 @@ def build_images(
         bar.show(done)
 
     async def run() -> None:
-        failures.update(await made.build(tasks, progress))
+        failures.update(await images.build(tasks, progress))
 
     with Progress('build', len(tasks)) as bar:
         try:
             stop.run(run())
         finally:
-            made.close()  # a build under way ends first
-            made.engine.close()
+            images.close()  # a build under way ends first
+            images.engine.close()
     return failures
 
 

@@ -56,19 +56,12 @@ def sandbox_maker(
             local.check()
             return functools.partial(local.LocalSandbox, **limits)
         case 'docker':
-            try:  # here: no other backend needs the Docker SDK
-                from echo_jax.agent.sandbox import docker, engine, images
-            except ModuleNotFoundError as error:
-                raise ValueError(
-                    f"sandbox.backend='docker' needs the Docker SDK ({error}); pip install docker"
-                ) from error
-            used = engine.Engine(run=run, worker=worker)
+            images = docker_images(config, run, worker)
+            from echo_jax.agent.sandbox import containers, docker
+
             if run:
-                docker.sweep(used)
-            made = images.Images(
-                used, user=config.sandbox.user, network=config.sandbox.build_network
-            )
-            return functools.partial(docker.DockerSandbox, images=made, **limits)
+                containers.sweep(images.engine)
+            return functools.partial(docker.DockerSandbox, images=images, **limits)
         case 'harbor':
             from echo_jax.agent.sandbox import harbor
 
@@ -83,6 +76,22 @@ def sandbox_maker(
             raise ValueError(
                 f"sandbox.backend is {backend!r}; expected 'local', 'docker' or 'harbor'"
             )
+
+
+def docker_images(config: ml_collections.ConfigDict, run: str = '', worker: str = ''):
+    """The images.Images of the engine at DOCKER_HOST; fails where it or the Docker SDK is not."""
+    try:  # here: no other backend needs the SDK
+        from echo_jax.agent.sandbox import engine, images
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"sandbox.backend='docker' needs the Docker SDK ({error}); pip install docker"
+        ) from error
+    return images.Images(
+        engine.Engine(run=run, worker=worker),
+        user=config.sandbox.user,
+        network=config.sandbox.build_network,
+        seed=config.seed,
+    )
 
 
 async def collect(

@@ -183,7 +183,7 @@ def test_images_are_built_once_and_the_check_holds_in_docker(programs, daemon, t
 
 
 def test_no_engine_is_one_line(programs, tasks, tmp_path):
-    pytest.importorskip('docker')
+    pytest.importorskip('docker', reason='the Docker SDK is not installed')
     flags = [TINY, '--config.sandbox.backend=docker', f'--tasks={tasks}', '--build']
     line = programs.fails('tasks', *flags, DOCKER_HOST=f'unix://{tmp_path}/no.sock')
     assert 'no Docker engine answers' in line and "to 'local'" in line

@@ -20,7 +20,11 @@ MAX_MEMBERS = 20_000
 _MAX_NAME = 1024  # bytes; so that realpath never meets a path that is too long for it
 _MAX_PART = 255  # bytes between two slashes, as file systems have it
 _MAGIC = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\0': lzma.open}
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
+# The last two: what tarfile raises for a size that no file has, and for headers of headers.
+_DAMAGE = (
+    *(tarfile.TarError, EOFError, zlib.error, lzma.LZMAError),
+    *(OverflowError, RecursionError),
+)
 
 
 def pack(directory: pathlib.Path) -> bytes:
@@ -147,7 +151,8 @@ def _checked(
     if member.issym():
         target = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
         long = len(member.linkname.encode('utf-8', 'surrogateescape')) > _MAX_NAME
-        if member.linkname.startswith('/') or target.split('/')[0] == '..' or long:
+        empty = not member.linkname or '\0' in member.linkname
+        if member.linkname.startswith('/') or target.split('/')[0] == '..' or long or empty:
             raise ValueError(f'{name!r} links outside the task directory, {member.linkname[:60]!r}')
         return member
     if member.islnk():

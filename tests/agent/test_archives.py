@@ -23,6 +23,7 @@ KINDS = {
     'fifo': tarfile.FIFOTYPE,
     'device': tarfile.CHRTYPE,
     'disk': tarfile.BLKTYPE,
+    'name of the next': tarfile.GNUTYPE_LONGNAME,
 }
 
 
@@ -100,6 +101,7 @@ SUSPECT = [
     ([('../x', 'file', 'x')], "'../x' leads outside"),
     ([('tests/../../x', 'file', 'x')], 'leads outside'),
     ([('a', 'symlink', '/etc')], "'a' links outside the task directory, '/etc'"),
+    ([('a', 'symlink', '')], "'a' links outside the task directory, ''"),
     ([('tests/a', 'symlink', '../../x')], "'tests/a' links outside"),
     ([('a', 'symlink', 'b'), ('a/x', 'file', 'x')], "'a/x' lies under 'a', which is no directory"),
     ([('a/x', 'file', 'x'), ('a', 'symlink', 'b')], "'a' comes twice"),
@@ -175,6 +177,16 @@ def test_bombs(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def sealed(data: bytes) -> bytes:
+    """The archive with right checksums, so that its headers are believed."""
+    data = bytearray(data)
+    for block in range(0, len(data) - 511, 512):
+        if data[block + 257 : block + 262] == b'ustar':
+            data[block + 148 : block + 156] = b' ' * 8
+            data[block + 148 : block + 156] = b'%06o\0 ' % sum(data[block : block + 512])
+    return bytes(data)
+
+
 def sparse(size: int) -> bytes:
     """A file that claims `size` bytes and brings none of them (GNU's old sparse format)."""
     info = tarfile.TarInfo('sparse')
@@ -182,9 +194,7 @@ def sparse(size: int) -> bytes:
     block[156:157] = tarfile.GNUTYPE_SPARSE
     block[386:410] = b'%011o\0%011o\0' % (0, 0)
     block[483:495] = b'%011o\0' % size
-    block[148:156] = b' ' * 8
-    block[148:156] = b'%06o\0 ' % sum(block[:512])
-    return bytes(block) + bytes(1024)
+    return sealed(block) + bytes(1024)
 
 
 def test_a_sparse_file_counts_whole(tmp_path):
@@ -203,6 +213,8 @@ def test_damage(tmp_path):
         'cut gzip': gzip.compress(GOOD)[:-20],
         'bad gzip': b'\x1f\x8b' + bytes(100),
         'bad xz': lzma.compress(GOOD)[:40] + b'x' * 40,
+        'a size of 2**87': sealed(GOOD[:124] + b'\x80' + (2**87).to_bytes(11, 'big') + GOOD[136:]),
+        'headers of headers': tar(*[('x', 'name of the next', '')] * 3000),
         'a header in the middle': GOOD[:1024] + b'\xff' * 512 + GOOD[1536:],
     }.items():
         (tmp_path / name).mkdir()
@@ -221,15 +233,10 @@ def test_any_damage_is_a_value_error_and_stays_inside(tmp_path_factory, cuts):
     data = bytearray(GOOD)
     for start, garbage in cuts:
         data[start : start + len(garbage)] = garbage
-    for block in range(0, len(data) - 511, 512):  # with a right checksum, so that it is read
-        header = data[block : block + 512]
-        if header[257:262] == b'ustar':
-            header[148:156] = b' ' * 8
-            data[block + 148 : block + 156] = b'%06o\0 ' % sum(header)
     folder = tmp_path_factory.mktemp('fuzz') / 'a' / 'b'
     folder.mkdir(parents=True)
     with contextlib.suppress(ValueError):
-        archives.unpack(bytes(data), folder)
+        archives.unpack(sealed(data), folder)
     inside = [folder.parent, folder, *folder.rglob('*')]
     assert set(folder.parents[1].rglob('*')) == set(inside)
 
