@@ -25,3 +25,11 @@ def finished(programs, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp('run') / 'finished'
     programs.train(workdir)
     return workdir
+
+
+@pytest.fixture(scope='session')
+def daemon():
+    """A Docker engine (docker_engine.py), the only one of these tests."""
+    docker_engine = pytest.importorskip('docker_engine', reason='the Docker SDK is not installed')
+    with docker_engine.running() as daemon:
+        yield daemon

@@ -6,10 +6,13 @@ import signal
 import socket
 import subprocess
 
+import docker
 import pytest
 from small_run import ROOT, SETTINGS, metrics, wait_for
 
 from echo_jax.store.rollouts import RolloutStore
+from echo_jax.store.rounds import RoundStore
+from echo_jax.types import Status
 
 ROLLOUT_PYTHON = pathlib.Path(
     os.environ.get('ECHO_ROLLOUT_PYTHON', ROOT / '.venv-rollout/bin/python')
@@ -31,6 +34,7 @@ class Fleet:
     def __init__(self, programs, folder: pathlib.Path, *flags: str):
         self.workdir, self._folder, self._programs = folder / 'run', folder, programs
         self._flags = programs.train_flags(self.workdir, *VLLM, *flags)
+        self.environment: dict[str, str] = {}
         self._started: list[subprocess.Popen] = []
 
     def learner(self) -> subprocess.Popen:
@@ -54,7 +58,9 @@ class Fleet:
     def _start(self, program: str | pathlib.Path, *flags: str, **options) -> subprocess.Popen:
         name = pathlib.Path(program).stem
         log = (self._folder / f'{name}{len(self._started)}.log').open('w')
-        process = self._programs.start(program, *self._flags, *flags, output=log, **options)
+        process = self._programs.start(
+            program, *self._flags, *flags, output=log, **self.environment | options
+        )
         self._started.append(process)
         return process
 
@@ -179,8 +185,37 @@ def cluster(programs, tmp_path):
 def test_a_ray_cluster_loses_a_node(fleet, cluster):
     learner = fleet.learner()
     workers = fleet.ray(cluster.address, '--workers=2', '--gpus=0')
-    wait_for(lambda: len(fleet.groups()) >= GROUPS, seconds=500)
+    rounds = RoundStore(fleet.workdir / 'fleet')
+    wait_for(lambda: sum(report['groups'] > 0 for report in rounds.reports()) == 2, seconds=500)
     print('kill', file=cluster.stdin, flush=True)
     assert fleet.ends(learner, 500) == 0
     assert fleet.ends(workers, 120) == 0
     assert_whole(fleet)
+
+
+DOCKER = '--config.sandbox.backend=docker', '--config.sandbox.memory_mb=128'
+
+
+@pytest.mark.parametrize('fleet', [DOCKER], indirect=True)
+def test_a_worker_and_then_the_engine_die_under_running_containers(fleet, daemon):
+    if daemon.process is None:
+        pytest.skip('the Docker engine that answers is not ours to kill')
+    client = docker.DockerClient(daemon.url)
+    ours = {'label': 'echo_jax.run'}
+    running = lambda: client.containers.list(filters=ours)  # noqa: E731
+    fleet.environment['DOCKER_HOST'] = daemon.url
+    learner, worker = fleet.learner(), fleet.worker()
+    wait_for(lambda: len(fleet.groups()) >= 1 and running(), seconds=500)
+    worker.kill()
+    wait_for(lambda: not running(), seconds=60)  # with nobody's help
+    worker = fleet.worker()
+    wait_for(lambda: len(fleet.groups()) >= GROUPS + 1 and running(), seconds=500)
+    daemon.kill()
+    daemon.start()
+    assert fleet.ends(learner, 500) == 0 and fleet.ends(worker) == 0
+    assert_whole(fleet)
+    groups = RolloutStore(fleet.workdir / 'rollouts' / 'train').read_groups(fleet.groups())
+    assert all(r.status != Status.INFRA_ERROR for group in groups for r in group)
+    wait_for(lambda: not client.containers.list(all=True, filters=ours), seconds=60)
+    assert not client.volumes.list(filters=ours)
+    client.close()

@@ -101,10 +101,3 @@ def protocol_config():
             length_penalty_start=0,
         )
     )
-
-
-@pytest.fixture(scope='session')
-def daemon():
-    docker_engine = pytest.importorskip('docker_engine', reason='the Docker SDK is not installed')
-    with docker_engine.running() as daemon:
-        yield daemon

@@ -19,7 +19,7 @@ import pytest
 from echo_jax.agent.sandbox import SandboxError
 from echo_jax.agent.sandbox.engine import Engine
 
-BASE = 'echo_jax/test-debian:bookworm'
+BASE = 'debian:bookworm-slim'  # what generated tasks are made from
 
 
 class Daemon:
