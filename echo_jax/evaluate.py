@@ -8,6 +8,7 @@ the other must not. `policy` samples with the newest weights that the workdir ha
 code 1 where a result is an infra_error, which says nothing of the agent; all results are written.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -94,7 +95,6 @@ def evaluate_policy(
         cache_tokens=config.protocol.max_total_tokens,
     )
     store = RolloutStore('memory://')
-    make_sandbox = worker.sandbox_maker(config)  # opens a sandbox to know: once, not each wave
     rewards: list[float] = []
 
     def on_group(group: list[Rollout]) -> None:
@@ -116,7 +116,8 @@ def evaluate_policy(
                 on_group=on_group,
             )
 
-    with Progress('policy', len(tasks) * samples) as bar:
+    sandboxes = contextlib.closing(worker.sandbox_maker(config))  # opens one to know: once
+    with Progress('policy', len(tasks) * samples) as bar, sandboxes as make_sandbox:
         stop.run(draw())
     rollouts = [r for group in store.read_groups(range(len(tasks))) for r in group]
     score = jax.jit(make_score(graphdef, config.batch.micro_rows))

@@ -69,10 +69,11 @@ class Embedded:
             slots=config.policy.slots,
             cache_tokens=config.protocol.max_total_tokens,
         )
+        self._make_sandbox = worker.sandbox_maker(config)
         self._collect = functools.partial(
             worker.collect,
             config=config,
-            make_sandbox=worker.sandbox_maker(config),
+            make_sandbox=self._make_sandbox,
             protocol=protocol,
             policy=self._policy,
         )
@@ -102,7 +103,7 @@ class Embedded:
             )
 
     def close(self) -> None:
-        pass
+        self._make_sandbox.close()
 
 
 class Workers:

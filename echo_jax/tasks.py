@@ -127,7 +127,6 @@ def watched(
     samples: int = 1,
 ) -> list[Outcome]:
     """`run_without_model` of 'oracle' or 'nop' with the config's sandboxes, behind a bar."""
-    make_sandbox = worker.sandbox_maker(config)
     outcomes: list[Outcome] = []
     ended = rewards = 0
 
@@ -148,7 +147,8 @@ def watched(
             )
         )
 
-    with Progress(agent, len(tasks) * samples) as bar:
+    sandboxes = contextlib.closing(worker.sandbox_maker(config))
+    with Progress(agent, len(tasks) * samples) as bar, sandboxes as make_sandbox:
         stop.run(run())
     return outcomes
 

@@ -273,7 +273,7 @@ def main(argv: Sequence[str]) -> None:
     distributed.start()
     check_choices(config)  # before the workdir is this config's for good
     for backend in sandboxes_here(config):
-        worker.sandbox_maker(config, backend)  # fails now where this machine allows none
+        worker.sandbox_maker(config, backend).close()  # fails now where this machine allows none
     report.CONSOLE.quiet = not distributed.leads()
     with distributed.leader_first('workdir'):
         work = Workdir(_WORKDIR.value, config)

@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import ml_collections
 from absl import flags
@@ -42,35 +43,51 @@ _REPORT_SECONDS = 5.0
 Assignments = Iterable[tuple[int, Task]]  # a group's id and its task
 
 
+class SandboxMaker(NamedTuple):
+    """Makes the sandbox of a task; `close` it when the last one has stopped."""
+
+    make: Callable[[Task], Sandbox]
+    close: Callable[[], object] = lambda: None
+
+    def __call__(self, task: Task) -> Sandbox:
+        return self.make(task)
+
+
 def sandbox_maker(
     config: ml_collections.ConfigDict, backend: str = '', *, run: str = '', worker: str = ''
-) -> Callable[[Task], Sandbox]:
-    """What makes the sandbox of a task; fails early where this machine allows none.
+) -> SandboxMaker:
+    """By `sandbox.backend`, or by `backend`; fails early where this machine allows no sandbox.
 
-    `backend` is `sandbox.backend` where it is empty. `run` and `worker` label what a Docker engine
-    keeps for it; what a dead process of the same labels left there is removed.
+    `run` and `worker` label what a Docker engine keeps for it; what a dead process of the same
+    labels left there is removed.
     """
     limits = {key: config.sandbox[key] for key in ('processes', 'memory_mb', 'disk_mb')}
     match backend or config.sandbox.backend:
         case 'local':
             local.check()
-            return functools.partial(local.LocalSandbox, **limits)
+            return SandboxMaker(functools.partial(local.LocalSandbox, **limits))
         case 'docker':
             images = docker_images(config, run, worker)
             from echo_jax.agent.sandbox import containers, docker
 
-            if run:
-                containers.sweep(images.engine)
-            return functools.partial(docker.DockerSandbox, images=images, **limits)
+            containers.sweep(images.engine)
+
+            def close():
+                images.close()
+                containers.sweep(images.engine, own=True)
+                images.engine.close()
+
+            return SandboxMaker(
+                functools.partial(docker.DockerSandbox, images=images, **limits), close
+            )
         case 'harbor':
             from echo_jax.agent.sandbox import harbor
 
             harbor.check(config.sandbox.harbor_environment)
-            return functools.partial(
-                harbor.HarborSandbox,
-                environment=config.sandbox.harbor_environment,
-                memory_mb=limits['memory_mb'],
-                disk_mb=limits['disk_mb'],
+            del limits['processes']
+            environment = config.sandbox.harbor_environment
+            return SandboxMaker(
+                functools.partial(harbor.HarborSandbox, environment=environment, **limits)
             )
         case backend:
             raise ValueError(
@@ -222,6 +239,7 @@ class Worker:
 
     async def close(self) -> None:
         await self._policy.close()
+        await asyncio.to_thread(self._make_sandbox.close)
 
     async def serve(self, index: int = 0, count: int = 1) -> None:
         """Draws the groups of numbers `index` modulo `count`, until the learner has finished."""
@@ -315,7 +333,7 @@ def main(argv: Sequence[str]) -> None:
         finally:
             await worker.close()
 
-    sandbox_maker(config)  # fails now where this machine allows no sandbox
+    sandbox_maker(config).close()  # fails now where this machine allows no sandbox
     try:
         program.Stop().run(work())
     except program.Stopped:

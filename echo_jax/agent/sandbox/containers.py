@@ -146,16 +146,19 @@ def remove(used: engine.Engine, name: str) -> None:
                 time.sleep(0.02)
 
 
-def sweep(used: engine.Engine) -> list[str]:
+def sweep(used: engine.Engine, own: bool = False) -> list[str]:
     """Removes what a dead predecessor of this run and worker left; the names. Images stay.
 
     Blocks; call it before the first sandbox. Things of other runs and workers stay, as do those of
-    a process of this machine that is alive: two workers with one name harm no one.
+    a process of this machine that is alive: two workers with one name harm no one. With `own`, call
+    it after the last sandbox: an engine that died left what this process could not remove.
     """
     api, labels = used.client.api, used.labels()
     ours = {'label': [f'{key}={labels[key]}' for key in ('echo_jax.run', 'echo_jax.worker')]}
 
-    def dead(thing: dict) -> bool:
+    def left(thing: dict) -> bool:
+        if thing['Labels'].get('echo_jax.owner') == labels['echo_jax.owner']:
+            return own
         host, _, rest = thing['Labels'].get('echo_jax.owner', '').partition(':')
         pid = int(rest.partition(':')[0] or 0)
         return host != socket.gethostname() or engine.owner(pid) != f'{host}:{rest}'
@@ -163,10 +166,10 @@ def sweep(used: engine.Engine) -> list[str]:
     containers = used.blocking(api.containers, all=True, filters=ours)
     volumes = used.blocking(api.volumes, filters=ours)['Volumes'] or []
     removed = []
-    for name in (container['Id'] for container in containers if dead(container)):
+    for name in (container['Id'] for container in containers if left(container)):
         used.blocking(remove, used, name)
         removed.append(name)
-    for name in (volume['Name'] for volume in volumes if dead(volume)):
+    for name in (volume['Name'] for volume in volumes if left(volume)):
         with contextlib.suppress(docker.errors.NotFound):
             used.blocking(api.remove_volume, name, force=True)
         removed.append(name)
