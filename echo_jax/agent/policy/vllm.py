@@ -29,6 +29,7 @@ _ENVIRONMENT = {
     'HF_HUB_OFFLINE': '1',
     'TRANSFORMERS_OFFLINE': '1',
     'VLLM_LOGGING_LEVEL': 'WARNING',
+    'VLLM_LOGGING_STREAM': 'ext://sys.stderr',  # stdout is the program's own
     'VLLM_CPU_KVCACHE_SPACE': '1',
 }
 # Mean absolute gap of the probe, in nats, that rounding explains.
