@@ -133,13 +133,14 @@ class Workers:
                 partial.rename(folder)
 
     def publish(self, params: nnx.State, version: int) -> None:
-        logprobs = np.asarray(self._score(params, self._probe_batch()))[0, : len(self._probe)]
+        served = self._serving(params)
+        logprobs = np.asarray(self._score(served, self._probe_batch()))[0, : len(self._probe)]
         about = {
             'tensors': huggingface.tensor_names(model_params.flatten(params)),
             'probe': {'tokens': self._probe.tolist(), 'logprobs': logprobs.tolist()},
         }
         self._weights.publish(
-            model_params.flatten(self._serving(params)),
+            model_params.flatten(served),
             version,
             about=about,
             process_index=jax.process_index(),
