@@ -129,7 +129,7 @@ class Workers:
                 model = programs.model
                 huggingface.write_config(partial, model, tokenizer, dtype=model.dtype)
                 partial.rename(folder)
-                work.share('model')
+            work.share('model')  # again, where a killed learner had made it and no more
 
     def publish(self, params: nnx.State, version: int) -> None:
         logprobs = np.asarray(self._score(params, self._probe_batch()))[0, : len(self._probe)]

@@ -14,6 +14,7 @@ import tensorstore as ts
 from small_run import ROOT, metrics, summary, wait_for
 
 from configs.tiny import get_config
+from echo_jax.learner.checkpoint import check_reach
 from echo_jax.store.kvstore import open_kvstore, write_once
 from echo_jax.workdir import Workdir
 
@@ -153,6 +154,13 @@ def test_refusals(machine):
         Workdir('s3://bucket/run', get_config())
     with pytest.raises(ValueError, match=r'^gs://lost/run: NOT_FOUND: [^\n]*give a bucket that ex'):
         Workdir('gs://lost/run', get_config())
+
+
+def test_saving_to_a_bucket_needs_gcsfs(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'gcsfs', None)
+    with pytest.raises(ValueError, match='save to gs://bucket/run Orbax needs gcsfs; pip install'):
+        check_reach('gs://bucket/run')
+    check_reach('runs/tiny')
 
 
 def test_no_credentials(programs, tmp_path):
