@@ -1,4 +1,4 @@
-"""Google Cloud Storage's JSON API on this machine, as far as a run in a bucket goes; see bucket.py.
+"""Google Cloud Storage's JSON API on this machine, as far as a run in a bucket goes.
 
     python tests/gcs_server.py --port=9000 BUCKET...
 
@@ -42,7 +42,7 @@ class Refused(Exception):
 
 
 class Buckets:
-    """The objects; every method keeps the conditions of its request: (key, value) of its query."""
+    """The objects. `query` is the parameters of a request, the conditions among them."""
 
     def __init__(self, names):
         self._buckets: dict[str, dict[str, Object]] = {name: {} for name in names}

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 
-import numpy as np
 import pytest
 import tensorstore as ts
 from small_run import ROOT, metrics, summary, wait_for
@@ -209,23 +208,13 @@ def test_a_killed_run_goes_on_from_another_machine(environment, programs, finish
     events = [key for key in keys if 'tfevents' in key]
     assert len(events) >= 3  # warm start and steps of the first, steps of the second
 
-    exported = tmp_path / 'exported'
-    run('export', 'third', f'--workdir={place}', f'--output={exported}')
-    assert (exported / 'model.safetensors').stat().st_size > 10_000
-    np.save(tmp_path / 'tokens.npy', np.arange(20).reshape(2, 10))
-    for name, source in (('bucket', f'--workdir={place}'), ('folder', f'--workdir={finished}')):
-        output = f'--output={tmp_path / name}.npy'
-        run('score', 'third', source, f'--tokens={tmp_path}/tokens.npy', output)
-    scores = np.load(tmp_path / 'bucket.npy')
-    assert scores[:, 1:].max() < 0
-    np.testing.assert_array_equal(scores, np.load(tmp_path / 'folder.npy'))
+    for name, source in (('bucket', place), ('folder', f'file://{finished}')):
+        run('export', 'third', f'--workdir={source}', f'--output={tmp_path / name}')
+    model = (tmp_path / 'bucket' / 'model.safetensors').read_bytes()
+    assert len(model) > 10_000 and model == (tmp_path / 'folder' / 'model.safetensors').read_bytes()
 
 
-def test_a_file_url_is_its_folder(programs, finished, tmp_path):
-    config = get_config()
-    work = Workdir(f'file://{tmp_path}/run', config)
+def test_a_file_url_is_its_folder(tmp_path):
+    work = Workdir(f'file://{tmp_path}/run', get_config())
     assert work.path == pathlib.Path(tmp_path / 'run')
     assert Workdir.open(f'file://{tmp_path}/run').url('weights') == f'{tmp_path}/run/weights'
-    output = tmp_path / 'exported'
-    done = programs.run('export', f'--workdir=file://{finished}', f'--output={output}')
-    assert done.returncode == 0 and (output / 'model.safetensors').exists()
