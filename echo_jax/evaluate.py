@@ -82,7 +82,7 @@ def evaluate_policy(
     version = weights.latest()
     if version is None:
         raise ValueError(
-            f'{work.path} has published no weights yet; run echo_jax.train on it first'
+            f'{work.url()} has published no weights yet; run echo_jax.train on it first'
         )
     model_config = huggingface.recipe_config(config.model)
     graphdef, abstract = model_params.abstract(model_config)
@@ -189,7 +189,7 @@ def _run(config: ml_collections.ConfigDict) -> Workdir | None:
                 'or the --workdir of a run for its held-out ones'
             )
         return None
-    if not (pathlib.Path(path) / 'config.json').exists():
+    if not Workdir.holds_run(path):
         raise ValueError(f'{path} holds no run; name the --workdir of echo_jax.train')
     return Workdir(path, config)
 

@@ -15,7 +15,7 @@ from absl import flags, logging
 from flax import nnx
 
 from echo_jax import program
-from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
+from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, is_there
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
 from echo_jax.report import CONSOLE, Progress
@@ -26,11 +26,13 @@ DTYPES = ('bfloat16', 'float16', 'float32')
 
 def open_checkpoints(work: Workdir, step: int | None) -> tuple[Checkpointer, int]:
     """The run's checkpoints, to read, and `step` or the last of them; ValueError without any."""
-    folder = pathlib.Path(work.url('checkpoints', 'train'))
-    checkpointer = Checkpointer(folder, read_only=True) if folder.is_dir() else None
+    folder = work.url('checkpoints', 'train')
+    checkpointer = Checkpointer(folder, read_only=True) if is_there(folder) else None
     latest = checkpointer.latest() if checkpointer else None
     if latest is None:
-        raise ValueError(f'{work.path} has saved no checkpoint yet; run echo_jax.train on it first')
+        raise ValueError(
+            f'{work.url()} has saved no checkpoint yet; run echo_jax.train on it first'
+        )
     return checkpointer, latest if step is None else step
 
 
@@ -75,11 +77,11 @@ def main(argv: Sequence[str]) -> None:
     work = Workdir.open(_WORKDIR.value)
     step = export(work, _STEP.value, _OUTPUT.value, _DTYPE.value, _SHARD_BYTES.value)
     size = sum(file.stat().st_size for file in pathlib.Path(_OUTPUT.value).iterdir())
-    CONSOLE.print(f'step {step} of {work.path}: {size:,} bytes in {_OUTPUT.value}')
+    CONSOLE.print(f'step {step} of {work.url()}: {size:,} bytes in {_OUTPUT.value}')
 
 
 if __name__ == '__main__':
-    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder or gs:// URL of the run.')
     _STEP = flags.DEFINE_integer('step', None, 'Saved step; none: the last.')
     _OUTPUT = flags.DEFINE_string('output', None, 'Directory to make.')
     _DTYPE = flags.DEFINE_enum(

@@ -67,6 +67,7 @@ class Metrics:
             file.write(json.dumps({'step': step, **values}) + '\n')
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        self._events.flush()  # else minutes later, and a run in a bucket is copied there as it is
 
     def close(self) -> None:
         self._events.close()

@@ -29,7 +29,6 @@ from echo_jax.types import Batch, Rollout, Task
 from echo_jax.workdir import Workdir
 
 PROBE_TOKENS = 256
-_POLL_SECONDS = 0.1
 _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
 
 
@@ -131,6 +130,7 @@ class Workers:
                 model = programs.model
                 huggingface.write_config(partial, model, tokenizer, dtype=model.dtype)
                 partial.rename(folder)
+            work.share('model')  # again, where a killed learner had made it and no more
 
     def publish(self, params: nnx.State, version: int) -> None:
         served = self._serving(params)
@@ -185,7 +185,7 @@ class Workers:
             elif time.monotonic() - last > _SILENCE_SECONDS:
                 report.CONSOLE.print(self._silence(round_, len(there)))
                 last = time.monotonic()
-            time.sleep(_POLL_SECONDS)
+            time.sleep(self._work.poll_seconds)
         return False
 
     def _silence(self, round_: Round, there: int) -> str:

@@ -24,7 +24,7 @@ from echo_jax.agent.protocol import Protocol
 from echo_jax.agent.tasks import TaskSource, task_iterator
 from echo_jax.evaluate import env_ce, solve_rate
 from echo_jax.learner import batching, distributed, sharding
-from echo_jax.learner.checkpoint import Checkpointer, CheckpointError
+from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import Programs
 from echo_jax.model import huggingface
@@ -49,7 +49,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     clock = program.Clock()
 
     # --------------------------------------------------------------- tasks and their conversation
-    report.heading(f'Tasks and tokenizer in {work.path}')
+    report.heading(f'Tasks and tokenizer in {work.url()}')
     with distributed.leader_first('tasks'):  # which it may have to make
         tokenizer = work.tokenizer()
         protocol = Protocol(tokenizer, config.protocol)
@@ -95,6 +95,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     step, abstract_state, initial_state = programs.step(config.optimizer)
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
+    if distributed.leads():
+        work.take('metrics.jsonl')
     metrics = report.Metrics(work.path, writes=distributed.leads())
     if restored := checkpointer.restore(abstract_state):
         state, extra, done = restored
@@ -117,6 +119,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
     def save():
         if checkpointer.latest() != done:
+            if distributed.leads():  # before it, so that no checkpoint is there without its rows
+                work.share('metrics.jsonl', 'tensorboard')
             position = upcoming[0][0] if upcoming else tasks.get_state()
             extra = {'tasks': position, 'cursor': cursor, 'seconds': clock.seconds()}
             checkpointer.save(done, state, extra)
@@ -200,6 +204,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         {'step': done, 'eval/solve_rate': summary['solve_rate_after'], 'eval/env_ce': ce_after},
     ]
     report.curves(work.path / 'curves.png', rows)
+    work.share('metrics.jsonl', 'tensorboard', 'curves.png', 'summary.json')
     solved = [r for r in after if r.reward >= SOLVED_REWARD]
     if solved:
         report.rollout(tokenizer, solved[0])
@@ -272,6 +277,7 @@ def main(argv: Sequence[str]) -> None:
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
     distributed.start()
     check_choices(config)  # before the workdir is this config's for good
+    check_reach(_WORKDIR.value)
     for backend in sandboxes_here(config):
         worker.sandbox_maker(config, backend).close()  # fails now where this machine allows none
     report.CONSOLE.quiet = not distributed.leads()
@@ -285,6 +291,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == '__main__':
     _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-    _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: made, or resumed.')
+    _WORKDIR = flags.DEFINE_string(
+        'workdir', None, 'Folder or gs:// URL of the run: made, or resumed.'
+    )
     flags.mark_flags_as_required(['config', 'workdir'])
     program.run(main, CheckpointError)

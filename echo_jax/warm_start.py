@@ -43,11 +43,13 @@ def warm_start(work, params, programs, tokenizer, protocol, stop, clock) -> nnx.
     if done == options.steps:
         checkpointer.close()
         return state.params
+    work.take('warm_start.jsonl')
     metrics = report.Metrics(work.path, 'warm_start.jsonl')
     metrics.resume(done)
 
     def save():
         if checkpointer.latest() != done:
+            work.share('warm_start.jsonl', 'tensorboard')
             checkpointer.save(done, state, {'seconds': clock.seconds()})
 
     collect = functools.partial(

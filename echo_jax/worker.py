@@ -37,7 +37,7 @@ from echo_jax.store.weights import WeightStore
 from echo_jax.types import Rollout, Status, Task
 from echo_jax.workdir import Workdir
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 1.0  # of what an engine's start waits for
 _REPORT_SECONDS = 5.0
 
 Assignments = Iterable[tuple[int, Task]]  # a group's id and its task
@@ -194,7 +194,7 @@ class Worker:
         """Draws a group with the newest weights and writes it, unless it is there already."""
         await self.refresh()
         while self._policy.version < round_.version:  # missed it by a moment
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(self._work.poll_seconds)
             await self.refresh()
         self._counts['drawing'] += 1
         try:
@@ -266,7 +266,7 @@ async def due_groups(work: Workdir) -> AsyncIterator[tuple[Round, int]]:
             store = RolloutStore(work.url('rollouts', round_.store))
             for group_id in await asyncio.to_thread(_missing, store, new):
                 yield round_, group_id
-        await asyncio.sleep(_POLL_SECONDS)
+        await asyncio.sleep(work.poll_seconds)
 
 
 async def start(config: ml_collections.ConfigDict, workdir: str, name: str, **engine) -> Worker:
@@ -277,7 +277,7 @@ async def start(config: ml_collections.ConfigDict, workdir: str, name: str, **en
     from echo_jax.agent.policy.vllm import VllmPolicy  # here: only workers have vLLM
 
     work = await open_run(config, workdir)
-    await _until(work.served_model().exists, f'the learner to write {work.served_model()}')
+    await _until(lambda: work.served_model().exists(), 'the learner to write model/')
     weights = WeightStore(work.url('weights'))
     await _until(lambda: weights.latest() is not None, 'the learner to publish its weights')
     settings = {
@@ -342,7 +342,9 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == '__main__':
     _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-    _WORKDIR = flags.DEFINE_string('workdir', None, "Folder of the run, the same as the learner's.")
+    _WORKDIR = flags.DEFINE_string(
+        'workdir', None, "Folder or gs:// URL of the run, the learner's."
+    )
     _INDEX = flags.DEFINE_integer('index', 0, 'Which of the workers this is, from 0.')
     _COUNT = flags.DEFINE_integer('count', 1, 'Workers that share the work.')
     _NAME = flags.DEFINE_string('name', '', 'Of this worker; empty: its host and index.')

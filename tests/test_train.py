@@ -297,8 +297,8 @@ def test_workdirs_of_others(programs, finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
     line = programs.fails('train', *programs.train_flags(tmp_path / 'thesis.tex' / 'run'))
     assert 'Not a directory' in line
-    line = programs.fails('train', '--config=configs/tiny.py', '--workdir=gs://bucket/run')
-    assert 'gs://bucket/run is no folder' in line
+    line = programs.fails('train', '--config=configs/tiny.py', '--workdir=s3://bucket/run')
+    assert 's3://bucket/run: a run lives in a folder or at gs://' in line
 
 
 def test_a_learner_of_two_processes_has_no_sampler_yet(programs, tmp_path):

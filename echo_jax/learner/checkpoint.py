@@ -6,6 +6,7 @@ state, metrics position) is the program's affair.
 
 import ctypes
 import gc
+import importlib.util
 import json
 import os
 import zlib
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 
@@ -33,8 +35,8 @@ class Checkpointer:
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 2, read_only: bool = False):
-        directory = os.fspath(directory).removeprefix('file://')
-        self._directory = directory if '://' in directory else os.path.abspath(directory)
+        self._directory = _absolute(directory)
+        check_reach(self._directory)
         self._saved = None
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -158,6 +160,22 @@ class Checkpointer:
                     f'{found.get(name, "absent")} there, {wanted.get(name, "absent")} in this '
                     "config; use the run's own config, or another workdir"
                 )
+
+
+def check_reach(directory: str | os.PathLike) -> None:
+    """ValueError where Orbax lacks what it needs to save there."""
+    if os.fspath(directory).startswith('gs://') and importlib.util.find_spec('gcsfs') is None:
+        raise ValueError(f'to save to {directory} Orbax needs gcsfs; pip install gcsfs')
+
+
+def is_there(directory: str | os.PathLike) -> bool:
+    check_reach(directory)
+    return epath.Path(_absolute(directory)).is_dir()
+
+
+def _absolute(directory: str | os.PathLike) -> str:
+    directory = os.fspath(directory).removeprefix('file://')
+    return directory if '://' in directory else os.path.abspath(directory)
 
 
 def _release_copies() -> None:
