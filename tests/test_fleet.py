@@ -102,41 +102,35 @@ def assert_whole(fleet: Fleet) -> list[dict]:
 
 @pytest.mark.parametrize(
     'fleet',
-    [('--config.model.tie_word_embeddings=True',), ('--config.model.tie_word_embeddings=False',)],
-    ids=['tied', 'untied'],
+    [('--config.max_staleness=2', '--config.model.tie_word_embeddings=False')],
     indirect=True,
 )
-def test_a_worker_samples_with_what_the_learner_publishes(fleet):
+def test_steps_ahead_are_drawn_while_the_learner_learns(fleet):
     learner, worker = fleet.learner(), fleet.worker()
     assert fleet.ends(learner) == 0
     assert fleet.ends(worker) == 0  # by itself, since the learner has finished
-    for row in assert_whole(fleet):
-        assert 0 < row['train/logprob_gap'] <= 1e-3  # of float32, at every step, each after a swap
-        assert row['rollout/staleness'] == 0
-
-
-@pytest.mark.parametrize('fleet', [('--config.max_staleness=2',)], indirect=True)
-def test_steps_ahead_are_drawn_while_the_learner_learns(fleet):
-    learner, worker = fleet.learner(), fleet.worker()
-    assert fleet.ends(learner) == 0 and fleet.ends(worker) == 0
     staleness = [row['rollout/max_staleness'] for row in assert_whole(fleet)]
     assert staleness[0] == 0 and 1 <= max(staleness) <= 2
 
 
-def test_killed_workers_and_learners(fleet):
-    """SIGKILL of a worker, then of the learner, each while groups are drawn; another joins."""
-    learner, worker = fleet.learner(), fleet.worker('--index=0', '--count=2')
-    other = fleet.worker('--index=1', '--count=2')
+def test_workers_and_learners_end_and_start_again(fleet):
+    """SIGKILL of a worker, SIGTERM of another, SIGKILL of the learner, while groups are drawn."""
+    flags = [(f'--index={i}', '--count=2') for i in range(2)]
+    learner, workers = fleet.learner(), [fleet.worker(*flag) for flag in flags]
     wait_for(lambda: len(fleet.groups()) >= GROUPS, seconds=400)
-    worker.kill()
-    wait_for(lambda: worker.poll() is not None)
-    worker = fleet.worker('--index=0', '--count=2')
+    workers[0].kill()
+    workers[1].send_signal(signal.SIGTERM)
+    assert [fleet.ends(worker, 60) for worker in workers] == [-signal.SIGKILL, 1]
+    assert 'the same command goes on' in fleet.logs()
+    workers = [fleet.worker(*flag) for flag in flags]
     wait_for(lambda: len(fleet.groups()) >= 2 * GROUPS, seconds=400)
     learner.kill()
-    wait_for(lambda: learner.poll() is not None)
+    assert fleet.ends(learner, 60) == -signal.SIGKILL
     learner = fleet.learner()
-    assert fleet.ends(learner) == 0 and fleet.ends(worker) == 0 and fleet.ends(other) == 0
-    assert_whole(fleet)
+    assert fleet.ends(learner) == 0 and [fleet.ends(worker) for worker in workers] == [0, 0]
+    for row in assert_whole(fleet):
+        # Every step is sampled right after a swap; of float32.
+        assert 0 < row['train/logprob_gap'] <= 1e-3 and row['rollout/staleness'] == 0
 
 
 @pytest.mark.parametrize(
@@ -152,15 +146,6 @@ def test_a_learner_of_two_processes(fleet):
     assert [fleet.ends(learner) for learner in fleet.learners()] == [0, 0]
     assert fleet.ends(worker) == 0
     assert all(row['train/logprob_gap'] <= 1e-3 for row in assert_whole(fleet))
-
-
-def test_a_worker_stops_on_sigterm_and_leaves_no_sandbox(fleet, programs):
-    fleet.learner()
-    worker = fleet.worker()
-    wait_for(lambda: len(fleet.groups()) >= 1, seconds=400)
-    worker.send_signal(signal.SIGTERM)
-    assert fleet.ends(worker, 60) == 1
-    assert 'the same command goes on' in fleet.logs()
 
 
 @pytest.fixture

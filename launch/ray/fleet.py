@@ -150,7 +150,9 @@ def main(argv) -> None:
 
 if __name__ == '__main__':
     _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-    _WORKDIR = flags.DEFINE_string('workdir', None, "Folder of the run, the same as the learner's.")
+    _WORKDIR = flags.DEFINE_string(
+        'workdir', None, "Folder or gs:// URL of the run, the learner's."
+    )
     _WORKERS = flags.DEFINE_integer('workers', 1, 'How many to keep up.', lower_bound=1)
     _GPUS = flags.DEFINE_float(
         'gpus', None, 'Of a worker; its policy.tensor_parallel if not given.'
