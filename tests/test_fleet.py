@@ -109,8 +109,10 @@ def test_steps_ahead_are_drawn_while_the_learner_learns(fleet):
     learner, worker = fleet.learner(), fleet.worker()
     assert fleet.ends(learner) == 0
     assert fleet.ends(worker) == 0  # by itself, since the learner has finished
-    staleness = [row['rollout/max_staleness'] for row in assert_whole(fleet)]
+    rows = assert_whole(fleet)
+    staleness = [row['rollout/max_staleness'] for row in rows]
     assert staleness[0] == 0 and 1 <= max(staleness) <= 2
+    assert 0 < rows[0]['train/logprob_gap'] <= 1e-3  # the others are of older weights
 
 
 def test_workers_and_learners_end_and_start_again(fleet):
