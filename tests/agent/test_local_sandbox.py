@@ -421,7 +421,7 @@ def test_a_command_cannot_report_for_another(session):
         '(while sleep 0.05; do for i in {3..20}; do echo "0 0 /" >&$i; done; done) 2>/dev/null &',
         'sleep 0.3; echo true words; false',
         'for i in {3..20}; do echo "x 0 /" >&$i; done 2>/dev/null; sleep 0.2; false',
-        'echo mine',
+        'kill $!; wait $! 2>/dev/null; echo mine',
     )
     assert daemon.exit_code == 0
     assert after.exit_code == 1 and 'true words\n' in after.stdout

@@ -335,7 +335,7 @@ class HarborSandbox:
             nonce = secrets.token_hex(8)
             exports = ''.join(f'export {k}={channels.quote(v)};' for k, v in self.task.env.items())
             line = f'cd -- {self._cwd or self._workdir} || cd -- {self._workdir};unset OLDPWD;'
-            line += f'{exports}{channels.report(nonce)};echo\n'
+            line += f'{exports}{channels.report(nonce)}\n'
             report = (await self._exec(_OPEN, line=_armoured(line.encode())))[-1]
             if report.startswith(f'{nonce} 0 '):
                 self._open, self._last_exit = True, 0
@@ -346,7 +346,7 @@ class HarborSandbox:
 
     async def _run(self, command: str, timeout: float) -> CommandResult:
         nonce = secrets.token_hex(8)
-        script = channels.script(command, self._last_exit, nonce)[:-1] + b';builtin echo\n'
+        script = channels.script(command, self._last_exit, nonce)
         line = _armoured(script)
         if len(line) > _MAX_COMMAND:
             return CommandResult('', 'bash: Argument list too long\n', 126, False)
