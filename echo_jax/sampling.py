@@ -17,7 +17,7 @@ from flax import nnx
 from echo_jax import report, worker
 from echo_jax.agent.policy.jax import JaxPolicy
 from echo_jax.agent.protocol import Protocol
-from echo_jax.learner import distributed
+from echo_jax.learner import batching, distributed
 from echo_jax.learner.step import Programs
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
@@ -25,7 +25,7 @@ from echo_jax.program import Stop, Stopped
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.rounds import Round, RoundStore
 from echo_jax.store.weights import WeightStore
-from echo_jax.types import Batch, Rollout, Task
+from echo_jax.types import Rollout, Task
 from echo_jax.workdir import Workdir
 
 PROBE_TOKENS = 256
@@ -87,10 +87,10 @@ class Embedded:
         self._stop.check()
         store = RolloutStore(self._work.url('rollouts', round_.store))
         tasks = self._tasks[round_.split]
-        there = set(store.groups())
-        missing = [(i, tasks[task_id]) for i, task_id in round_.assignments if i not in there]
-        if missing:
-            self._stop.run(self._draw(missing, store, round_))
+        task_ids = dict(round_.assignments)
+        if missing := store.missing(task_ids):
+            assignments = [(group_id, tasks[task_ids[group_id]]) for group_id in missing]
+            self._stop.run(self._draw(assignments, store, round_))
         return store.read_groups(round_.group_ids)
 
     async def _draw(self, assignments: list[tuple[int, Task]], store, round_: Round) -> None:
@@ -121,7 +121,11 @@ class Workers:
         self._serving = programs.serving()
         self._rounds = RoundStore(work.url('fleet'))
         self._score = programs.score()
-        self._probe = np.asarray(probe[: min(PROBE_TOKENS, config.batch.seq_len)], np.int32)
+        length = min(PROBE_TOKENS, config.batch.seq_len)
+        self._probe = np.asarray(probe[:length], np.int32)
+        self._probe_batch = batching.make_token_batch(
+            self._probe[None], config.batch.micro_rows, length
+        )
         if distributed.leads():
             self._rounds.clear()
             if not (folder := work.served_model()).exists():
@@ -134,7 +138,7 @@ class Workers:
 
     def publish(self, params: nnx.State, version: int) -> None:
         served = self._serving(params)
-        logprobs = np.asarray(self._score(served, self._probe_batch()))[0, : len(self._probe)]
+        logprobs = np.asarray(self._score(served, self._probe_batch))[0, : len(self._probe)]
         about = {
             'tensors': huggingface.tensor_names(model_params.flatten(params)),
             'probe': {'tokens': self._probe.tolist(), 'logprobs': logprobs.tolist()},
@@ -146,17 +150,6 @@ class Workers:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-
-    def _probe_batch(self) -> Batch:
-        config = self._work.config
-        shape = config.batch.micro_rows, min(PROBE_TOKENS, config.batch.seq_len)
-        batch = Batch(*(np.zeros(shape, np.float32) for _ in Batch._fields))
-        whole = {name: np.zeros(shape, np.int32) for name in ('tokens', 'positions', 'segment_ids')}
-        size = len(self._probe)
-        whole['tokens'][0, :size] = self._probe
-        whole['positions'][0, :size] = np.arange(size)
-        whole['segment_ids'][0, :size] = 1
-        return batch._replace(**whole, roles=np.zeros(shape, np.uint8))
 
     def post(self, round_: Round) -> None:
         if distributed.leads():
@@ -174,16 +167,15 @@ class Workers:
 
     def _arrives(self, round_: Round, store: RolloutStore) -> bool:
         """Waits until every group is there; False where it is asked to stop."""
-        before = [[0, round_.first_group]] if round_.first_group else None
-        there, last = set(), time.monotonic()
+        missing, last = len(round_.group_ids), time.monotonic()
         while not self._stop.requested:
-            now = set(store.groups(state=before)) & set(round_.group_ids)
-            if len(now) == len(round_.group_ids):
+            before, missing = missing, len(store.missing(round_.group_ids))
+            if not missing:
                 return True
-            if now != there:
-                there, last = now, time.monotonic()
+            if missing < before:
+                last = time.monotonic()
             elif time.monotonic() - last > _SILENCE_SECONDS:
-                report.CONSOLE.print(self._silence(round_, len(there)))
+                report.CONSOLE.print(self._silence(round_, len(round_.group_ids) - missing))
                 last = time.monotonic()
             time.sleep(self._work.poll_seconds)
         return False

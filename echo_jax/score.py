@@ -20,6 +20,7 @@ from flax import nnx
 
 from echo_jax import program
 from echo_jax.export import open_checkpoints
+from echo_jax.learner.batching import make_token_batch
 from echo_jax.learner.checkpoint import CheckpointError
 from echo_jax.learner.step import Programs
 from echo_jax.model import huggingface
@@ -72,7 +73,7 @@ def score_tokens(
     with Progress('score', N) as progress:
         for start in range(0, N, rows):
             part = tokens[start : start + rows]
-            batch = _batch(part, rows, length, pad_id)
+            batch = make_token_batch(part, rows, length, pad_id)
             found = np.where(batch.segment_ids > 0, score(batch), 0.0)[: len(part), :T]
             if not np.isfinite(found).all():
                 raise FloatingPointError(
@@ -82,23 +83,6 @@ def score_tokens(
             logprobs[start : start + rows] = found
             progress.show(start + len(part))
     return logprobs
-
-
-def _batch(part: np.ndarray, rows: int, length: int, pad_id: int | None) -> Batch:
-    """A batch [rows, length] of whole rows; what `part` does not fill is padding."""
-    count, T = part.shape
-    here = np.arange(length, dtype=np.int32)
-    kept = np.ones(part.shape, bool) if pad_id is None else part != pad_id
-    ends = np.where(kept, here[:T] + 1, 0).max(axis=1)
-    zeros = np.zeros((rows, length), np.float32)
-    batch = Batch(**dict.fromkeys(Batch._fields, zeros))._replace(
-        tokens=zeros.astype(np.int32),
-        positions=np.tile(here, (rows, 1)),
-        segment_ids=(here < np.pad(ends, (0, rows - count))[:, None]).astype(np.int32),
-        roles=zeros.astype(np.uint8),
-    )
-    batch.tokens[:count, :T] = np.where(batch.segment_ids[:count, :T], part, 0)
-    return batch
 
 
 def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.ConfigDict:

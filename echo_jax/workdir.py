@@ -27,7 +27,7 @@ import transformers
 from echo_jax.agent.families import generate_tasks
 from echo_jax.agent.tasks import load_tasks
 from echo_jax.agent.tokenizer import build_tokenizer, training_texts
-from echo_jax.store.kvstore import open_kvstore, write_once
+from echo_jax.store.kvstore import inside, open_kvstore, write_once
 from echo_jax.types import Task
 
 _CHAT_TEMPLATE = pathlib.Path(__file__).parent / 'agent' / 'chat_template.jinja'
@@ -139,8 +139,7 @@ class Workdir:
         local = self.path / name
         if self._bucket is None or local.is_dir():
             return local.exists()
-        inside = ts.KvStore.KeyRange(f'{name}/', f'{name}0')  # '0' follows '/'
-        keys = [key.decode() for key in self._bucket.list(inside).result()]
+        keys = [key.decode() for key in self._bucket.list(inside(name)).result()]
         if keys and f'{name}/{_WHOLE}' not in keys:
             return False
         partial = pathlib.Path(tempfile.mkdtemp(prefix='taking-', dir=self.path))

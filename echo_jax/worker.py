@@ -148,17 +148,8 @@ async def collect(
         on_group(group)
 
     async with asyncio.TaskGroup() as running:
-        for group_id in await asyncio.to_thread(_missing, store, list(assignments)):
+        for group_id in await asyncio.to_thread(store.missing, assignments):
             running.create_task(draw(group_id, assignments[group_id]))
-
-
-def _missing(store: RolloutStore, group_ids: Sequence[int]) -> list[int]:
-    """Those that the store lacks."""
-    if not group_ids:
-        return []
-    first = min(group_ids)
-    there = set(store.groups(state=[[0, first]] if first else None))
-    return [group_id for group_id in group_ids if group_id not in there]
 
 
 # -------------------------------------------------------------------------------------- the program
@@ -264,7 +255,7 @@ async def due_groups(work: Workdir) -> AsyncIterator[tuple[Round, int]]:
             new = [i for i in round_.group_ids if (round_.store, i) not in given]
             given |= {(round_.store, group_id) for group_id in new}
             store = RolloutStore(work.url('rollouts', round_.store))
-            for group_id in await asyncio.to_thread(_missing, store, new):
+            for group_id in await asyncio.to_thread(store.missing, new):
                 yield round_, group_id
         await asyncio.sleep(work.poll_seconds)
 

@@ -226,6 +226,27 @@ def _packing_order(segment: _Segment) -> tuple[int, int, int]:
     return -len(rollout.tokens), rollout.group_id, rollout.sample_id
 
 
+def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | None = None) -> Batch:
+    """A batch [rows, length] to score: a segment a row of `part`, int [n, T], and no weights.
+
+    What `part` does not fill is padding, and so is what follows a row's last token other than
+    `pad_id`.
+    """
+    count, T = part.shape
+    here = np.arange(length, dtype=np.int32)
+    kept = np.ones(part.shape, bool) if pad_id is None else part != pad_id
+    ends = np.where(kept, here[:T] + 1, 0).max(axis=1)
+    zeros = np.zeros((rows, length), np.float32)
+    batch = Batch(**dict.fromkeys(Batch._fields, zeros))._replace(
+        tokens=zeros.astype(np.int32),
+        positions=np.tile(here, (rows, 1)),
+        segment_ids=(here < np.pad(ends, (0, rows - count))[:, None]).astype(np.int32),
+        roles=zeros.astype(np.uint8),
+    )
+    batch.tokens[:count, :T] = np.where(batch.segment_ids[:count, :T], part, 0)
+    return batch
+
+
 def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     """What the rollouts of a step were like, under `rollout/...`; a mean of nothing is left out.
 

@@ -37,6 +37,11 @@ def open_kvstore(url: str | pathlib.Path) -> ts.KvStore:
     return ts.KvStore.open(spec).result()
 
 
+def inside(folder: str) -> ts.KvStore.KeyRange:
+    """The keys under `folder`."""
+    return ts.KvStore.KeyRange(f'{folder}/', f'{folder}0')  # '0' follows '/'
+
+
 def write_once(kvstore: ts.KvStore, key: str, value: bytes) -> bool:
     """Writes `key` unless it exists; True if this call wrote it.
 

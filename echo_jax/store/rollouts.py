@@ -107,6 +107,13 @@ class RolloutStore:
         oldest = [self._oldest(group_id, future) for group_id, future in zip(ids, futures)]
         return [group_id for group_id, version in zip(ids, oldest) if version >= min_version]
 
+    def missing(self, ids: Iterable[int]) -> list[int]:
+        """Those of `ids` that are not there, in their order."""
+        if not (ids := list(ids)):
+            return []
+        there = set(self.groups(state=[[0, first]] if (first := min(ids)) else None))
+        return [group_id for group_id in ids if group_id not in there]
+
     def delete(self, ids: Iterable[int]) -> None:
         """Deletes groups, corrupt ones too; absent ones are no error."""
         for future in [self._kvstore.write(_key(group_id), None) for group_id in ids]:

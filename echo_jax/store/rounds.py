@@ -13,9 +13,7 @@ import dataclasses
 import pathlib
 import time
 
-import tensorstore as ts
-
-from echo_jax.store.kvstore import open_kvstore, seal, unseal
+from echo_jax.store.kvstore import inside, open_kvstore, seal, unseal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +51,7 @@ class RoundStore:
 
     def due(self) -> list[Round]:
         """The rounds that were posted and not withdrawn, by store and number."""
-        documents = self._read('rounds/')
+        documents = self._read('rounds')
         return [
             Round(**document | {'task_ids': tuple(document['task_ids'])}) for document in documents
         ]
@@ -64,7 +62,7 @@ class RoundStore:
 
     def clear(self) -> None:
         """Withdraws every round: for a learner that starts, before it posts its own."""
-        self._kvstore.delete_range(_prefix('rounds/')).result()
+        self._kvstore.delete_range(inside('rounds')).result()
 
     def finish(self) -> None:
         """Lets every worker end."""
@@ -80,10 +78,10 @@ class RoundStore:
 
     def reports(self) -> list[dict]:
         """The newest of each worker; `at` is in seconds since 1970, by that worker's clock."""
-        return self._read('workers/')
+        return self._read('workers')
 
-    def _read(self, prefix: str) -> list[dict]:
-        keys = sorted(self._kvstore.list(_prefix(prefix)).result())
+    def _read(self, folder: str) -> list[dict]:
+        keys = sorted(self._kvstore.list(inside(folder)).result())
         keys = [key for key in keys if not key.endswith(b'.__lock')]
         found = [future.result() for future in [self._kvstore.read(key) for key in keys]]
         return [unseal(result.value) for result in found if result.state == 'value']
@@ -91,7 +89,3 @@ class RoundStore:
 
 def _key(round_: Round) -> str:
     return f'rounds/{round_.store}/{round_.first_group:012d}'
-
-
-def _prefix(prefix: str) -> ts.KvStore.KeyRange:
-    return ts.KvStore.KeyRange(prefix, prefix[:-1] + '0')  # '0' follows '/'

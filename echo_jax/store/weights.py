@@ -39,6 +39,7 @@ from echo_jax.store import shards
 from echo_jax.store.kvstore import (
     CorruptError,
     MissingError,
+    inside,
     open_kvstore,
     seal,
     unseal,
@@ -108,7 +109,7 @@ class WeightStore:
 
     def versions(self) -> list[int]:
         """The published versions, ascending."""
-        found = self._kvstore.list(ts.KvStore.KeyRange('manifests/', 'manifests0')).result()
+        found = self._kvstore.list(inside('manifests')).result()
         matches = (re.fullmatch(rb'manifests/(\d{10})', key) for key in found)
         return sorted(int(match[1]) for match in matches if match)
 

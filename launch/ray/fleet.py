@@ -38,18 +38,18 @@ _POLL_SECONDS = 0.2
 class RolloutWorker:
     """A worker.Worker in a process of Ray's, started by its first call."""
 
-    def __init__(self, config: dict, workdir: str, name: str, engine: dict):
+    def __init__(self, config: dict, workdir: str, name: str):
         self._settings = ml_collections.FrozenConfigDict(config), workdir, name
-        self._engine, self._worker = engine, None
+        self._worker = None
 
     async def start(self) -> None:
         if self._worker is None:  # it may be asked twice where the network fails
-            self._worker = await worker.start(*self._settings, **self._engine)
+            self._worker = await worker.start(*self._settings)
             self._reporting = asyncio.ensure_future(self._worker.report())
 
-    async def draw(self, round_: Round, group_id: int) -> bool:
+    async def draw(self, round_: Round, group_id: int) -> None:
         try:
-            return await self._worker.draw(round_, group_id)
+            await self._worker.draw(round_, group_id)
         except PolicyError as error:  # this engine is lost; Ray makes another process
             logging.error('%s', error)
             os._exit(1)
@@ -105,13 +105,13 @@ class Fleet:
 
 
 async def run_fleet(
-    config: ml_collections.ConfigDict, workdir: str, count: int, gpus: float, engine: dict
+    config: ml_collections.ConfigDict, workdir: str, count: int, gpus: float
 ) -> None:
     work = await worker.open_run(config, workdir)
     document = json.loads(config.to_json())
     actors = [
         RolloutWorker.options(num_gpus=gpus, num_cpus=1, scheduling_strategy='SPREAD').remote(
-            document, workdir, f'ray-{i}', engine
+            document, workdir, f'ray-{i}'
         )
         for i in range(count)
     ]
@@ -141,7 +141,7 @@ def main(argv) -> None:
     }
     ray.init(_ADDRESS.value, runtime_env=code, log_to_driver=True)
     gpus = config.policy.tensor_parallel if _GPUS.value is None else _GPUS.value
-    work = run_fleet(config, _WORKDIR.value, _WORKERS.value, gpus, {})
+    work = run_fleet(config, _WORKDIR.value, _WORKERS.value, gpus)
     try:
         program.Stop().run(work)
     except program.Stopped:

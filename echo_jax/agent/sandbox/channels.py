@@ -84,14 +84,19 @@ def archive(path: pathlib.Path, name: str) -> bytes:
     return buffer.getvalue()
 
 
-def put(path: pathlib.Path, target: str) -> tuple[str, bytes]:
-    """The request, and what follows it, that copies a file or a directory's content to `target`.
+def packed(path: pathlib.Path, target: str) -> tuple[str, bytes]:
+    """(directory, archive): unpacked there it is a file, or a directory's content, at `target`.
 
     Raises ValueError for a link that leads outside `path`.
     """
     path, target = pathlib.Path(path), absolute(target)
     directory = target if path.is_dir() else os.path.dirname(target)
-    content = archive(path, '.' if path.is_dir() else os.path.basename(target))
+    return directory, archive(path, '.' if path.is_dir() else os.path.basename(target))
+
+
+def put(path: pathlib.Path, target: str) -> tuple[str, bytes]:
+    """The request, and what follows it, that copies as `packed` says."""
+    directory, content = packed(path, target)
     return f'put {len(content)} {escape(directory)}\n', content
 
 

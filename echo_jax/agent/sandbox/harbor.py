@@ -223,8 +223,8 @@ class HarborSandbox:
     async def run(self, command: str, timeout: float) -> CommandResult:
         """Runs `command` in the shell; `timeout` in seconds. See above for what outlives what."""
         self._require_running()
-        if '\0' in command:  # no shell can hold one; say so as bash would
-            return CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, False)
+        if '\0' in command:
+            return channels.NUL_RESULT
         async with self._lock:
             if self._unclean:
                 await self._kill()
@@ -241,18 +241,15 @@ class HarborSandbox:
         Raises ValueError for a link that leads outside `path`, SandboxError where it cannot be
         written.
         """
-        path, target = pathlib.Path(path), channels.absolute(target)
+        directory, content = channels.packed(path, target)
         self._require_running()
-        directory = target if path.is_dir() else os.path.dirname(target)
-        content = channels.archive(path, '.' if path.is_dir() else os.path.basename(target))
         file = pathlib.Path(self._trial.name) / 'put.tar'
         async with self._lock:
             file.write_bytes(content)
             put = self._environment.upload_file(file, f'{self._folder}/put.tar')
             await self._harbor('upload', put, _SETUP_SEC)
             (reply,) = (await self._exec(_PUT, target=channels.quote(directory)))[-1:]
-        if reply != 'done':
-            raise SandboxError(f'cannot upload {path} to {target}: {reply}')
+        channels.require_done(reply, path, target)
 
     async def read(self, path: str) -> bytes:
         """The bytes of a regular file inside; no link is followed to it.
@@ -263,13 +260,7 @@ class HarborSandbox:
         limit, path = self._output_bytes, channels.absolute(path)
         async with self._lock:
             reply = (await self._exec(_GET, path=channels.quote(path), count=limit + 1))[-1]
-        kind, _, text = reply.partition(' ')
-        if kind != 'file':
-            raise FileNotFoundError(f'{path}: no regular file in the sandbox')
-        content = base64.b64decode(text)
-        if len(content) > limit:
-            raise OSError(f'{path}: longer than the {limit} bytes that are read from a sandbox')
-        return content
+        return channels.content(reply, path, limit)
 
     async def reset(self) -> None:
         """Kills everything younger than the sandbox, opens a fresh shell in the task's workdir."""
