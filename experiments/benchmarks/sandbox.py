@@ -7,14 +7,15 @@ Prints one JSON line of medians, in milliseconds, for each backend that works he
 of sandboxes at once; Docker where an engine answers at DOCKER_HOST and an image is named. All of
 them live in one asyncio loop and do the same thing at the same time, so at 64 a number is what one
 sandbox waits for while 63 others want the processor; `wall_ms` is one command of every sandbox, all
-together. `first` is the first command, `true` a builtin, `cat file` a process. Round 0 is not
-counted.
+together. `first` is the first command, `true` a builtin, `cat file` a process; `paced` is `true` as
+agents send it, each some 0.2 s (drawn) after its last. Round 0 is not counted.
 """
 
 import argparse
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -22,7 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from random import Random
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
@@ -37,10 +39,11 @@ async def timed(awaitable) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-async def command(sandbox: Sandbox, text: str, times: int) -> float:
-    """Median milliseconds of `times` runs in one sandbox."""
+async def command(sandbox: Sandbox, text: str, times: int, pauses: Iterator[float]) -> float:
+    """Median milliseconds of `times` runs in one sandbox, each after a pause in seconds."""
     taken = []
     for _ in range(times):
+        await asyncio.sleep(next(pauses))
         start = time.perf_counter()
         result = await sandbox.run(text, 60)
         taken.append((time.perf_counter() - start) * 1e3)
@@ -63,13 +66,19 @@ async def measure(
                 taken['start_wall_ms'] = [(time.perf_counter() - start) * 1e3]
                 firsts = (timed(b.run('echo text > file', 60)) for b in boxes)
                 taken['first_ms'] = await asyncio.gather(*firsts)
+                times = max(commands // count, 3)
+                at_once = itertools.repeat(0.0)
                 for name, text in (('true', 'true'), ('cat', 'cat file')):
-                    times = max(commands // count, 3)
                     start = time.perf_counter()
                     taken[f'{name}_ms'] = await asyncio.gather(
-                        *(command(b, text, times) for b in boxes)
+                        *(command(b, text, times, at_once) for b in boxes)
                     )
                     taken[f'{name}_wall_ms'] = [(time.perf_counter() - start) * 1e3 / times]
+                random = Random(number)
+                pauses = (random.uniform(0.1, 0.3) for _ in itertools.count())
+                taken['paced_ms'] = await asyncio.gather(
+                    *(command(b, 'true', min(times, 20), pauses) for b in boxes)
+                )
                 taken['reset_ms'] = await asyncio.gather(*(timed(b.reset()) for b in boxes))
             finally:
                 stops = await asyncio.gather(*(timed(b.stop()) for b in boxes))
