@@ -48,9 +48,10 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
 
     A sequence that lacks such tokens still counts in N. A rollout with the metric
     `environment_only` trains the environment term alone: as if it had no ACTION tokens, and its
-    advantage is 0. An INFRA_ERROR counts nowhere and is left
-    out of the rows, which changes no number since all its weights are 0; with
-    `loss.count_infra_errors` it is a sequence like any other whose reward is 0.
+    advantage is 0; one with a call that was not valid (a FEEDBACK token) not even that, since
+    without a reward its format would be learned (paper, environment loss alone). An INFRA_ERROR
+    counts nowhere and is left out of the rows, which changes no number since all its weights are
+    0; with `loss.count_infra_errors` it is a sequence like any other whose reward is 0.
 
     Raises ValueError for a rollout longer than T, and for more rows than R.
     """
@@ -59,7 +60,8 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     ]
     advantages = _advantages(counted, config.loss.advantages)
     actions = [_mask(r, () if _environment_only(r) else (Role.ACTION,)) for r in counted]
-    targets = [_mask(r, _choice(config.loss, 'targets', ENV_TARGETS)) for r in counted]
+    roles = _choice(config.loss, 'targets', ENV_TARGETS)
+    targets = [_mask(r, () if _teaches_bad_calls(r) else roles) for r in counted]
     policy_counts, env_counts = _denominators(counted, actions, targets, config)
     segments = [
         _Segment(rollout, advantage, _weight(action, a), _weight(target, e))
@@ -145,6 +147,10 @@ def _denominators(
 
 def _environment_only(rollout: Rollout) -> bool:
     return bool(rollout.metrics.get('environment_only'))
+
+
+def _teaches_bad_calls(rollout: Rollout) -> bool:
+    return _environment_only(rollout) and bool((rollout.roles == Role.FEEDBACK).any())
 
 
 def _choice(loss: ml_collections.ConfigDict, key: str, options: dict):

@@ -74,11 +74,12 @@ def test_infra_error_is_nobodys_reward():
 
 
 def test_environment_only_has_no_policy_gradient():
-    marked = [dataclasses.replace(r, metrics={'environment_only': 1.0}) for r in (FIRST, SECOND)]
+    second = make_rollout('PPAAOW', reward=0.0, group=0, sample=1, first_token=11)
+    marked = [dataclasses.replace(r, metrics={'environment_only': 1.0}) for r in (FIRST, second)]
     other = make_rollout('PAAO', reward=1.0, group=1, sample=0, first_token=17)
     worse = make_rollout('PAO', reward=0.0, group=1, sample=1, first_token=21)
     batch = make_batch([*marked, other, worse], small_config())
-    plain = make_batch([FIRST, SECOND, other, worse], small_config())
+    plain = make_batch([FIRST, second, other, worse], small_config())
     # N stays 4: the others weigh what they weigh beside trained groups, 1/(4*2) and 1/(4*1).
     ours = batch.tokens >= 17
     np.testing.assert_array_equal(batch.policy_weight, np.where(ours, plain.policy_weight, 0))
@@ -93,6 +94,21 @@ def test_environment_only_has_no_policy_gradient():
     assert set(np.unique(batch.policy_weight)) == {np.float32(0), np.float32(1 / 3)}
     alone = make_batch(marked, small_config())
     assert not alone.policy_weight.any() and alone.env_weight.any()
+
+
+def test_environment_only_skips_a_rollout_with_an_invalid_call():
+    def batch_of(**metrics):
+        refused = make_rollout('PAFAO', reward=1.0, group=0, sample=0, first_token=1)
+        valid = make_rollout('PAO', reward=0.0, group=0, sample=1, first_token=11)
+        return make_batch(
+            [dataclasses.replace(r, metrics=metrics) for r in (refused, valid)], small_config()
+        )
+
+    batch = batch_of(environment_only=1.0)
+    assert not batch.env_weight[batch.tokens < 10].any()
+    # It is a sequence all the same: the other one weighs 1/(2*1).
+    assert batch.env_weight[batch.tokens == 13] == np.float32(1 / 2)
+    assert batch_of().env_weight[batch.tokens == 5] == np.float32(1 / 4)
 
 
 @pytest.mark.parametrize('reduction', ['sequence_mean', 'token_mean', 'dr_grpo'])

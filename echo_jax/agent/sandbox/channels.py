@@ -16,14 +16,10 @@ import struct
 import tarfile
 import termios
 
-from echo_jax.agent.sandbox import CommandResult, SandboxError
-
 # A forked worker of this process must not keep its sandboxes alive (see `namespaces.py`).
 not_for_forks: set[int] = set()
 os.register_at_fork(after_in_child=lambda: [os.close(number) for number in not_for_forks])
 EMPTY_ARCHIVE = bytes(10240)  # a tar archive of nothing
-# No shell can hold one; said as bash would.
-NUL_RESULT = CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, False)
 # How process 1, a bash, answers `put` and `get`: cases of its `case $request`, where size and path
 # are the request's. `place` is a function of its own, which makes room for a top-level directory.
 TRANSFERS = r"""
@@ -94,24 +90,8 @@ def packed(path: pathlib.Path, target: str) -> tuple[str, bytes]:
     return directory, archive(path, '.' if path.is_dir() else os.path.basename(target))
 
 
-def put(path: pathlib.Path, target: str) -> tuple[str, bytes]:
-    """The request, and what follows it, that copies as `packed` says."""
-    directory, content = packed(path, target)
-    return f'put {len(content)} {escape(directory)}\n', content
-
-
-def require_done(reply: str, path: pathlib.Path, target: str) -> None:
-    if reply != 'done':
-        raise SandboxError(f'cannot upload {path} to {target}: {reply.removeprefix("error ")}')
-
-
-def get(path: str, limit: int) -> str:
-    """The request for the content of a regular file."""
-    return f'get {limit + 1} {escape(absolute(path))}\n'
-
-
 def content(reply: str, path: str, limit: int) -> bytes:
-    """What `get` brought. FileNotFoundError where there is none, OSError where over `limit`."""
+    """What was asked for. FileNotFoundError where there is none, OSError where over `limit`."""
     kind, _, text = reply.partition(' ')
     if kind != 'file':
         raise FileNotFoundError(f'{path}: no regular file in the sandbox')

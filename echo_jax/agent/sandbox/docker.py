@@ -23,7 +23,6 @@ reads what they print.
 
 import asyncio
 import logging
-import pathlib
 import re
 import secrets
 import socket
@@ -32,7 +31,7 @@ from collections.abc import Callable
 
 import docker
 
-from echo_jax.agent.sandbox import CommandResult, SandboxError, channels, containers, engine
+from echo_jax.agent.sandbox import CommandResult, SandboxError, channels, containers, engine, shell
 from echo_jax.agent.sandbox.containers import sweep
 from echo_jax.agent.sandbox.images import HOME, Image, Images
 from echo_jax.types import Task
@@ -42,7 +41,6 @@ log = logging.getLogger(__name__)
 __all__ = ['DockerSandbox', 'sweep']
 
 _STARTUP_SEC = 60.0  # for what takes a second, with hundreds of others at once
-_REPLY_SEC = 20.0
 _LOOK_SEC = (0.5, 5.0)  # first and longest pause between looks after a command that runs on
 _REPORT_SEC = 2.0  # between a report's two parts, on a machine that may be overloaded
 _LOOK_AT_DISK_SEC = 1.0  # at least, between looks at what was written
@@ -55,7 +53,7 @@ _REPORT = re.compile(rb'(?:(\d+) ([^\n]*))?\n')  # after its mark: stdout's, or 
 _SHELL = [f'{HOME}/bash', '-pc', f'unset BASH_ENV; exec -a bash {HOME}/bash --norc --noprofile -s']
 
 
-class DockerSandbox:
+class DockerSandbox(shell.ShellSandbox):
     """One sandbox (DESIGN 3.7). Start it once; after `stop` it is gone for good.
 
     `memory_mb` (default: the task's) bounds all processes together, `disk_mb` each directory that
@@ -76,23 +74,18 @@ class DockerSandbox:
         output_bytes: int = 1 << 20,
         runtime: str | None = None,
     ):
+        super().__init__(output_bytes)
         self.task = task
         self._images, self._engine = images, images.engine
         memory_mb = task.memory_mb if memory_mb is None else memory_mb
         self._limits = containers.Limits(processes, memory_mb, disk_mb, files, open_files)
-        self._output_bytes, self._runtime = output_bytes, runtime
+        self._runtime = runtime
         self._name = f'echo_jax-{secrets.token_hex(8)}'
-        self._lock = asyncio.Lock()  # one command or request at a time
         self._creating: asyncio.Future | None = None
         self._control: engine.Streams | None = None  # of process 1; None unless it runs
-        self._shell: engine.Streams | None = None
-        self._exec = ''  # the engine's name of the shell
-        self._cwd = ''  # quoted for bash; empty is the workdir
-        self._last_exit = 0
+        self._exec = ''  # the engine's name of the shell; `_shell` is its Streams
         self._unread = (b'', b'')  # of the last command's background, after its report
-        self._unclean = False  # a command was cancelled: kill before the next
         self._looked = 0.0  # at what was written; time.monotonic()
-        self._pending = ''  # the request that process 1 has yet to answer
 
     async def start(self) -> None:
         """Makes the image if need be, and the container. Raises as `Images.image`."""
@@ -101,6 +94,7 @@ class DockerSandbox:
             self._workdir, self._bash_env = image.workdir, image.env.get('BASH_ENV')
             self._creating = asyncio.wrap_future(self._engine.submit(self._create, image))
             self._control = await engine.Streams.open(await asyncio.shield(self._creating))
+            self._requests = shell.Requests(self._control.write, self._control.read_line)
             async with asyncio.timeout(_STARTUP_SEC):
                 line = await self._control.read_line()
             if line != 'ready':
@@ -113,44 +107,6 @@ class DockerSandbox:
         except BaseException:  # cancelled or failed: nothing may stay behind
             await self.stop()
             raise
-
-    async def run(self, command: str, timeout: float) -> CommandResult:
-        """Runs `command` in the shell; `timeout` in seconds. See above for what outlives what."""
-        self._require_running()
-        if '\0' in command:
-            return channels.NUL_RESULT
-        async with self._lock:
-            if self._unclean:
-                await self._kill()
-            if self._shell is None:
-                await self._open_shell()
-            return await self._run(command, timeout)
-
-    async def upload(self, path: pathlib.Path, target: str) -> None:
-        """Copies a file to the path `target`, or a directory's content into the directory `target`.
-
-        Makes directories on the way; all belongs to the sandbox's user and is readable. Raises
-        ValueError for a link that leads outside `path`, SandboxError where it cannot be written.
-        """
-        request, content = channels.put(path, target)
-        async with self._lock:
-            channels.require_done(await self._request(request, content), path, target)
-
-    async def read(self, path: str) -> bytes:
-        """The bytes of a regular file inside; no link is followed to it, no FIFO is waited for.
-
-        Raises FileNotFoundError where there is none, OSError where it is over `output_bytes`.
-        """
-        limit = self._output_bytes
-        async with self._lock:
-            return channels.content(await self._request(channels.get(path, limit)), path, limit)
-
-    async def reset(self) -> None:
-        """Kills everything that runs inside and opens a fresh shell in the task's workdir."""
-        async with self._lock:
-            await self._kill()
-            self._cwd = ''
-            await self._open_shell()
 
     async def stop(self) -> None:
         """Removes the container and its volumes. Safe to call twice, or unstarted.
@@ -186,31 +142,13 @@ class DockerSandbox:
             self._images.forget(self.task)
             raise SandboxError(f'{self.task.task_id}: {engine.brief(error)}; try again') from None
 
-    async def _request(self, line: str, payload: bytes = b'') -> str:
-        """One request to process 1, its one-line reply."""
-        self._require_running()
-        if self._pending:
-            raise SandboxError(f'the request {self._pending} was interrupted; open a new sandbox')
-        self._pending = line.split()[0]
-        try:
-            async with asyncio.timeout(_REPLY_SEC):
-                await self._control.write(line.encode() + payload)
-                reply = await self._control.read_line()
-        except (EOFError, ConnectionError, TimeoutError):
-            raise SandboxError(
-                f'the container or its engine died or hangs (request {self._pending})'
-            ) from None
-        self._pending = ''
-        return reply
-
-    def _require_running(self) -> None:
-        if self._control is None:
-            raise SandboxError('the sandbox is not running; call start() first')
+    def _running(self) -> bool:
+        return self._control is not None
 
     async def _kill(self) -> None:
         """Ends every process but process 1, and with them the streams that they wrote to."""
         self._unclean = True
-        await self._request('kill\n')
+        await self._requests.ask('kill')
         self._unclean = False
         self._close_shell()
 
@@ -252,7 +190,6 @@ class DockerSandbox:
         # The report is stdout's; this is the same for stderr.
         then = f";builtin printf '\\036%s\\n' {nonce} >&9"
         script = channels.script(command, self._last_exit, nonce, then)
-        self._unclean = True  # until we know how it ended
         try:
             async with asyncio.timeout(timeout):
                 kind, exit_code = await self._watch(script, out, err)
@@ -267,7 +204,6 @@ class DockerSandbox:
         else:
             self._cwd = out.end[2].decode(errors='surrogateescape')
             self._unread = (out.after, err.after)
-        self._unclean = False
         self._last_exit = exit_code if kind == 'reported' else 0
         note = 'sandbox: disk limit exceeded\n' if kind == 'full' else ''
         return CommandResult(out.text(), err.text() + note, exit_code, kind == 'timeout')

@@ -30,7 +30,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 
-from echo_jax.agent.sandbox import CommandResult, SandboxError, channels
+from echo_jax.agent.sandbox import CommandResult, SandboxError, channels, shell
 from echo_jax.types import Task
 
 _SETUP_SEC = 60.0  # for what takes a second where nothing is wrong
@@ -166,7 +166,7 @@ def create_environment(
     return EnvironmentFactory.create_environment(EnvironmentType(environment), **common)
 
 
-class HarborSandbox:
+class HarborSandbox(shell.ShellSandbox):
     """One sandbox (DESIGN 3.7). Start it once; after `stop` it is gone for good.
 
     `memory_mb` (default: the task's) and `disk_mb` are asked of the environment, in MiB.
@@ -184,20 +184,16 @@ class HarborSandbox:
         output_bytes: int = 1 << 18,
         create: Callable = create_environment,
     ):
+        super().__init__(output_bytes)
         self.task = task
         memory_mb = task.memory_mb if memory_mb is None else memory_mb
         self._make = lambda trial: create(
             task, environment, trial, memory_mb=memory_mb, disk_mb=disk_mb
         )
-        self._output_bytes = output_bytes
         self._folder = f'/tmp/.echo_jax-{secrets.token_hex(8)}'
         self._mark = f'echo_jax-{secrets.token_hex(8)}'
-        self._lock = asyncio.Lock()  # one command or request at a time
         self._environment = self._trial = None
-        self._open = False  # there is a shell
-        self._unclean = False  # a command was cancelled: kill before the next
-        self._workdir = self._cwd = ''  # quoted for bash
-        self._last_exit = 0
+        self._workdir = ''  # quoted for bash
 
     async def start(self) -> None:
         """Builds or pulls what the environment needs, and starts it.
@@ -220,56 +216,6 @@ class HarborSandbox:
             await self.stop()
             raise
 
-    async def run(self, command: str, timeout: float) -> CommandResult:
-        """Runs `command` in the shell; `timeout` in seconds. See above for what outlives what."""
-        self._require_running()
-        if '\0' in command:
-            return channels.NUL_RESULT
-        async with self._lock:
-            if self._unclean:
-                await self._kill()
-            if not self._open:
-                await self._open_shell()
-            self._unclean = True  # until we know how it ended
-            result = await self._run(command, timeout)
-            self._unclean = False
-            return result
-
-    async def upload(self, path: pathlib.Path, target: str) -> None:
-        """Copies a file to the path `target`, or a directory's content into the directory `target`.
-
-        Raises ValueError for a link that leads outside `path`, SandboxError where it cannot be
-        written.
-        """
-        directory, content = channels.packed(path, target)
-        self._require_running()
-        file = pathlib.Path(self._trial.name) / 'put.tar'
-        async with self._lock:
-            file.write_bytes(content)
-            put = self._environment.upload_file(file, f'{self._folder}/put.tar')
-            await self._harbor('upload', put, _SETUP_SEC)
-            (reply,) = (await self._exec(_PUT, target=channels.quote(directory)))[-1:]
-        channels.require_done(reply, path, target)
-
-    async def read(self, path: str) -> bytes:
-        """The bytes of a regular file inside; no link is followed to it.
-
-        Raises FileNotFoundError where there is none, OSError where it is over `output_bytes`.
-        """
-        self._require_running()
-        limit, path = self._output_bytes, channels.absolute(path)
-        async with self._lock:
-            reply = (await self._exec(_GET, path=channels.quote(path), count=limit + 1))[-1]
-        return channels.content(reply, path, limit)
-
-    async def reset(self) -> None:
-        """Kills everything younger than the sandbox, opens a fresh shell in the task's workdir."""
-        self._require_running()
-        async with self._lock:
-            await self._kill()
-            self._cwd = ''
-            await self._open_shell()
-
     async def stop(self) -> None:
         """Deletes the environment. Safe to call twice, or unstarted."""
         environment, self._environment = self._environment, None
@@ -287,9 +233,18 @@ class HarborSandbox:
         self._environment = self._make(pathlib.Path(self._trial.name))
         await self._environment.start(force_build=False)
 
-    def _require_running(self) -> None:
-        if self._environment is None:
-            raise SandboxError('the sandbox is not running; call start() first')
+    def _running(self) -> bool:
+        return self._environment is not None
+
+    async def _put(self, directory: str, content: bytes) -> str:
+        file = pathlib.Path(self._trial.name) / 'put.tar'
+        file.write_bytes(content)
+        put = self._environment.upload_file(file, f'{self._folder}/put.tar')
+        await self._harbor('upload', put, _SETUP_SEC)
+        return (await self._exec(_PUT, target=channels.quote(directory)))[-1]
+
+    async def _get(self, path: str, count: int) -> str:
+        return (await self._exec(_GET, path=channels.quote(path), count=count))[-1]
 
     async def _harbor(self, what: str, work: Awaitable, seconds: float):
         """Harbor's answer; what it raises is a SandboxError, or a ValueError of the task."""
@@ -319,7 +274,7 @@ class HarborSandbox:
         self._unclean = True
         if (await self._exec(_KILL, born=self._born))[-1] != 'clear':
             raise SandboxError(f'{self.task.task_id}: processes of the sandbox cannot be ended')
-        self._unclean = self._open = False
+        self._unclean, self._shell = False, None
 
     async def _open_shell(self) -> None:
         for attempt in (1, 2):
@@ -329,7 +284,7 @@ class HarborSandbox:
             line += f'{exports}{channels.report(nonce)}\n'
             report = (await self._exec(_OPEN, line=_armoured(line.encode())))[-1]
             if report.startswith(f'{nonce} 0 '):
-                self._open, self._last_exit = True, 0
+                self._shell, self._last_exit = nonce, 0
                 return
             if attempt == 2:
                 raise SandboxError(f'{self.task.task_id}: no shell starts in the environment')
@@ -358,7 +313,7 @@ class HarborSandbox:
             code, _, self._cwd = rest.partition(' ')
             self._last_exit = exit_code = int(code)
         elif kind == 'dead':  # `exit` and the like: the background lives on
-            self._open, exit_code = False, int(rest)
+            self._shell, exit_code = None, int(rest)
         else:  # too late, too much, or the driver was killed
             await self._kill()
             exit_code = -1 if kind == 'timeout' else _KILLED

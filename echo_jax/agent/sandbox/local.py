@@ -28,7 +28,14 @@ import signal
 import subprocess
 
 from echo_jax import types
-from echo_jax.agent.sandbox import CommandResult, SandboxError, channels, dockerfile, namespaces
+from echo_jax.agent.sandbox import (
+    CommandResult,
+    SandboxError,
+    channels,
+    dockerfile,
+    namespaces,
+    shell,
+)
 from echo_jax.agent.sandbox.namespaces import check
 
 __all__ = ['LocalSandbox', 'check']
@@ -39,7 +46,7 @@ _MAX_STRAYS = 1_000  # messages of others on the report's socket, in one command
 _KILLED = 128 + signal.SIGKILL
 
 
-class LocalSandbox:
+class LocalSandbox(shell.ShellSandbox):
     """One sandbox (DESIGN 3.7). Start it once; after `stop` it is gone for good.
 
     `memory_mb` (default: the task's) bounds each process, `disk_mb` all that is written, wherever.
@@ -61,23 +68,18 @@ class LocalSandbox:
     ):
         if backend not in ('auto', *namespaces.BACKENDS):
             raise ValueError(f"backend {backend!r}: want 'auto', 'bubblewrap' or 'unshare'")
+        super().__init__(output_bytes)
         self.task = task
         self._backend = backend
-        self._output_bytes = output_bytes
         memory_mb = task.memory_mb if memory_mb is None else memory_mb
         self._limits = namespaces.Limits(
             processes, memory_mb, disk_mb, files, cpu_seconds, open_files
         )
         self._workdir, self._env = task.workdir, dict(task.env)
-        self._cwd = ''  # quoted for bash; empty is the workdir
-        self._lock = asyncio.Lock()  # one command or request at a time
         self._descriptors = contextlib.ExitStack()
         self._process: subprocess.Popen | None = None  # bwrap or unshare, on the host
         self._init: int | None = None  # pidfd of the sandbox's process 1
-        self._shell: int | None = None  # pidfd of the shell; None until there is one
-        self._shell_pid = self._last_exit = 0
-        self._unclean = False  # a command was cancelled: kill before the next
-        self._pending = ''  # the request that process 1 has yet to answer
+        self._shell_pid = 0  # `_shell` is its pidfd
 
     async def start(self) -> None:
         """Opens the sandbox and follows the task's environment/Dockerfile.
@@ -117,47 +119,6 @@ class LocalSandbox:
         except BaseException:  # cancelled or failed: nothing may stay behind
             await self.stop()
             raise
-
-    async def run(self, command: str, timeout: float) -> CommandResult:
-        """Runs `command` in the shell; `timeout` in seconds. See above for what outlives what."""
-        self._require_running()
-        if '\0' in command:
-            return channels.NUL_RESULT
-        async with self._lock:
-            try:
-                if self._unclean:
-                    await self._kill()
-                if self._shell is None:
-                    await self._open_shell()
-                return await self._run(command, timeout)
-            except BrokenPipeError:
-                raise SandboxError('the sandbox died') from None
-
-    async def upload(self, path: pathlib.Path, target: str) -> None:
-        """Copies a file to the path `target`, or a directory's content into the directory `target`.
-
-        Makes directories on the way; all belongs to the sandbox's user and is readable. Raises
-        ValueError for a link that leads outside `path`, SandboxError where it cannot be written.
-        """
-        request, content = channels.put(path, target)
-        async with self._lock:
-            channels.require_done(await self._request(request, content), path, target)
-
-    async def read(self, path: str) -> bytes:
-        """The bytes of a regular file inside; no link is followed to it, no FIFO is waited for.
-
-        Raises FileNotFoundError where there is none, OSError where it is over `output_bytes`.
-        """
-        limit = self._output_bytes
-        async with self._lock:
-            return channels.content(await self._request(channels.get(path, limit)), path, limit)
-
-    async def reset(self) -> None:
-        """Kills everything that runs inside and opens a fresh shell in the task's workdir."""
-        async with self._lock:
-            await self._kill()
-            self._cwd = ''
-            await self._open_shell()
 
     async def stop(self) -> None:
         """Ends every process and frees all that was written. Safe to call twice, or unstarted."""
@@ -227,6 +188,10 @@ class LocalSandbox:
         if message != b'ready\n':
             lines = channels.available(self._stderr).decode(errors='replace').splitlines()
             raise SandboxError(f'{backend} opened no sandbox: {"; ".join(lines) or "no answer"}')
+        self._requests = shell.Requests(
+            functools.partial(channels.write, self._control),
+            functools.partial(channels.receive_line, self._replies),
+        )
         self._init = os.pidfd_open(pid)
         self._descriptors.callback(os.close, self._init)
         # The first that an out-of-memory kernel kills. With CAP_SYS_RESOURCE here, that is final.
@@ -250,32 +215,15 @@ class LocalSandbox:
 
     async def _make_directory(self, path: str) -> None:
         async with self._lock:
-            empty = channels.EMPTY_ARCHIVE
-            await self._request(f'put {len(empty)} {channels.escape(path)}\n', empty)
+            await self._put(path, channels.EMPTY_ARCHIVE)
 
-    async def _request(self, line: str, payload: bytes = b'') -> str:
-        """One request to process 1, its one-line reply."""
-        self._require_running()
-        if self._pending:
-            raise SandboxError(f'the request {self._pending} was interrupted; open a new sandbox')
-        self._pending = line.split()[0]
-        try:
-            async with asyncio.timeout(_STARTUP_SEC):
-                await channels.write(self._control, line.encode() + payload)
-                reply = await channels.receive_line(self._replies)
-        except (BrokenPipeError, EOFError, TimeoutError):
-            raise SandboxError(f'the sandbox died or hangs (request {self._pending})') from None
-        self._pending = ''
-        return reply
-
-    def _require_running(self) -> None:
-        if self._init is None:
-            raise SandboxError('the sandbox is not running; call start() first')
+    def _running(self) -> bool:
+        return self._init is not None
 
     async def _kill(self) -> None:
         """Ends every process but process 1, and empties the channels that they wrote to."""
         self._unclean = True
-        await self._request('kill\n')
+        await self._requests.ask('kill')
         self._unclean = False
         self._close_shell()
         channels.available(self._stdout)
@@ -326,25 +274,25 @@ class LocalSandbox:
         }
         for descriptor, callback in watched.items():
             loop.add_reader(descriptor, callback)
-        self._unclean = True  # until we know how it ended
         try:
             async with asyncio.timeout(timeout):
                 await channels.write(self._script, channels.script(command, self._last_exit, nonce))
                 kind, exit_code = await ended
         except TimeoutError:
             kind, exit_code = 'timeout', -1
+        except BrokenPipeError:
+            raise SandboxError('the sandbox died') from None
         finally:
             for descriptor in watched:
                 loop.remove_reader(descriptor)
         if kind == 'dead':
-            exit_code = int(await self._request('wait\n'))
+            exit_code = int(await self._requests.ask('wait'))
             self._close_shell()
         elif kind != 'reported':
-            await self._request('kill\n')
+            await self._requests.ask('kill')
             self._close_shell()
         out += channels.available(self._stdout)
         err += channels.available(self._stderr)
-        self._unclean = False
         self._last_exit = exit_code if kind == 'reported' else 0
         limit = self._output_bytes
         texts = (bytes(stream[:limit]).decode(errors='replace') for stream in (out, err))
