@@ -4,13 +4,11 @@ import json
 import pathlib
 import time
 
-import matplotlib.figure
 import numpy as np
 import rich.console
 import rich.progress
 import rich.table
 import rich.text
-import tensorboardX
 import transformers
 
 from echo_jax.program import printable
@@ -36,6 +34,8 @@ class Metrics:
 
     def __init__(self, workdir: pathlib.Path, name: str = 'metrics.jsonl', writes: bool = True):
         """writes: False in all processes of a learner but one."""
+        import tensorboardX  # takes in PyTorch where that is installed: seconds, for every program
+
         self._file, self._writes = workdir / name, writes
         folder = str(workdir / 'tensorboard')
         self._events = tensorboardX.SummaryWriter(folder, write_to_disk=writes)
@@ -143,6 +143,8 @@ def curves(file: pathlib.Path, rows: list[dict]) -> None:
     What every step measures on its few tasks is noisy: it is drawn faint, its running mean over 10
     steps full.
     """
+    import matplotlib.figure
+
     figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout='constrained')
     panels = zip(
         figure.subplots(1, 2),

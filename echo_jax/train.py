@@ -146,7 +146,6 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         with report.Progress('train', config.num_steps, done) as progress:
             while done < config.num_steps:
                 started = time.monotonic()
-                sampler.publish(state.params, done)
                 look_ahead()
                 groups = sampler.wait(upcoming[0][1])
                 drawn = time.monotonic()
@@ -158,6 +157,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 cursor = consume(cursor, upcoming.popleft()[1].group_ids)
                 values |= timed(batching.rollout_metrics(flat, done))
                 done += 1
+                sampler.publish(state.params, done)
 
                 values |= {
                     'time/sampling': drawn - started,
@@ -181,7 +181,6 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         checkpointer.close()
 
     # ------------------------------------------------------------------------------ what it learned
-    sampler.publish(state.params, done)
     after = evaluate(done, 'heldout_after')
     sampler.close()
     ce_after = env_ce(score, state.params, fixed, config)['all']

@@ -78,7 +78,7 @@ def make_config(args, rows: int | None = None) -> ml_collections.ConfigDict:
     config.group_size = min(rows, 8)
     config.batch.groups = rows // config.group_size
     config.batch.micro_rows = min(rows, batch['micro_rows'])
-    config.batch.seq_len = config.protocol.max_total_tokens = batch['seq_len']
+    config.batch.seq_len = config.protocol.max_total_tokens = args.seq_len or batch['seq_len']
     config.optimizer.warmup_steps = 0
     return config
 
@@ -294,6 +294,7 @@ def main() -> None:
     parser.add_argument('--size', choices=SIZES, default='small')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--rows', help='numbers of rows, with commas between')
+    parser.add_argument('--seq_len', type=int, help="of a row, in place of the size's own")
     parser.add_argument('--profile', action='store_true')
     parser.add_argument('--compile', action='store_true', help="transformers' model, torch.compile")
     parser.add_argument('--dtype', default='float32', help='of activations')

