@@ -47,6 +47,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         raise ValueError('no libtpu here, the TPU compiler; pip install "jax[tpu]"')
     # No TPU is looked for, neither here nor on the cloud's metadata server. libtpu warns where it
     # is not told what it runs on; the topology overrules what it is told.
+    # Its logs go to a folder of /tmp that belongs to whoever was the first on this machine.
+    os.environ.setdefault('TPU_LOG_DIR', 'disabled')
     os.environ.update(
         TPU_SKIP_MDS_QUERY='1',
         TPU_WORKER_HOSTNAMES='localhost',
