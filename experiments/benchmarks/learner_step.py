@@ -306,6 +306,7 @@ def main() -> None:
         parser.error('nothing to measure; expected --against, --rows or --profile')
     measure = by_rows if args.rows else profile if args.profile else compare
     batch = dict(zip(_BATCH, SIZES[args.size][1]))
+    batch['seq_len'] = args.seq_len or batch['seq_len']
     result = {'benchmark': 'learner_step', 'size': args.size, **batch, 'remat': args.remat}
     result |= {'dtype': args.dtype, 'device': jax.devices()[0].device_kind} | measure(args)
     print(json.dumps(result | {'load': round(os.getloadavg()[0], 1)}))
