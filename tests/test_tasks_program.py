@@ -86,8 +86,8 @@ def test_a_signal_ends_the_sandboxes(programs, tasks, tmp_path, number):
         script.write_text('sleep 1000\n')
     process = programs.start('tasks', TINY, f'--tasks={folder}', '--check')
     try:
-        # Ten sandboxes, each with more than one process.
-        wait_for(lambda: len(programs.alive()) > 30 or process.poll() is not None)
+        # Ten sandboxes: its process on the host, and process 1.
+        wait_for(lambda: len(programs.alive()) > 20 or process.poll() is not None)
         process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
     finally:
