@@ -143,7 +143,7 @@ def curves(file: pathlib.Path, rows: list[dict]) -> None:
     What every step measures on its few tasks is noisy: it is drawn faint, its running mean over 10
     steps full.
     """
-    import matplotlib.figure
+    import matplotlib.figure  # only the end of a run draws
 
     figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout='constrained')
     panels = zip(

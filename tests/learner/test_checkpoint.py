@@ -277,7 +277,8 @@ SAVE_FIFTY_TIMES = """
 import pathlib, sys, jax, jax.numpy as jnp
 from echo_jax.learner.checkpoint import Checkpointer
 update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-state = {f'w{i}': jnp.full((8, 2**18), i, jnp.float32) for i in range(12)}  # 96 MiB
+# 256 MiB, beside which what threads take once is little.
+state = {f'w{i}': jnp.full((8, 2**18), i, jnp.float32) for i in range(32)}
 checkpointer = Checkpointer(sys.argv[1], keep=2)
 for step in range(1, 52):
     state = update(state)
@@ -290,14 +291,11 @@ for step in range(1, 52):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_fifty_saves_take_no_memory(tmp_path):
-    """Where freed copies of the state are not given back, it ends 21% above the first save.
-
-    Within 3% is checkpoint_memory.py's to show, with a state beside which threads weigh nothing.
-    """
+    """Where freed copies of the state are not given back, it ends 21% above the first save."""
     process = run_python(SAVE_FIFTY_TIMES, tmp_path)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     first, *pages = map(int, output.split())
     assert len(pages) == 50
     # Medians, since a copy may be freed just after the save is done.
-    assert np.median(pages[-10:]) < 1.06 * first, (first, pages)
+    assert np.median(pages[-10:]) < 1.03 * first, (first, pages)
