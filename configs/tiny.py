@@ -26,8 +26,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.batch = ml_collections.ConfigDict()
     c.batch.groups = 8  # tasks a step
     c.batch.seq_len = 288  # tokens a row
-    c.batch.micro_rows = 16  # rows in one pass of the step's inner loop
-    c.batch.pack = False  # True: several rollouts in one row where they fit
+    c.batch.micro_rows = 2  # rows in one pass of the step's inner loop; these fit a core's cache
+    c.batch.pack = True  # several rollouts in one row where they fit
 
     c.loss = ml_collections.ConfigDict()
     c.loss.env_coef = 0.05 if variant == 'echo' else 0.0  # ECHO's lambda; 0 is GRPO

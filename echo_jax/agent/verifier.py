@@ -15,19 +15,28 @@ _SETUP_SECONDS = 30.0
 
 # Directories that the agent turned into links or files are made again; `find` reaches into
 # directories of any mode, since it sees each before it descends. The last test fails where a
-# reward stayed.
+# reward stayed. Where nothing has to be done, which is nearly always, no process is started.
 _CLEAR = """
+shopt -s dotglob nullglob
 for d in /logs /logs/verifier; do
   if [ -L "$d" ] || [ ! -d "$d" ]; then rm -rf "$d"; mkdir "$d"; fi
-  chmod u+rwx "$d"
+  [ -r "$d" ] && [ -w "$d" ] && [ -x "$d" ] || chmod u+rwx "$d"
 done
+if [ -L /tests ] || [ -e /tests ]; then
+  rm -rf /tests 2>/dev/null || find /tests -mindepth 1 -delete
+fi
+left=(/logs/verifier/*)
+[ ${#left[@]} = 0 ] && exit
 find /logs/verifier -type d -exec chmod u+rwx {} \\;
 rm -rf /logs/verifier/reward.*
-rm -rf /tests 2>/dev/null || find /tests -mindepth 1 -delete
 [ -z "$(find /logs/verifier -name 'reward.*' -print)" ]
 """
-_RUN = 'chmod +x /tests/test.sh; /tests/test.sh > /logs/verifier/test-stdout.txt 2>&1 < /dev/null'
-# Only a regular file: a pipe would block the reader, a link could lead anywhere.
+_RUN = """
+[ -x /tests/test.sh ] || chmod +x /tests/test.sh
+/tests/test.sh > /logs/verifier/test-stdout.txt 2>&1 < /dev/null
+"""
+# Only a regular file: a pipe would block the reader, a link could lead anywhere. A command of its
+# own, in a shell that is there whatever the tests killed.
 _READ = f"""
 for f in /logs/verifier/reward.txt /logs/verifier/reward.json; do
   if [ -L "$f" ] || [ -e "$f" ]; then

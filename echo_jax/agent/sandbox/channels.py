@@ -22,13 +22,18 @@ os.register_at_fork(after_in_child=lambda: [os.close(number) for number in not_f
 EMPTY_ARCHIVE = bytes(10240)  # a tar archive of nothing
 # How process 1, a bash, answers `put` and `get`: cases of its `case $request`, where size and path
 # are the request's. `place` is a function of its own, which makes room for a top-level directory.
+# Uploads are much of what a short episode costs, so what bash can do itself is no process.
 TRANSFERS = r"""
     put)
-      error=$(head -c $size | {
-        place && [[ $(realpath -m -- "$path") == "$path" ]] ||
-          { echo "a link lies on the way"; false; } &&
-        mkdir -p -- "$path" && tar -xpf - --no-same-owner -C "$path"
-        status=$?; cat >/dev/null; exit $status
+      error=$(shopt -s lastpipe; head -c $size | {
+        place && {
+          { cd -P -- "$path" && [[ $PWD == "$path" ]]; } 2>/dev/null || {
+            [[ $(realpath -m -- "$path") == "$path" ]] ||
+              { echo "a link lies on the way"; false; } &&
+            mkdir -p -- "$path" && cd -- "$path"
+          }
+        } && tar -xpf - --no-same-owner
+        status=$?; read -r -N 1 && cat >/dev/null; exit $status
       } 2>&1) && echo done || echo "error ${error//$'\n'/; }" ;;
     get)
       if [[ -f $path && ! -L $path ]]; then

@@ -78,14 +78,15 @@ class Limits(NamedTuple):
 _PROCESS_1 = r"""
 die() { echo "$1" >&2; exit 1; }
 umask 022
-mount -t tmpfs -o "remount,mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs / || die 'no tmpfs'
+mount --make-rshared -t tmpfs -o "remount,mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs / ||
+  die 'no tmpfs'
 printf 'root:x:0:0::/:/bin/sh\nagent:x:%s:%s::/root:/bin/bash\n' $ID $ID >/etc/passwd
 printf 'root:x:0:\nagent:x:%s:\n' $ID >/etc/group
 printf '127.0.0.1 localhost sandbox\n::1 localhost\n' >/etc/hosts
 printf 'sandbox\n' >/etc/hostname
 { echo 0 >/proc/sys/user/max_user_namespaces; } 2>/dev/null || die 'cannot forbid namespaces'
 for d in $WRITABLE; do echo "$d $d none bind,nosuid,nodev"; done >/etc/fstab
-mount -a -T /etc/fstab && mount --make-rshared / && : >/etc/fstab || die 'cannot mount'
+mount -a -T /etc/fstab && : >/etc/fstab || die 'cannot mount'
 export -n S T O SHELL_STAGE
 unset SCRIPT WRITABLE SIZE INODES ID OLDPWD
 exec 9>&2 2>/dev/null
