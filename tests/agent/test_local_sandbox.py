@@ -522,8 +522,9 @@ def test_links_do_not_lead_uploads_astray(task, backend, tmp_path):
             await sandbox.run(
                 'rm -r /logs/agent; ln -s /etc /logs/agent; ln -s /etc/hosts /app/f', SEC
             )
-            with pytest.raises(SandboxError, match='link'):
-                await sandbox.upload(tmp_path / 'file', '/logs/agent/hostname')
+            for target in ('/logs/agent/hostname', '/logs/agent/ssl/certs/file'):
+                with pytest.raises(SandboxError, match='a link lies on the way'):
+                    await sandbox.upload(tmp_path / 'file', target)
             with pytest.raises(ValueError, match='leads outside'):
                 await sandbox.upload(outside, '/app/outside')
             await sandbox.upload(tmp_path / 'file', '/app/f')  # replaces the link
@@ -533,6 +534,23 @@ def test_links_do_not_lead_uploads_astray(task, backend, tmp_path):
             )
 
     assert asyncio.run(main()).stdout == 'harnesssandbox\nharness0\n'
+
+
+def test_an_upload_that_fails_leaves_the_sandbox_in_order(task, backend, tmp_path):
+    (tmp_path / 'much').write_bytes(bytes(range(256)) * (12 << 12))
+    (tmp_path / 'file').write_text('harness')
+
+    async def main():
+        async with opened(task, backend, disk_mb=8) as sandbox:
+            with pytest.raises(SandboxError, match='much to /app/much: tar: much: '):
+                await sandbox.upload(tmp_path / 'much', '/app/much')
+            with pytest.raises(SandboxError, match='much to /etc/hosts/x: mkdir: '):
+                await sandbox.upload(tmp_path / 'much', '/etc/hosts/x')
+            await sandbox.run('rm /app/much; mkdir -m 0 /app/shut', SEC)
+            await sandbox.upload(tmp_path / 'file', '/app/shut/file')
+            return await sandbox.run('chmod 700 /app/shut; cat /app/shut/file; pwd', SEC)
+
+    assert asyncio.run(main()).stdout == 'harness/app\n'
 
 
 # Start and stop.

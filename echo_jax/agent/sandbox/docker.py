@@ -145,11 +145,8 @@ class DockerSandbox(shell.ShellSandbox):
     def _running(self) -> bool:
         return self._control is not None
 
-    async def _kill(self) -> None:
-        """Ends every process but process 1, and with them the streams that they wrote to."""
-        self._unclean = True
-        await self._requests.ask('kill')
-        self._unclean = False
+    async def _end_all(self) -> None:
+        await self._requests.ask('kill')  # ends the streams, too
         self._close_shell()
 
     def _close_shell(self) -> None:

@@ -270,11 +270,10 @@ class HarborSandbox(shell.ShellSandbox):
                 return [*lines[:last], lines[last].removeprefix(self._mark).strip()]
         return ['']
 
-    async def _kill(self) -> None:
-        self._unclean = True
+    async def _end_all(self) -> None:
         if (await self._exec(_KILL, born=self._born))[-1] != 'clear':
             raise SandboxError(f'{self.task.task_id}: processes of the sandbox cannot be ended')
-        self._unclean, self._shell = False, None
+        self._shell = None
 
     async def _open_shell(self) -> None:
         for attempt in (1, 2):

@@ -220,11 +220,8 @@ class LocalSandbox(shell.ShellSandbox):
     def _running(self) -> bool:
         return self._init is not None
 
-    async def _kill(self) -> None:
-        """Ends every process but process 1, and empties the channels that they wrote to."""
-        self._unclean = True
+    async def _end_all(self) -> None:
         await self._requests.ask('kill')
-        self._unclean = False
         self._close_shell()
         channels.available(self._stdout)
         channels.available(self._stderr)

@@ -93,9 +93,14 @@ class ShellSandbox(abc.ABC):
     async def _run(self, command: str, timeout: float) -> CommandResult:
         """The same with a shell at hand; sets `_cwd` and `_last_exit`, `_shell` where it ended."""
 
-    @abc.abstractmethod
     async def _kill(self) -> None:
-        """Ends every process of the agent, the shell too; then nothing is unclean."""
+        self._unclean = True
+        await self._end_all()
+        self._unclean = False
+
+    @abc.abstractmethod
+    async def _end_all(self) -> None:
+        """Ends every process of the agent and forgets the shell, with all that they had written."""
 
     async def _put(self, directory: str, content: bytes) -> str:
         """Unpacks a tar archive into a directory of the sandbox; 'done', or what went wrong."""
