@@ -8,7 +8,8 @@ of sandboxes at once; Docker where an engine answers at DOCKER_HOST and an image
 them live in one asyncio loop and do the same thing at the same time, so at 64 a number is what one
 sandbox waits for while 63 others want the processor; `wall_ms` is one command of every sandbox, all
 together. `first` is the first command, `true` a builtin, `cat file` a process; `paced` is `true` as
-agents send it, each some 0.2 s (drawn) after its last. Round 0 is not counted.
+agents send it, each some 0.2 s (drawn) after its last; `verify` is all that an episode ends with: a
+reset, the upload of a test, its run, the reward. Round 0 is not counted.
 """
 
 import argparse
@@ -30,6 +31,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from echo_jax import types
 from echo_jax.agent.sandbox import Sandbox, SandboxError, local, namespaces
+from echo_jax.agent.verifier import verify
+
+TEST = '#!/bin/bash\necho 1 > /logs/verifier/reward.txt\n'
 
 
 async def timed(awaitable) -> float:
@@ -52,12 +56,20 @@ async def command(sandbox: Sandbox, text: str, times: int, pauses: Iterator[floa
     return statistics.median(taken)
 
 
+async def verified(task: types.Task, sandbox: Sandbox) -> None:
+    reward, status = await verify(task, sandbox)
+    if reward != 1:
+        raise RuntimeError(f'the test gave {reward}, {status}')
+
+
 async def measure(
     make: Callable[[types.Task], Sandbox], image: str, count: int, commands: int, rounds: int
 ) -> dict[str, float]:
     samples: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as directory:
         task = types.Task('benchmark', pathlib.Path(directory), '', docker_image=image)
+        (task.path / 'tests').mkdir()
+        (task.path / 'tests' / 'test.sh').write_text(TEST)
         for number in range(rounds + 1):
             boxes = [make(task) for _ in range(count)]
             try:
@@ -80,6 +92,9 @@ async def measure(
                     *(command(b, 'true', min(times, 20), pauses) for b in boxes)
                 )
                 taken['reset_ms'] = await asyncio.gather(*(timed(b.reset()) for b in boxes))
+                taken['verify_ms'] = await asyncio.gather(
+                    *(timed(verified(task, b)) for b in boxes)
+                )
             finally:
                 stops = await asyncio.gather(*(timed(b.stop()) for b in boxes))
             taken['stop_ms'] = stops
