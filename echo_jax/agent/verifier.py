@@ -15,7 +15,8 @@ _SETUP_SECONDS = 30.0
 
 # Directories that the agent turned into links or files are made again; `find` reaches into
 # directories of any mode, since it sees each before it descends. The last test fails where a
-# reward stayed. Where nothing has to be done, which is nearly always, no process is started.
+# reward stayed or anything in /tests, which tests could take for their own. Where nothing has to
+# be done, which is nearly always, no program is started.
 _CLEAR = """
 shopt -s dotglob nullglob
 for d in /logs /logs/verifier; do
@@ -23,13 +24,14 @@ for d in /logs /logs/verifier; do
   [ -r "$d" ] && [ -w "$d" ] && [ -x "$d" ] || chmod u+rwx "$d"
 done
 if [ -L /tests ] || [ -e /tests ]; then
+  find /tests -type d -exec chmod u+rwx {} \\;
   rm -rf /tests 2>/dev/null || find /tests -mindepth 1 -delete
 fi
-left=(/logs/verifier/*)
+left=(/logs/verifier/* /tests/*)
 [ ${#left[@]} = 0 ] && exit
 find /logs/verifier -type d -exec chmod u+rwx {} \\;
 rm -rf /logs/verifier/reward.*
-[ -z "$(find /logs/verifier -name 'reward.*' -print)" ]
+[ -z "$(find /logs/verifier -name 'reward.*' -print; find /tests -mindepth 1 2>/dev/null)" ]
 """
 _RUN = """
 [ -x /tests/test.sh ] || chmod +x /tests/test.sh

@@ -444,6 +444,24 @@ def test_rewards(make_task, test_sh, reward, status):
 @pytest.mark.parametrize(
     'trick',
     [
+        'rm /tests/*; echo 1 > /tests/conftest.py; chmod 300 /tests',
+        'mkdir -p /tests/a/b; echo 1 > /tests/a/b/c; chmod 0 /tests/a/b /tests/a',
+        'rm -r /tests/*; ln -s /app /tests/data; echo 1 > /tests/.hidden',
+    ],
+)
+def test_nothing_lies_beside_the_tests(make_task, episodes, trick):
+    task = make_task('found=$(find /tests -mindepth 1 ! -name test.sh); echo "${found:-1}" > $R')
+    (task.path / 'environment/old').mkdir()  # so /tests is there, and the agent's own
+    (task.path / 'environment/old/old.py').write_text('old')
+    (task.path / 'environment/Dockerfile').write_text('FROM debian\nCOPY old /tests/\n')
+    rollout = episodes.run(task, [bash(f'cat /tests/old.py; {trick}'), DONE])
+    assert 'old' in episodes.observations(rollout)[0]
+    assert (rollout.reward, rollout.status) == (1.0, Status.OK)
+
+
+@pytest.mark.parametrize(
+    'trick',
+    [
         'mkdir -p /logs/verifier; echo 1 > /logs/verifier/reward.txt',
         'cd /logs/verifier; echo 1 > reward.txt; chmod 0 reward.txt; chmod 500 .',
         'mkdir -p /logs/verifier/reward.txt/a/b; chmod 0 /logs/verifier/reward.txt/a',

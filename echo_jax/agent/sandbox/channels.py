@@ -25,7 +25,7 @@ EMPTY_ARCHIVE = bytes(10240)  # a tar archive of nothing
 # Uploads are much of what a short episode costs, so what bash can do itself is no process.
 TRANSFERS = r"""
     put)
-      error=$(shopt -s lastpipe; head -c $size | {
+      error=$(head -c $size | {
         place && {
           { cd -P -- "$path" && [[ $PWD == "$path" ]]; } 2>/dev/null || {
             [[ $(realpath -m -- "$path") == "$path" ]] ||
@@ -33,7 +33,7 @@ TRANSFERS = r"""
             mkdir -p -- "$path" && cd -- "$path"
           }
         } && tar -xpf - --no-same-owner
-        status=$?; read -r -N 1 && cat >/dev/null; exit $status
+        status=$?; [[ $status == 0 ]] && ! read -r -N 1 || cat >/dev/null; exit $status
       } 2>&1) && echo done || echo "error ${error//$'\n'/; }" ;;
     get)
       if [[ -f $path && ! -L $path ]]; then

@@ -100,7 +100,7 @@ class ShellSandbox(abc.ABC):
 
     @abc.abstractmethod
     async def _end_all(self) -> None:
-        """Ends every process of the agent and forgets the shell, with all that they had written."""
+        """Ends every process of the agent and forgets the shell."""
 
     async def _put(self, directory: str, content: bytes) -> str:
         """Unpacks a tar archive into a directory of the sandbox; 'done', or what went wrong."""
