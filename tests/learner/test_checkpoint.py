@@ -291,11 +291,13 @@ for step in range(1, 52):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_fifty_saves_take_no_memory(tmp_path):
-    """Where freed copies of the state are not given back, it ends 21% above the first save."""
+    """Where freed copies are not given back, 256 MiB of state end 430 to 920 MiB higher."""
     process = run_python(SAVE_FIFTY_TIMES, tmp_path)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     first, *pages = map(int, output.split())
     assert len(pages) == 50
-    # Medians, since a copy may be freed just after the save is done.
-    assert np.median(pages[-10:]) < 1.03 * first, (first, pages)
+    # Other threads free some arrays of a copy just after the save is done: 20 MiB in the median of
+    # a busy machine, 60 MiB at once. A copy kept is 256 MiB.
+    grown = (np.median(pages[-10:]) - first) * os.sysconf('SC_PAGE_SIZE') / 2**20
+    assert grown < 128, (grown, first, pages)
