@@ -7,7 +7,6 @@ import os
 import pathlib
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -540,33 +539,13 @@ def test_thirty_two_at_once(task, made, used):
     async def one(number: int):
         async with opened(task, made[1000]) as sandbox:
             await sandbox.run(f'echo {number} > /app/n; cd /tmp', SEC)
-            text = (await sandbox.run('cat /app/n; ls /app', SEC)).stdout
-            taken = []
-            for _ in range(20 if number == 0 else 0):
-                started = time.monotonic()
-                await sandbox.run('echo x', SEC)
-                taken.append(time.monotonic() - started)
-            return text, taken
+            return (await sandbox.run('cat /app/n; ls /app', SEC)).stdout
 
     async def main():
         return await asyncio.gather(*(one(number) for number in range(32)))
 
-    results = asyncio.run(main())
-    assert [text for text, _ in results] == [f'{number}\nn\n' for number in range(32)]
+    assert asyncio.run(main()) == [f'{number}\nn\n' for number in range(32)]
     assert left(used) == before
-
-
-def test_a_command_takes_milliseconds(task, made):
-    async def main():
-        async with opened(task, made[1000]) as sandbox:
-            taken = []
-            for _ in range(100):
-                started = time.monotonic()
-                assert (await sandbox.run('echo x', SEC)).stdout == 'x\n'
-                taken.append(time.monotonic() - started)
-            return statistics.median(taken[1:])
-
-    assert asyncio.run(main()) < 0.005
 
 
 # The engine's own failures.

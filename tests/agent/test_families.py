@@ -168,10 +168,8 @@ def test_sets_are_the_same_bytes_every_time_and_differ_by_seed(tmp_path):
     ).read_bytes()
 
 
-def test_500_tasks_take_seconds_and_load(tmp_path):
-    start = time.process_time()
+def test_500_tasks_load_and_differ(tmp_path):
     generate_tasks(tmp_path / 'set', split='train', count=500)
-    assert time.process_time() - start < 4  # under 2 on an idle machine; others may share this one
     tasks = load_tasks(tmp_path / 'set')
     assert len(tasks) == 500 and len({t.instruction for t in tasks}) >= 495  # names may repeat
     assert max(len(t.instruction.split()) for t in tasks) <= 30
