@@ -10,7 +10,6 @@ code 1 where a result is an infra_error, which says nothing of the agent; all re
 
 import contextlib
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -21,57 +20,39 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from echo_jax import program, worker
-from echo_jax.agent.policy.jax import JaxPolicy
+from echo_jax.agent.collect import collect
 from echo_jax.agent.protocol import Protocol
-from echo_jax.agent.tasks import load_tasks
-from echo_jax.learner import batching
 from echo_jax.learner.step import make_score
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
-from echo_jax.report import CONSOLE, Progress
-from echo_jax.sampling import waves
+from echo_jax.policy.jax import JaxPolicy
+from echo_jax.run import entry
+from echo_jax.run.measures import env_ce, summarize
+from echo_jax.run.oracle import show_failures, watched
+from echo_jax.run.report import CONSOLE, Progress
+from echo_jax.run.sources import waves
+from echo_jax.run.workdir import Workdir, unpacked, write_whole
+from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
-from echo_jax.tasks import show_failures, unpacked, watched
-from echo_jax.types import ENV_TARGETS, SOLVED_REWARD, Rollout, Status, Task
-from echo_jax.workdir import Workdir, write_whole
+from echo_jax.tasks.sources import load_tasks
+from echo_jax.types import SOLVED_REWARD, Rollout, Status, Task
 
-
-def solve_rate(rollouts: Sequence[Rollout]) -> float:
-    """The share of rollouts whose reward is at least 0.5; one without a reward is unsolved."""
-    return float(np.mean([r.reward >= SOLVED_REWARD for r in rollouts]))
-
-
-def pass_at_k(solved: Sequence[bool], k: int) -> float:
-    """The unbiased estimate 1 - C(n - c, k) / C(n, k) for one task (arXiv 2107.03374, eq. 1)."""
-    n, c = len(solved), sum(solved)
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def env_ce(score, params, rollouts: Sequence[Rollout], config) -> dict[str, float]:
-    """Mean of -log p at temperature 1, nats a token, over the environment's tokens, and per role.
-
-    `score(params, batch) -> [R, T]` is `learner.step.make_score`'s. The mean is over the tokens of
-    `loss.targets` of all the rollouts; a role that none of them has is left out.
-    """
-    roles = ENV_TARGETS[config.loss.targets]
-    sums, counts = {role: 0.0 for role in roles}, {role: 0 for role in roles}
-    size = config.batch.groups * config.group_size
-    for start in range(0, len(rollouts), size):
-        batch = batching.make_supervised_batch(rollouts[start : start + size], config, roles)
-        logprobs = np.asarray(score(params, batch), np.float64)
-        for role in roles:
-            chosen = (batch.roles == role) & (batch.env_weight > 0)
-            sums[role] -= logprobs[chosen].sum()
-            counts[role] += int(chosen.sum())
-    total = max(sum(counts.values()), 1)
-    means = {role.name.lower(): sums[role] / counts[role] for role in roles if counts[role]}
-    return {'all': sum(sums.values()) / total, **means}
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Run whose newest weights are evaluated.')
+_TASKS = flags.DEFINE_string(
+    'tasks',
+    '',
+    "Directory or .parquet of tasks, or several with commas; else a run's held-out.",
+)
+_AGENT = flags.DEFINE_enum('agent', 'policy', ['policy', 'oracle', 'nop'], 'Who acts.')
+_SAMPLES = flags.DEFINE_integer('samples', 1, 'Rollouts of every task.', lower_bound=1)
+_OUTPUT = flags.DEFINE_string('output', '', 'JSON file to write.')
+flags.mark_flag_as_required('config')
 
 
 def evaluate_policy(
-    stop: program.Stop,
+    stop: entry.Stop,
     config: ml_collections.ConfigDict,
     work: Workdir,
     tasks: Sequence[Task],
@@ -104,7 +85,7 @@ def evaluate_policy(
     async def draw():
         await policy.load(params, version)
         for wave in waves(enumerate(tasks), samples, config.policy.slots):
-            await worker.collect(
+            await collect(
                 wave,
                 store,
                 config=config,
@@ -116,7 +97,7 @@ def evaluate_policy(
                 on_group=on_group,
             )
 
-    sandboxes = contextlib.closing(worker.sandbox_maker(config))  # opens one to know: once
+    sandboxes = contextlib.closing(sandbox_maker(config))  # opens one to know: once
     with Progress('policy', len(tasks) * samples) as bar, sandboxes as make_sandbox:
         stop.run(draw())
     rollouts = [r for group in store.read_groups(range(len(tasks))) for r in group]
@@ -138,15 +119,6 @@ def _result(task_id: str, sample_id: int, reward: float, status: Status, turns: 
     }
 
 
-def summarize(results: list[dict], samples: int) -> dict[str, float]:
-    """{'1': pass@1, '2': ..., up to the samples a task has, in powers of two}."""
-    by_task: dict[str, list[bool]] = {}
-    for result in results:
-        by_task.setdefault(result['task_id'], []).append(result['correct'])
-    ks = [2**i for i in range(samples.bit_length())]
-    return {str(k): float(np.mean([pass_at_k(s, k) for s in by_task.values()])) for k in ks}
-
-
 def main(argv: Sequence[str]) -> None:
     del argv
     config, agent, samples = _CONFIG.value, _AGENT.value, _SAMPLES.value
@@ -155,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     work = _run(config)
     with unpacked(work) as cache:
         tasks = load_tasks(_TASKS.value, cache) if _TASKS.value else work.tasks('heldout')
-        stop, reasons, ce = program.Stop(), {}, {}
+        stop, reasons, ce = entry.Stop(), {}, {}
         try:
             if agent == 'policy':
                 results, ce = evaluate_policy(stop, config, work, tasks, samples)
@@ -165,7 +137,7 @@ def main(argv: Sequence[str]) -> None:
                 reasons = {
                     outcome.task_id: outcome.reason for outcome in outcomes if outcome.reason
                 }
-        except program.Stopped:
+        except entry.Stopped:
             sys.exit('stopped')
     document = {'results': results, 'pass@k': summarize(results, samples), 'env_ce': ce}
     if _OUTPUT.value:
@@ -195,15 +167,4 @@ def _run(config: ml_collections.ConfigDict) -> Workdir | None:
 
 
 if __name__ == '__main__':
-    _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-    _WORKDIR = flags.DEFINE_string('workdir', '', 'Run whose newest weights are evaluated.')
-    _TASKS = flags.DEFINE_string(
-        'tasks',
-        '',
-        "Directory or .parquet of tasks, or several with commas; else a run's held-out.",
-    )
-    _AGENT = flags.DEFINE_enum('agent', 'policy', ['policy', 'oracle', 'nop'], 'Who acts.')
-    _SAMPLES = flags.DEFINE_integer('samples', 1, 'Rollouts of every task.', lower_bound=1)
-    _OUTPUT = flags.DEFINE_string('output', '', 'JSON file to write.')
-    flags.mark_flag_as_required('config')
-    program.run(main)
+    entry.run(main)

@@ -6,231 +6,31 @@
 Needs libtpu, the compiler (`pip install "jax[tpu]"`), and takes its word for memory: arguments,
 temporaries and code of one chip, and the limit that it compiles against.
 
-How time is estimated: a roofline, so optimistic. Each instruction of the compiled schedule, loops
-counted, takes the longest of its matrix products at the chip's peak, its operands and results once
-through the HBM, and what it sends at the interconnect's rate with all links of the chip busy;
-collectives that run beside the schedule count where all of them together take longer. The matrix
-products of Pallas kernels are added at peak. Recomputed layers count as often as they run; every
-row is taken to be full, of one sequence. Left out: work of the vector units (norms, softmax), what
-a product reads more than once, pipeline fill, latency and contention of the interconnect, the
-data-center network, the host, and everything outside the step (sampling, publishing, checkpoints).
-
-`model_flops_per_step` is what the mathematics asks for, whatever is computed again: 6 P T of the P
-parameters that multiply (all but norms and the lookup of an untied embedding) and the T tokens,
-and 6 L N H S^2 a row of S tokens for causal attention. `estimated_mfu` is that over the estimated
-seconds at the peak of all chips.
-
-The rollout side is arithmetic: bfloat16 weights, keys and values of a whole rollout, and how many
-rollouts one GPU holds at once. It leaves out activations, CUDA graphs, and what prefix caching
-saves. Nothing is trained or started.
+How time and memory are estimated: planner/estimate.py.
 """
 
-import itertools
 import json
-import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import jax
-import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from echo_jax import program
 from echo_jax.learner.batching import batch_rows
-from echo_jax.learner.sharding import MESH_AXES
-from echo_jax.model import huggingface
-from echo_jax.model.qwen3 import Qwen3Config
-from echo_jax.tpu import CHIPS, Step, hbm_limit, tpu_devices
+from echo_jax.planner.estimate import GPUS, mesh_sizes, plan, plan_line, rollout_plan, search
+from echo_jax.planner.topology import hbm_limit, tpu_devices
+from echo_jax.run import entry
 
-GIB = 2**30
-# Bytes of memory, as the vendor's data sheets count them, in powers of ten.
-GPUS = {'H100': 80e9, 'H200': 141e9, 'A100': 80e9, 'L4': 24e9, 'B200': 192e9}
-# Of a GPU's memory, what vLLM takes where the recipe has no `policy.gpu_memory_utilization`; its
-# own default.
-GPU_UTILIZATION = 0.9
-_GRADIENTS = 4 / 3  # state and the summed gradients, to state: float32 of AdamW's 3 and 1 more
-
-
-def parameters(c: Qwen3Config) -> tuple[int, int]:
-    """How many there are, and how many of them multiply: no norm, no lookup of an untied table."""
-    D, H, L = c.hidden_size, c.head_dim, c.num_hidden_layers
-    attention = 2 * D * H * (c.num_attention_heads + c.num_key_value_heads)
-    table = c.vocab_size * D
-    multiply = L * (attention + 3 * D * c.intermediate_size) + table
-    norms = L * (2 * D + 2 * H) + D
-    return multiply + norms + (0 if c.tie_word_embeddings else table), multiply
-
-
-def model_flops(c: Qwen3Config, rows: int, seq_len: int) -> float:
-    """Of one step, forward and backward, nothing computed twice; see the module's docstring."""
-    attention = 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len**2
-    return float(rows * (6 * parameters(c)[1] * seq_len + attention))
-
-
-def plan(
-    config: ml_collections.ConfigDict,
-    topology: str,
-    devices: Sequence[jax.Device],
-    limit: int,
-    rows: int,
-    compare: bool = True,
-) -> dict:
-    """What a step of `rows` rows takes; `compare` compiles it once more, without ECHO's term.
-
-    `fits` is the compiler's verdict; where it is False, what only a compiled program has is None
-    and `hint` says what could be done. Raises ValueError where the sizes do not divide.
-    """
-    chip, model = CHIPS[topology.partition(':')[0]], huggingface.recipe_config(config.model)
-    step = Step(config, devices, rows)
-    env_coef = config.loss.env_coef
-    echo = step.compile(env_coef, chip)
-    fits, cost = echo.cost is not None, echo.cost
-    needed = model_flops(model, rows, config.batch.seq_len)
-    seconds = fits and max(cost.seconds, cost.sent_bytes / chip.ici_bandwidth)
-    grpo = step.compile(0.0, chip) if compare and fits and env_coef else None
-    return {
-        'topology': topology,
-        'chips': len(devices),
-        'mesh': dict(step.mesh.shape),
-        'rows': rows,
-        'micro_rows': config.batch.micro_rows,
-        'seq_len': config.batch.seq_len,
-        'params': parameters(model)[0],
-        'hbm_gib_per_chip': echo.hbm_bytes / GIB,
-        'hbm_limit_gib': limit / GIB,
-        'fits': fits,
-        'hint': None if fits else hint(step, echo.hbm_bytes, limit),
-        'state_gib_per_chip': step.state_bytes / GIB,
-        'tokens_per_step': rows * config.batch.seq_len,
-        'model_flops_per_step': needed,
-        'hardware_flops_per_step': len(devices) * cost.flops if fits else None,
-        'estimated_step_seconds': seconds if fits else None,
-        'estimated_mfu': needed / (seconds * len(devices) * chip.peak_flops) if fits else None,
-        'hbm_traffic_gib_per_step': cost.hbm_bytes / GIB if fits else None,
-        'collective_gib_per_step': cost.sent_bytes / GIB if fits else None,
-        'compile_seconds': echo.seconds,
-        'echo_over_grpo_flops': cost.flops / grpo.cost.flops if grpo and grpo.cost else None,
-        'echo_over_grpo_hbm': echo.hbm_bytes / grpo.hbm_bytes if grpo else None,
-    }
-
-
-def hint(step: Step, used: float, limit: int) -> str:
-    """What would make a step fit that does not, in words."""
-    sizes, micro_rows = step.mesh.shape, step.config.batch.micro_rows
-    over = f'{(used - limit) / GIB:.1f} GiB a chip too much'
-    kept = _GRADIENTS * step.state_bytes
-    if kept > limit:
-        chips = -(-step.mesh.size * kept // limit)
-        return (
-            f'{over}: parameters, optimizer and gradients alone take {kept / GIB:.1f} GiB; take '
-            f'{chips:.0f} chips or more, and spread the parameters over all of them (fsdp)'
-        )
-    ways, tries = sizes['data'] * sizes['fsdp'], []
-    if micro_rows > ways:
-        tries.append(f'batch.micro_rows={ways}')
-    if sizes['fsdp'] % 2 == 0:  # half a row on each chip
-        halved = dict(sizes) | {'fsdp': sizes['fsdp'] // 2, 'context': 2 * sizes['context']}
-        tries.append(f'--mesh={_mesh_text(halved)} with batch.micro_rows={ways // 2}')
-    return f'{over}: try {", or ".join([*tries, "more chips"])}; --search tries meshes'
-
-
-# ------------------------------------------------------------------------------ the rollout side
-
-
-def rollout_plan(config: ml_collections.ConfigDict, gpu: str) -> dict:
-    """What a version of the weights weighs, and how many rollouts one GPU holds beside them."""
-    if gpu not in GPUS:
-        raise ValueError(f'gpu is {gpu!r}; expected one of {", ".join(GPUS)}')
-    model = huggingface.recipe_config(config.model)
-    utilization = config.policy.get('gpu_memory_utilization', GPU_UTILIZATION)
-    weights = 2 * parameters(model)[0]
-    per_token = 2 * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
-    per_rollout = per_token * config.protocol.max_total_tokens
-    free = GPUS[gpu] * utilization - weights
-    return {
-        'gpu': gpu,
-        'gpu_memory_gib': GPUS[gpu] / GIB,
-        'gpu_memory_utilization': utilization,
-        'weight_gib_per_version': weights / GIB,
-        'kv_kib_per_token': per_token / 2**10,
-        'kv_gib_per_rollout': per_rollout / GIB,
-        'rollouts_at_once': max(0, int(free // per_rollout)),
-    }
-
-
-# --------------------------------------------------------------------------------------- search
-
-
-def candidates(
-    config: ml_collections.ConfigDict, chips: int, rows: int
-) -> Iterator[tuple[dict[str, int], list[int]]]:
-    """(mesh, micro-batch sizes from the smallest) that divide; the least split heads come first."""
-    model = huggingface.recipe_config(config.model)
-    powers = [2**n for n in range(chips.bit_length())]
-    for tensor, context in sorted(
-        itertools.product(powers, powers), key=lambda p: (p[0] * p[1], p)
-    ):
-        if chips % (tensor * context) or model.num_key_value_heads % tensor:
-            continue
-        ways = chips // (tensor * context)
-        sizes = [ways * n for n in (1, 2, 4, 8) if rows % (ways * n) == 0]
-        if config.batch.seq_len % context == 0 and sizes:
-            yield {'data': 1, 'fsdp': ways, 'context': context, 'tensor': tensor}, sizes
-
-
-def search(
-    config: ml_collections.ConfigDict,
-    topology: str,
-    devices: Sequence[jax.Device],
-    limit: int,
-    rows: int,
-    compiles: int,
-) -> list[dict]:
-    """The plans of at most `compiles` candidates: those that fit, fastest first, then the rest.
-
-    Each is a line on stderr when it is made. Raises ValueError where no candidate divides.
-    """
-    found = []
-    for mesh, sizes in candidates(config, len(devices), rows):
-        for micro_rows in sizes:
-            if len(found) == compiles:
-                break
-            config = config.copy_and_resolve_references()
-            config.mesh.update(mesh)
-            config.batch.micro_rows = micro_rows
-            try:
-                found.append(plan(config, topology, devices, limit, rows, compare=False))
-            except ValueError as error:  # the model or its sharding refuses this mesh
-                print(f'{_mesh_text(mesh)}: {error}', file=sys.stderr, flush=True)
-                break
-            print(_line(found[-1]), file=sys.stderr, flush=True)
-            if not found[-1]['fits']:  # nor will more rows at a time
-                break
-    if not found:
-        raise ValueError(
-            f'{rows} rows of {config.batch.seq_len} tokens divide over no mesh of {len(devices)} '
-            'chips; give --rows, --seq_len or another --topology'
-        )
-    fitting = [p for p in found if p['fits']]
-    return [
-        *sorted(fitting, key=lambda p: p['estimated_step_seconds']),
-        *sorted((p for p in found if not p['fits']), key=lambda p: p['hbm_gib_per_chip']),
-    ]
-
-
-# -------------------------------------------------------------------------------------- program
-
-
-def _mesh_text(sizes: dict[str, int]) -> str:
-    return ','.join(f'{axis}={size}' for axis, size in sizes.items() if size > 1) or 'fsdp=1'
-
-
-def _line(p: dict) -> str:
-    head = f'{_mesh_text(p["mesh"])} micro_rows={p["micro_rows"]}: {p["hbm_gib_per_chip"]:.1f} GiB'
-    if not p['fits']:
-        return f'{head}, does not fit {p["hbm_limit_gib"]:.1f}'
-    return f'{head}, {p["estimated_step_seconds"]:.2f} s, MFU {p["estimated_mfu"]:.2f}'
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
+_TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and shape, such as v5p:2x2x4.')
+_ROWS = flags.DEFINE_integer('rows', None, "Rows of a batch; the recipe's.", lower_bound=1)
+_SEQ_LEN = flags.DEFINE_integer('seq_len', None, "Tokens a row; the recipe's.", lower_bound=1)
+_MESH = flags.DEFINE_string('mesh', None, "Such as fsdp=8,context=2; the recipe's.")
+_GPU = flags.DEFINE_string('gpu', 'H100', f'Of the rollout workers: {", ".join(GPUS)}.')
+_JSON = flags.DEFINE_bool('json', False, 'One JSON line instead of a table.')
+_COMPARE = flags.DEFINE_bool('compare', True, 'Compile without the ECHO term too.')
+_SEARCH = flags.DEFINE_bool('search', False, 'Try meshes and micro-batch sizes, and rank them.')
+_SEARCH_LIMIT = flags.DEFINE_integer('search_limit', 8, 'Compilations at most.', lower_bound=1)
+flags.mark_flags_as_required(['config', 'topology'])
 
 
 def _table(values: dict) -> str:
@@ -242,20 +42,6 @@ def _table(values: dict) -> str:
         return f'{value:,}' if type(value) is int else str(value)
 
     return '\n'.join(f'{name:28}{text(v)}' for name, v in values.items() if v is not None)
-
-
-def mesh_sizes(text: str) -> dict[str, int]:
-    """'fsdp=8,context=2' as sizes of all axes; one that is not named is 1."""
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    for part in text.split(','):
-        axis, _, size = part.partition('=')
-        if axis not in sizes or not re.fullmatch(r'-1|[1-9]\d*', size):
-            raise ValueError(
-                f'--mesh={text}: {part!r} is no axis and size; expected such as fsdp=8,context=2, '
-                f'axes {", ".join(MESH_AXES)}'
-            )
-        sizes[axis] = int(size)
-    return sizes
 
 
 def main(argv: Sequence[str]) -> None:
@@ -271,22 +57,11 @@ def main(argv: Sequence[str]) -> None:
     where = _TOPOLOGY.value, devices, hbm_limit(devices[0]), rows
     if _SEARCH.value:
         plans = search(config, *where, _SEARCH_LIMIT.value)
-        print(json.dumps(plans) if _JSON.value else '\n'.join(map(_line, plans)))
+        print(json.dumps(plans) if _JSON.value else '\n'.join(map(plan_line, plans)))
         return
     made = plan(config, *where, compare=_COMPARE.value)
     print(json.dumps(made | {'rollout': gpu}) if _JSON.value else _table(made | gpu))
 
 
 if __name__ == '__main__':
-    _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-    _TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and shape, such as v5p:2x2x4.')
-    _ROWS = flags.DEFINE_integer('rows', None, "Rows of a batch; the recipe's.", lower_bound=1)
-    _SEQ_LEN = flags.DEFINE_integer('seq_len', None, "Tokens a row; the recipe's.", lower_bound=1)
-    _MESH = flags.DEFINE_string('mesh', None, "Such as fsdp=8,context=2; the recipe's.")
-    _GPU = flags.DEFINE_string('gpu', 'H100', f'Of the rollout workers: {", ".join(GPUS)}.')
-    _JSON = flags.DEFINE_bool('json', False, 'One JSON line instead of a table.')
-    _COMPARE = flags.DEFINE_bool('compare', True, 'Compile without the ECHO term too.')
-    _SEARCH = flags.DEFINE_bool('search', False, 'Try meshes and micro-batch sizes, and rank them.')
-    _SEARCH_LIMIT = flags.DEFINE_integer('search_limit', 8, 'Compilations at most.', lower_bound=1)
-    flags.mark_flags_as_required(['config', 'topology'])
-    program.run(main)
+    entry.run(main)

@@ -10,7 +10,7 @@ on all devices of one host and knows nothing of roles, rewards and losses.
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import ml_collections
@@ -18,71 +18,23 @@ import numpy as np
 from absl import flags, logging
 from flax import nnx
 
-from echo_jax import program
-from echo_jax.export import open_checkpoints
-from echo_jax.learner.batching import make_token_batch
-from echo_jax.learner.checkpoint import CheckpointError
+from echo_jax.learner.checkpoint import CheckpointError, open_saved
 from echo_jax.learner.step import Programs
 from echo_jax.model import huggingface
-from echo_jax.report import Progress
-from echo_jax.types import Batch
-from echo_jax.workdir import Workdir
+from echo_jax.run import entry
+from echo_jax.run.scoring import check_tokens, read_tokens, score_tokens
+from echo_jax.run.workdir import Workdir
 
-
-def read_tokens(file: str) -> np.ndarray:
-    """[N, T] integers, memory-mapped; ValueError where they are no such array."""
-    try:
-        tokens = np.load(file, mmap_mode='r')
-    except (ValueError, EOFError) as error:
-        raise ValueError(f'{file} is no .npy array; expected integers [N, T]') from error
-    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.dtype.kind not in 'iu':
-        found = f'{tokens.dtype} {tokens.shape}' if hasattr(tokens, 'dtype') else 'an archive'
-        raise ValueError(f'{file} is {found}; expected integers [N, T], such as int32')
-    if not tokens.size:
-        raise ValueError(f'{file} is of shape {tokens.shape}; expected at least one token')
-    return tokens
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int, pad_id: int | None = None) -> None:
-    """Raises ValueError for an id that is neither in the vocabulary nor `pad_id`."""
-    wrong = (tokens < 0) | (tokens >= vocab_size)
-    if pad_id is not None:
-        wrong &= tokens != pad_id
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise ValueError(
-            f'token {tokens[row, column]} at [{row}, {column}]; expected ids from 0 to '
-            f'{vocab_size - 1}, the vocabulary of the model'
-        )
-
-
-def score_tokens(
-    score: Callable[[Batch], jax.Array],
-    tokens: np.ndarray,
-    rows: int,
-    length: int,
-    pad_id: int | None = None,
-) -> np.ndarray:
-    """float32 [N, T] of `tokens` [N, T], in batches [rows, length >= T]; 0 in column 0.
-
-    `score(batch) -> [rows, length]`. What follows a row's last token other than `pad_id` is
-    padding: it scores 0. Raises FloatingPointError where a log-probability is not finite.
-    """
-    N, T = tokens.shape
-    logprobs = np.zeros((N, T), np.float32)
-    with Progress('score', N) as progress:
-        for start in range(0, N, rows):
-            part = tokens[start : start + rows]
-            batch = make_token_batch(part, rows, length, pad_id)
-            found = np.where(batch.segment_ids > 0, score(batch), 0.0)[: len(part), :T]
-            if not np.isfinite(found).all():
-                raise FloatingPointError(
-                    f'rows {start} to {start + len(part) - 1} have a log-probability that is not '
-                    'finite; the weights are damaged, or too large for this dtype'
-                )
-            logprobs[start : start + rows] = found
-            progress.show(start + len(part))
-    return logprobs
+_MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory.')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Run, instead of --model.')
+_STEP = flags.DEFINE_integer('step', None, 'Saved step of the run; none: the last.')
+_TOKENS = flags.DEFINE_string('tokens', None, '.npy of integers [N, T].')
+_OUTPUT = flags.DEFINE_string('output', None, '.npy to write, float32 [N, T].')
+_TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'What the logits are divided by.')
+_PAD_ID = flags.DEFINE_integer('pad_id', None, 'Id that rows are filled up with at their end.')
+_ROWS = flags.DEFINE_integer('rows', 8, 'Rows at a time.', lower_bound=1)
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'To compute in.')
+flags.mark_flags_as_required(['tokens', 'output'])
 
 
 def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.ConfigDict:
@@ -108,7 +60,7 @@ def _params(programs: Programs, work: Workdir | None, step: int | None) -> nnx.S
     wanted = jax.tree.map(
         lambda leaf, place: leaf.update(sharding=place), programs.abstract, programs.placed
     )
-    checkpointer, step = open_checkpoints(work, step)
+    checkpointer, step = open_saved(work.url('checkpoints', 'train'), step)
     state, _, _ = checkpointer.restore({'params': wanted}, step)
     checkpointer.close()
     return state['params']
@@ -147,14 +99,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    _MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory.')
-    _WORKDIR = flags.DEFINE_string('workdir', '', 'Run, instead of --model.')
-    _STEP = flags.DEFINE_integer('step', None, 'Saved step of the run; none: the last.')
-    _TOKENS = flags.DEFINE_string('tokens', None, '.npy of integers [N, T].')
-    _OUTPUT = flags.DEFINE_string('output', None, '.npy to write, float32 [N, T].')
-    _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'What the logits are divided by.')
-    _PAD_ID = flags.DEFINE_integer('pad_id', None, 'Id that rows are filled up with at their end.')
-    _ROWS = flags.DEFINE_integer('rows', 8, 'Rows at a time.', lower_bound=1)
-    _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'To compute in.')
-    flags.mark_flags_as_required(['tokens', 'output'])
-    program.run(main, CheckpointError)
+    entry.run(main, CheckpointError)

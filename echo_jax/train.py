@@ -8,7 +8,6 @@ workdir it resumes; Ctrl-C and SIGTERM save and leave.
 
 import collections
 import json
-import operator
 import sys
 import time
 from collections.abc import Sequence
@@ -19,34 +18,34 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from echo_jax import program, report, worker
 from echo_jax.agent.protocol import Protocol
-from echo_jax.agent.tasks import TaskSource, task_iterator
-from echo_jax.evaluate import env_ce, solve_rate
 from echo_jax.learner import batching, distributed, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import Programs
 from echo_jax.model import huggingface
-from echo_jax.sampling import make_sampler
+from echo_jax.run import entry, report
+from echo_jax.run.checks import check_choices, sandboxes_here
+from echo_jax.run.measures import env_ce, solve_rate
+from echo_jax.run.sources import make_source
+from echo_jax.run.warm_start import warm_start
+from echo_jax.run.workdir import Workdir, write_whole
+from echo_jax.sandbox.make import sandbox_maker
+from echo_jax.store.due import DueGroups
 from echo_jax.store.rollouts import consume
-from echo_jax.store.rounds import Round
 from echo_jax.store.weights import WeightStore
+from echo_jax.tasks.drawing import TaskSource, task_iterator
 from echo_jax.types import SOLVED_REWARD, Rollout
-from echo_jax.warm_start import warm_start
-from echo_jax.workdir import Workdir, read_tokenizer, write_whole
 
-_COUNTS = (
-    *('group_size', 'batch.groups', 'batch.micro_rows', 'policy.slots'),
-    *('sandbox.at_once', 'eval.samples', 'eval.every', 'checkpoint.every', 'checkpoint.keep'),
-    *('warm_start.rollouts', 'warm_start.demonstrations', 'warm_start.save_every'),
-)
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder or gs:// URL of the run: made, or resumed.')
+flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     """Trains to the end, from where the workdir stands, and returns what summary.json holds."""
-    stop = program.Stop()
-    clock = program.Clock()
+    stop = entry.Stop()
+    clock = entry.Clock()
 
     # --------------------------------------------------------------- tasks and their conversation
     report.heading(f'Tasks and tokenizer in {work.url()}')
@@ -68,10 +67,10 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
     # -------------------------------------------------------------- where the rollouts are sampled
     splits = {'train': source, 'heldout': heldout}
-    sampler = make_sampler(work, programs, tokenizer, protocol, splits, stop)
+    source_ = make_source(work, programs, tokenizer, protocol, splits, stop)
 
     def evaluate(version, name) -> list[Rollout]:
-        round_ = Round(
+        due = DueGroups(
             store=name,
             split='heldout',
             first_group=0,
@@ -80,8 +79,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
             temperature=config.eval.temperature,
             version=version,
         )
-        sampler.post(round_)
-        return [rollout for group in sampler.wait(round_) for rollout in group]
+        source_.post(due)
+        return [rollout for group in source_.wait(due) for rollout in group]
 
     # -------------------------------------------------------------------------------- warm start
     if path := config.model.path:
@@ -109,7 +108,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     metrics.resume(done)
     if distributed.leads():
         WeightStore(work.url('weights')).rewind(done)
-    sampler.publish(state.params, done)
+    source_.publish(state.params, done)
     fixed = evaluate(0, 'heldout_before')  # drawn once, from the warm-started model
     solved_before, ce_before = solve_rate(fixed), env_ce(score, params, fixed, config)['all']
     del params
@@ -130,7 +129,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         last = min(done + config.max_staleness, config.num_steps - 1)
         for number in range(done + len(upcoming), last + 1):
             position, drawn = tasks.get_state(), next(tasks)
-            round_ = Round(
+            due = DueGroups(
                 store='train',
                 split='train',
                 first_group=number * config.batch.groups,
@@ -139,15 +138,15 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 temperature=config.policy.temperature,
                 version=done,
             )
-            upcoming.append((position, round_))
-            sampler.post(round_)
+            upcoming.append((position, due))
+            source_.post(due)
 
     try:
         with report.Progress('train', config.num_steps, done) as progress:
             while done < config.num_steps:
                 started = time.monotonic()
                 look_ahead()
-                groups = sampler.wait(upcoming[0][1])
+                groups = source_.wait(upcoming[0][1])
                 drawn = time.monotonic()
 
                 flat = [rollout for group in groups for rollout in group]
@@ -157,7 +156,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 cursor = consume(cursor, upcoming.popleft()[1].group_ids)
                 values |= timed(batching.rollout_metrics(flat, done))
                 done += 1
-                sampler.publish(state.params, done)
+                source_.publish(state.params, done)
 
                 values |= {
                     'time/sampling': drawn - started,
@@ -174,7 +173,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                     env_ce=values.get('train/env_ce', float('nan')),
                 )
         save()
-    except program.Stopped:
+    except entry.Stopped:
         save()
         raise
     finally:
@@ -182,7 +181,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
     # ------------------------------------------------------------------------------ what it learned
     after = evaluate(done, 'heldout_after')
-    sampler.close()
+    source_.close()
     ce_after = env_ce(score, state.params, fixed, config)['all']
     summary = {
         'solve_rate_before': solved_before,
@@ -220,56 +219,6 @@ def timed(values: dict[str, float]) -> dict[str, float]:
     }
 
 
-def check_choices(config: ml_collections.ConfigDict) -> None:
-    """Refuses what this program cannot do, or would silently ignore."""
-    for key in _COUNTS:
-        if (value := operator.attrgetter(key)(config)) < 1:
-            raise ValueError(f'{key} is {value}; expected at least 1')
-    if config.policy.backend not in ('jax', 'vllm'):
-        raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")
-    if config.max_staleness < 0:
-        raise ValueError(f'max_staleness is {config.max_staleness}; expected 0 or more steps')
-    if (count := jax.process_count()) > 1 and config.warm_start.steps:
-        raise ValueError(
-            f'this learner has {count} processes and warm_start.steps={config.warm_start.steps}, '
-            'which is for one; set it to 0 and name a model.path'
-        )
-    if config.policy.backend == 'jax':
-        if count > 1:
-            raise ValueError(
-                f"this learner has {count} processes, but policy.backend='jax' samples in one; "
-                "start it on one host, or set it to 'vllm'"
-            )
-        if config.max_staleness:
-            raise ValueError(
-                f'max_staleness is {config.max_staleness}; the embedded policy samples every step '
-                'from the weights that it updates, set it to 0'
-            )
-    if config.batch.seq_len < config.protocol.max_total_tokens:
-        raise ValueError(
-            f'batch.seq_len={config.batch.seq_len} cannot hold a rollout of '
-            f'protocol.max_total_tokens={config.protocol.max_total_tokens}; raise it'
-        )
-    if config.policy.slots < (size := max(config.group_size, config.eval.samples)):
-        raise ValueError(
-            f'policy.slots={config.policy.slots} cannot hold a group of {size} rollouts; raise it'
-        )
-    if not 0 <= config.warm_start.explore_steps <= config.warm_start.steps:
-        raise ValueError(
-            f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
-            f'warm_start.steps={config.warm_start.steps}'
-        )
-    model = Programs.of(config).model  # raises where it does not fit the mesh
-    if path := config.model.path:
-        huggingface.check_tokenizer(read_tokenizer(path), model)
-
-
-def sandboxes_here(config: ml_collections.ConfigDict) -> set[str]:
-    """The kinds of sandbox that this program itself runs commands in."""
-    warm_start = {config.warm_start.sandbox} if config.warm_start.steps else set()
-    return warm_start | ({config.sandbox.backend} if config.policy.backend == 'jax' else set())
-
-
 def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)
@@ -278,20 +227,15 @@ def main(argv: Sequence[str]) -> None:
     check_choices(config)  # before the workdir is this config's for good
     check_reach(_WORKDIR.value)
     for backend in sandboxes_here(config):
-        worker.sandbox_maker(config, backend).close()  # fails now where this machine allows none
+        sandbox_maker(config, backend).close()  # fails now where this machine allows none
     report.CONSOLE.quiet = not distributed.leads()
     with distributed.leader_first('workdir'):
         work = Workdir(_WORKDIR.value, config)
     try:
         train(config, work)
-    except program.Stopped:
+    except entry.Stopped:
         sys.exit('stopped; the same command goes on from here')
 
 
 if __name__ == '__main__':
-    _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-    _WORKDIR = flags.DEFINE_string(
-        'workdir', None, 'Folder or gs:// URL of the run: made, or resumed.'
-    )
-    flags.mark_flags_as_required(['config', 'workdir'])
-    program.run(main, CheckpointError)
+    entry.run(main, CheckpointError)

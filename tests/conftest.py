@@ -6,9 +6,9 @@ import pathlib
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # libtpu is installed, and looks for a TPU at length
 
 import pytest
-from small_run import Programs
 
-from echo_jax.agent.sandbox import SandboxError, local
+from echo_jax.sandbox import SandboxError, local
+from tests.support.small_run import Programs
 
 
 @pytest.fixture(scope='session')
@@ -30,6 +30,7 @@ def finished(programs, tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope='session')
 def daemon():
     """A Docker engine (docker_engine.py), the only one of these tests."""
-    docker_engine = pytest.importorskip('docker_engine', reason='the Docker SDK is not installed')
+    from tests.support import docker_engine  # here: the rollout environment may lack what it needs
+
     with docker_engine.running() as daemon:
         yield daemon

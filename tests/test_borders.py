@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = {'types': 0, 'model': 1, 'store': 2, 'agent': 3, 'learner': 3}
 PROGRAMS = 4
 JAX = {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}
-JAX_POLICY = 'echo_jax.agent.policy.jax'
+JAX_POLICY = 'echo_jax.policy.jax'
 
 
 def modules():
@@ -81,7 +81,7 @@ def test_agent_store_and_types_name_nothing_of_jax():
 def test_a_worker_without_jax_can_import_them():
     """In a process where `import jax` fails, as it does where only vLLM is installed."""
     names = [n for n in SOURCES if needs_no_jax(n) and not n.endswith('__main__')]
-    assert {'echo_jax.agent.episode', 'echo_jax.agent.sandbox.local', 'echo_jax.types'} < {*names}
+    assert {'echo_jax.agent.episode', 'echo_jax.sandbox.local', 'echo_jax.types'} < {*names}
     program = (
         'import importlib, sys\n'
         f'sys.modules.update(dict.fromkeys({sorted(JAX)}))\n'

@@ -6,15 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
-from small_run import HELDOUT, SETTINGS, config_flags
 
 from configs.tiny import get_config
-from echo_jax.agent.families import FAMILIES, generate_tasks
-from echo_jax.agent.parquet import write_parquet
-from echo_jax.agent.tasks import load_tasks
-from echo_jax.evaluate import env_ce, pass_at_k, solve_rate, summarize
+from echo_jax.run.measures import env_ce, pass_at_k, solve_rate, summarize
+from echo_jax.run.workdir import Workdir
+from echo_jax.tasks.generate import FAMILIES, generate_tasks
+from echo_jax.tasks.parquet import write_parquet
+from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Role, Rollout, Status
-from echo_jax.workdir import Workdir
+from tests.support.small_run import HELDOUT, SETTINGS, config_flags
 
 RESULT = {'task_id', 'sample_id', 'reward', 'correct', 'status', 'turns'}
 

@@ -5,16 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
-from small_run import SETTINGS
 
 from configs.tiny import get_config
-from echo_jax.export import export
 from echo_jax.learner.checkpoint import CheckpointError
 from echo_jax.model import safetensors
 from echo_jax.model.huggingface import SHARD_BYTES, read_config
+from echo_jax.run.checks import check_choices
+from echo_jax.run.exporting import export_run
+from echo_jax.run.workdir import Workdir
 from echo_jax.store.weights import WeightStore
-from echo_jax.train import check_choices
-from echo_jax.workdir import Workdir
+from tests.support.small_run import SETTINGS
 
 STEPS = SETTINGS['num_steps']
 VOCABULARY = SETTINGS['model']['vocab_size']
@@ -55,7 +55,7 @@ def test_transformers_loads_it_with_its_tokenizer(programs, finished, exported, 
 
 
 def test_a_step_in_other_files(finished, exported, tmp_path):
-    assert export(Workdir.open(finished), 4, tmp_path / 'm', 'bfloat16', 20_000) == 4
+    assert export_run(Workdir.open(finished), 4, tmp_path / 'm', 'bfloat16', 20_000) == 4
     assert len(list((tmp_path / 'm').glob('*.safetensors'))) > 2
     assert json.loads((tmp_path / 'm' / 'config.json').read_text())['dtype'] == 'bfloat16'
     earlier = safetensors.open_tensors(tmp_path / 'm')
@@ -82,7 +82,7 @@ def test_the_next_run_starts_from_it(programs, exported, tmp_path):
         np.testing.assert_array_equal(
             published['layers/w_down'][layer].T, given[f'model.layers.{layer}.mlp.down_proj.weight']
         )
-    assert export(Workdir.open(tmp_path / 'run'), None, tmp_path / 'm', '', SHARD_BYTES) == 1
+    assert export_run(Workdir.open(tmp_path / 'run'), None, tmp_path / 'm', '', SHARD_BYTES) == 1
     assert read_config(tmp_path / 'm') == read_config(exported)
     file = 'generation_config.json'
     assert (tmp_path / 'm' / file).read_text() == (exported / file).read_text()
@@ -115,12 +115,12 @@ def test_models_that_no_run_starts_from(programs, exported, tmp_path):
 def test_runs_that_are_not_exported(programs, finished, exported, tmp_path):
     output = tmp_path / 'out'
     with pytest.raises(ValueError, match='is there already'):
-        export(Workdir.open(finished), None, exported, '', SHARD_BYTES)
+        export_run(Workdir.open(finished), None, exported, '', SHARD_BYTES)
     with pytest.raises(CheckpointError, match=r'has no step 5, only \[4, 6\]'):
-        export(Workdir.open(finished), 5, output, '', SHARD_BYTES)
+        export_run(Workdir.open(finished), 5, output, '', SHARD_BYTES)
     run = shutil.copytree(finished, tmp_path / 'run')
     shutil.rmtree(run / 'checkpoints' / 'train')
     with pytest.raises(ValueError, match='run has saved no checkpoint yet'):
-        export(Workdir.open(run), None, output, '', SHARD_BYTES)
+        export_run(Workdir.open(run), None, output, '', SHARD_BYTES)
     line = programs.fails('export', f'--workdir={tmp_path}', f'--output={output}')
     assert f'{tmp_path} holds no run' in line and not output.exists()

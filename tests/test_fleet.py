@@ -8,11 +8,11 @@ import subprocess
 
 import docker
 import pytest
-from small_run import ROOT, SETTINGS, metrics, wait_for
 
+from echo_jax.store.due import DueStore
 from echo_jax.store.rollouts import RolloutStore
-from echo_jax.store.rounds import RoundStore
 from echo_jax.types import Status
+from tests.support.small_run import ROOT, SETTINGS, metrics, wait_for
 
 ROLLOUT_PYTHON = pathlib.Path(
     os.environ.get('ECHO_ROLLOUT_PYTHON', ROOT / '.venv-rollout/bin/python')
@@ -155,7 +155,7 @@ def cluster(programs, tmp_path):
     """A cluster.stdin that obeys, and the address that it said."""
     with (tmp_path / 'ray.txt').open('w') as log:
         process = subprocess.Popen(
-            [ROLLOUT_PYTHON, ROOT / 'tests' / 'ray_cluster.py'],
+            [ROLLOUT_PYTHON, ROOT / 'tests' / 'support' / 'ray_cluster.py'],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -172,7 +172,7 @@ def cluster(programs, tmp_path):
 def test_a_ray_cluster_loses_a_node(fleet, cluster):
     learner = fleet.learner()
     workers = fleet.ray(cluster.address, '--workers=2', '--gpus=0')
-    rounds = RoundStore(fleet.workdir / 'fleet')
+    rounds = DueStore(fleet.workdir / 'fleet')
     wait_for(lambda: sum(report['groups'] > 0 for report in rounds.reports()) == 2, seconds=500)
     print('kill', file=cluster.stdin, flush=True)
     assert fleet.ends(learner, 500) == 0

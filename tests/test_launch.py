@@ -14,7 +14,8 @@ import sys
 
 import pytest
 from packaging.requirements import Requirement
-from small_run import SETTINGS, config_flags, wait_for
+
+from tests.support.small_run import SETTINGS, config_flags, wait_for
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'

@@ -10,9 +10,9 @@ import jax
 import pytest
 
 from configs import qwen3_8b
-from echo_jax import plan, tpu
 from echo_jax.model import params as model_params
 from echo_jax.model.qwen3 import Qwen3Config
+from echo_jax.planner import estimate, topology
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Two small layers, four chips, two micro-batches of four rows.
@@ -62,7 +62,7 @@ def qwen3_8b_model(**changes) -> Qwen3Config:
 @pytest.mark.parametrize('tied', [True, False])
 def test_parameters_are_those_of_the_model(tied):
     c = qwen3_8b_model(num_hidden_layers=3, hidden_size=512, tie_word_embeddings=tied)
-    total, multiply = plan.parameters(c)
+    total, multiply = estimate.parameters(c)
     _, abstract = model_params.abstract(c)
     leaves = jax.tree.leaves(abstract)
     assert total == sum(leaf.size for leaf in leaves)
@@ -82,16 +82,16 @@ def test_model_flops():
     )
     # A layer: queries and output 2 x 4 x 4, keys and values 2 x 4 x 2, three of 4 x 6: 120.
     # With the table of 10 x 4: 3 x 120 + 40 = 400.
-    assert plan.parameters(c)[1] == 400
+    assert estimate.parameters(c)[1] == 400
     # 5 rows of 7 tokens: 6 x 400 x 35. Attention, forward: scores and mixture, each 2 x 7 x 7 x 2
     # FLOPs a head, half of it seen; 2 heads, 3 layers, 5 rows, and twice that again backward.
     attention = 3 * (2 * 2 * 7 * 7 * 2) / 2 * 2 * 3 * 5
-    assert plan.model_flops(c, rows=5, seq_len=7) == 6 * 400 * 35 + attention
+    assert estimate.model_flops(c, rows=5, seq_len=7) == 6 * 400 * 35 + attention
 
 
 def test_the_rollout_side():
     config = qwen3_8b.get_config()
-    found = plan.rollout_plan(config, 'H100')
+    found = estimate.rollout_plan(config, 'H100')
     weights = 2 * 8_190_735_360  # bfloat16
     assert found['weight_gib_per_version'] == weights / 2**30
     # 36 layers x 8 heads x 128 x (keys, values) x 2 bytes = 144 KiB, of 34,096 tokens.
@@ -100,12 +100,12 @@ def test_the_rollout_side():
     # 0.8 x 80e9 - 16.38e9 = 47.62e9 bytes, 5.03e9 a rollout.
     assert found['rollouts_at_once'] == 9
     config.policy.gpu_memory_utilization = 0.9  # 55.62e9
-    assert plan.rollout_plan(config, 'H100')['rollouts_at_once'] == 11
-    assert plan.rollout_plan(config, 'L4')['rollouts_at_once'] == 1  # 5.22e9
+    assert estimate.rollout_plan(config, 'H100')['rollouts_at_once'] == 11
+    assert estimate.rollout_plan(config, 'L4')['rollouts_at_once'] == 1  # 5.22e9
     del config.policy.gpu_memory_utilization  # 0.9 where the recipe has none
-    assert plan.rollout_plan(config, 'H100')['rollouts_at_once'] == 11
+    assert estimate.rollout_plan(config, 'H100')['rollouts_at_once'] == 11
     config.model.update(num_hidden_layers=64, intermediate_size=25_600)
-    assert plan.rollout_plan(config, 'L4')['rollouts_at_once'] == 0
+    assert estimate.rollout_plan(config, 'L4')['rollouts_at_once'] == 0
 
 
 def test_candidates():
@@ -113,7 +113,7 @@ def test_candidates():
     config.batch.seq_len = 6
     found = [
         ((mesh['fsdp'], mesh['context'], mesh['tensor']), sizes)
-        for mesh, sizes in plan.candidates(config, chips=8, rows=12)
+        for mesh, sizes in estimate.candidates(config, chips=8, rows=12)
     ]
     # 12 rows do not divide over fsdp=8, 6 tokens not over context=4 or 8; 8 key-value heads do.
     assert found == [
@@ -131,21 +131,21 @@ def test_hints():
     config = qwen3_8b.get_config()
     config.mesh.update(fsdp=8, context=1, tensor=2)
     config.batch.micro_rows = 16
-    step = tpu.Step(config, tpu.tpu_devices('v5p:2x2x4'), rows=64)
+    step = topology.Step(config, topology.tpu_devices('v5p:2x2x4'), rows=64)
     # 16 rows at a time over fsdp=8 may be 8, or 4 with each row on two chips.
-    assert plan.hint(step, used=100 * plan.GIB, limit=96 * plan.GIB) == (
+    assert estimate.hint(step, used=100 * estimate.GIB, limit=96 * estimate.GIB) == (
         '4.0 GiB a chip too much: try batch.micro_rows=8, or --mesh=fsdp=4,context=2,tensor=2 with '
         'batch.micro_rows=4, or more chips; --search tries meshes'
     )
     # 12 + 4 bytes of 8.19e9 parameters, 122 GiB, over 16 chips are 7.6 GiB each.
-    assert plan.hint(step, used=30 * plan.GIB, limit=6 * plan.GIB) == (
+    assert estimate.hint(step, used=30 * estimate.GIB, limit=6 * estimate.GIB) == (
         '24.0 GiB a chip too much: parameters, optimizer and gradients alone take 7.6 GiB; take '
         '21 chips or more, and spread the parameters over all of them (fsdp)'
     )
 
 
 def test_mesh_flags():
-    assert plan.mesh_sizes('fsdp=-1,context=2') == {
+    assert estimate.mesh_sizes('fsdp=-1,context=2') == {
         'data': 1,
         'fsdp': -1,
         'context': 2,
@@ -153,7 +153,7 @@ def test_mesh_flags():
     }
     for text in ('fsdp', 'fsdp=', 'fsdp=0', 'contxt=2', 'fsdp=2;context=2'):
         with pytest.raises(ValueError, match=f'--mesh={text}.*expected such as'):
-            plan.mesh_sizes(text)
+            estimate.mesh_sizes(text)
 
 
 # ----------------------------------------------------------------------------------- the program

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from echo_jax.model.qwen3 import Qwen3Config
-from echo_jax.plan import parameters
+from echo_jax.planner.estimate import parameters
 
 RECIPES = sorted(p.stem for p in pathlib.Path(__file__).parents[1].glob('configs/qwen3_*.py'))
 # Parameters of the public models, a tied table counted once.

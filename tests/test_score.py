@@ -11,7 +11,7 @@ from echo_jax.learner.step import token_scores
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
 from echo_jax.model.qwen3 import Qwen3, Qwen3Config
-from echo_jax.score import check_tokens, read_tokens, score_tokens
+from echo_jax.run.scoring import check_tokens, read_tokens, score_tokens
 from echo_jax.types import Batch
 
 CONFIG = Qwen3Config(

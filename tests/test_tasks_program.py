@@ -6,15 +6,15 @@ import shutil
 import signal
 
 import pytest
-from small_run import SETTINGS, config_flags, wait_for
 
 from configs.tiny import get_config
-from echo_jax import tasks as program
-from echo_jax import worker
-from echo_jax.agent.families import FAMILIES, generate_tasks
-from echo_jax.agent.sandbox import SandboxError
-from echo_jax.agent.tasks import load_tasks
+from echo_jax.run import oracle
+from echo_jax.sandbox import SandboxError
+from echo_jax.sandbox.make import sandbox_maker
+from echo_jax.tasks.generate import FAMILIES, generate_tasks
+from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Status
+from tests.support.small_run import SETTINGS, config_flags, wait_for
 
 TINY = '--config=configs/tiny.py'
 
@@ -98,13 +98,13 @@ def test_a_signal_ends_the_sandboxes(programs, tasks, tmp_path, number):
 
 # ------------------------------------------------------------------------ sandboxes that fail
 def check(tasks, make_sandbox, **options):
-    run = program.run_without_model(tasks, make_sandbox, at_once=2, **options)
+    run = oracle.run_without_model(tasks, make_sandbox, at_once=2, **options)
     return asyncio.run(run)
 
 
 def test_failed_sandboxes_are_retried_then_recorded(tasks):
     """Real sandboxes; the first of one task, and all of another, are killed as they start."""
-    make, made = worker.sandbox_maker(get_config()), []
+    make, made = sandbox_maker(get_config()), []
     first, second, third, *_ = load_tasks(tasks)
 
     def killing(task):
@@ -145,9 +145,7 @@ def test_a_solution_has_the_agents_time(tasks, tmp_path):
     with (task / 'solution' / 'solve.sh').open('a') as script:
         script.write('sleep 1000\n')
     # The work was done in time, and is verified; that the script did not end is said.
-    (outcome,) = check(
-        load_tasks(tmp_path / 'set'), worker.sandbox_maker(get_config()), oracle=True
-    )
+    (outcome,) = check(load_tasks(tmp_path / 'set'), sandbox_maker(get_config()), oracle=True)
     assert outcome == (name, 0, 1.0, Status.AGENT_TIMEOUT, '')
 
 

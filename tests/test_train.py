@@ -14,13 +14,13 @@ import time
 import matplotlib.image
 import numpy as np
 import pytest
-from small_run import HELDOUT, SETTINGS, SUMMARY, metrics, summary, wait_for
 from tensorboardX.proto.event_pb2 import Event
 
 from configs.tiny import get_config
-from echo_jax.agent.families import generate_tasks
 from echo_jax.store.rollouts import RolloutStore
+from echo_jax.tasks.generate import generate_tasks
 from echo_jax.types import Role, Status
+from tests.support.small_run import HELDOUT, SETTINGS, SUMMARY, metrics, summary, wait_for
 
 STEPS = SETTINGS['num_steps']
 GROUPS = SETTINGS['batch']['groups']

@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from echo_jax.agent import parser
+from echo_jax.agent.dialects import qwen3_xml
 from echo_jax.types import Role
 
 SENTINEL = 'SENTINEL'
@@ -86,7 +86,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self._added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added_pattern = re.compile('|'.join(map(re.escape, self._added)) or '(?!)')
-        tags = {f'<{slash}{tag}>' for tag in parser.TAGS for slash in ('', '/')}
+        tags = {f'<{slash}{tag}>' for tag in qwen3_xml.TAGS for slash in ('', '/')}
         self._control_ids = {
             i
             for i, token in tokenizer.added_tokens_decoder.items()
@@ -174,7 +174,7 @@ class Encoder:
         Some templates (Qwen3-8B's) leave the opening to the model; there it is added.
         """
         text = self._render(messages, add_generation_prompt=True)
-        return text if text.endswith(parser.THINK_OPEN) else text + parser.THINK_OPEN
+        return text if text.endswith(qwen3_xml.THINK_OPEN) else text + qwen3_xml.THINK_OPEN
 
     def _check_plain(self) -> None:
         """Proves that no added token comes out of content, for all of them at once."""

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from echo_jax.agent.observations import NO_COMMANDS, execute
-from echo_jax.agent.policy import Policy
 from echo_jax.agent.protocol import Conversation, Protocol, Span, turn_seed, warning_prefix
-from echo_jax.agent.sandbox import Sandbox, SandboxError
 from echo_jax.agent.verifier import verify
+from echo_jax.policy import Policy
+from echo_jax.sandbox import Sandbox, SandboxError
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
 __all__ = ['run_episode', 'run_group', 'verify']

@@ -5,9 +5,9 @@ Runs the selected commands of one turn in a sandbox; knows no tokens.
 
 import time
 
-from echo_jax.agent.parser import Command
+from echo_jax.agent.dialects.qwen3_xml import Command
 from echo_jax.agent.protocol import Span
-from echo_jax.agent.sandbox import CommandResult, Sandbox
+from echo_jax.sandbox import CommandResult, Sandbox
 from echo_jax.types import Role
 
 NO_COMMANDS = Span(

@@ -12,8 +12,7 @@ import numpy as np
 import transformers
 
 from echo_jax.agent import prompts
-from echo_jax.agent.encoding import SENTINEL, TURN_END, Encoder, Span
-from echo_jax.agent.parser import (
+from echo_jax.agent.dialects.qwen3_xml import (
     THINK_OPEN,
     Command,
     ParsedResponse,
@@ -22,7 +21,8 @@ from echo_jax.agent.parser import (
     strip_thinking,
     text_after_thinking,
 )
-from echo_jax.agent.policy import Generation
+from echo_jax.agent.encoding import SENTINEL, TURN_END, Encoder, Span
+from echo_jax.policy import Generation
 from echo_jax.types import Role
 
 __all__ = [

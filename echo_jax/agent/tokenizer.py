@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from echo_jax.agent.families import SYLLABLES, WORDS, demonstration
 from echo_jax.agent.prompts import messages
 from echo_jax.agent.protocol import format_reply
+from echo_jax.tasks.generate import SYLLABLES, WORDS, demonstration
 from echo_jax.types import Task
 
 # As in Qwen3, in Qwen3's order: the first three are special, the others only never cut.

@@ -7,7 +7,7 @@ first. What cannot be taken out costs the reward. Knows no tokens and no policy.
 import json
 import math
 
-from echo_jax.agent.sandbox import Sandbox, SandboxError
+from echo_jax.sandbox import Sandbox, SandboxError
 from echo_jax.types import Status, Task
 
 _MAX_REWARD_BYTES = 4096

@@ -162,6 +162,20 @@ class Checkpointer:
                 )
 
 
+def open_saved(directory: str | os.PathLike, step: int | None = None) -> tuple[Checkpointer, int]:
+    """The checkpoints in `directory`, to read, and `step` or the last of them.
+
+    Raises ValueError if nothing is saved there.
+    """
+    checkpointer = Checkpointer(directory, read_only=True) if is_there(directory) else None
+    latest = checkpointer.latest() if checkpointer else None
+    if checkpointer is None or latest is None:
+        raise ValueError(
+            f'no checkpoint is saved in {directory}; run echo_jax.train until it saves one'
+        )
+    return checkpointer, latest if step is None else step
+
+
 def check_reach(directory: str | os.PathLike) -> None:
     """ValueError where Orbax lacks what it needs to save there."""
     if os.fspath(directory).startswith('gs://') and importlib.util.find_spec('gcsfs') is None:

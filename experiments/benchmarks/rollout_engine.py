@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from echo_jax.agent.policy.vllm import VllmPolicy
+from echo_jax.policy.vllm import VllmPolicy
 from echo_jax.store.weights import WeightStore
 
 TINY = dict(

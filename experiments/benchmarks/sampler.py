@@ -25,8 +25,8 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from echo_jax.agent.policy.jax import JaxPolicy
 from echo_jax.model.qwen3 import Qwen3, Qwen3Config
+from echo_jax.policy.jax import JaxPolicy
 
 PROMPT_TOKENS, NEW_TOKENS = 60, 64
 

@@ -30,8 +30,9 @@ from random import Random
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from echo_jax import types
-from echo_jax.agent.sandbox import Sandbox, SandboxError, local, namespaces
 from echo_jax.agent.verifier import verify
+from echo_jax.sandbox import Sandbox, SandboxError, local
+from echo_jax.sandbox.local import namespaces
 
 TEST = '#!/bin/bash\necho 1 > /logs/verifier/reward.txt\n'
 
@@ -112,7 +113,8 @@ def opened(backend: str, image: str | None):
         return
     if image is None:
         raise SandboxError('no --docker_image')
-    from echo_jax.agent.sandbox import docker, engine, images  # the SDK is a worker's
+    from echo_jax.sandbox import docker
+    from echo_jax.sandbox.docker import engine, images
 
     used = engine.Engine(run='benchmark')
     made = images.Images(used)

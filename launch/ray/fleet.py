@@ -26,17 +26,25 @@ from ray.exceptions import RayActorError
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from echo_jax import program, worker
-from echo_jax.agent.policy import PolicyError
-from echo_jax.store.rounds import Round
+from echo_jax.policy import PolicyError
+from echo_jax.run import entry
+from echo_jax.run.rollout_worker import check_config, due_groups, open_run, start
+from echo_jax.store.due import DueGroups
+
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
+_WORKDIR = flags.DEFINE_string('workdir', None, "Folder or gs:// URL of the run, the learner's.")
+_WORKERS = flags.DEFINE_integer('workers', 1, 'How many to keep up.', lower_bound=1)
+_GPUS = flags.DEFINE_float('gpus', None, 'Of a worker; its policy.tensor_parallel if not given.')
+_ADDRESS = flags.DEFINE_string('address', 'auto', "The Ray cluster's; auto: of this machine.")
+flags.mark_flags_as_required(['config', 'workdir'])
 
 ROOT = pathlib.Path(__file__).parents[2]
 _POLL_SECONDS = 0.2
 
 
 @ray.remote(max_restarts=-1)
-class RolloutWorker:
-    """A worker.Worker in a process of Ray's, started by its first call."""
+class WorkerActor:
+    """A RolloutWorker in a process of Ray's, started by its first call."""
 
     def __init__(self, config: dict, workdir: str, name: str):
         self._settings = ml_collections.FrozenConfigDict(config), workdir, name
@@ -44,12 +52,12 @@ class RolloutWorker:
 
     async def start(self) -> None:
         if self._worker is None:  # it may be asked twice where the network fails
-            self._worker = await worker.start(*self._settings)
+            self._worker = await start(*self._settings)
             self._reporting = asyncio.ensure_future(self._worker.report())
 
-    async def draw(self, round_: Round, group_id: int) -> None:
+    async def draw(self, due: DueGroups, group_id: int) -> None:
         try:
-            await self._worker.draw(round_, group_id)
+            await self._worker.draw(due, group_id)
         except PolicyError as error:  # this engine is lost; Ray makes another process
             logging.error('%s', error)
             os._exit(1)
@@ -86,16 +94,16 @@ class Fleet:
         for _ in range(self._groups_at_once):
             self._room.put_nowait((employee, employee.life))
 
-    async def draw(self, round_: Round, group_id: int) -> None:
+    async def draw(self, due: DueGroups, group_id: int) -> None:
         """Has the group drawn; by another worker, where one dies."""
         while True:
             employee, life = await self._room.get()
             if life != employee.life:  # room of before it died
                 continue
             try:
-                await employee.actor.draw.remote(round_, group_id)
+                await employee.actor.draw.remote(due, group_id)
             except RayActorError as error:
-                logging.warning('group %d of %s: a worker died: %s', group_id, round_.store, error)
+                logging.warning('group %d of %s: a worker died: %s', group_id, due.store, error)
                 if life == employee.life:  # the first of its groups to notice
                     employee.life += 1
                     self.employing.append(self._running.create_task(self.employ(employee)))
@@ -107,10 +115,10 @@ class Fleet:
 async def run_fleet(
     config: ml_collections.ConfigDict, workdir: str, count: int, gpus: float
 ) -> None:
-    work = await worker.open_run(config, workdir)
+    work = await open_run(config, workdir)
     document = json.loads(config.to_json())
     actors = [
-        RolloutWorker.options(num_gpus=gpus, num_cpus=1, scheduling_strategy='SPREAD').remote(
+        WorkerActor.options(num_gpus=gpus, num_cpus=1, scheduling_strategy='SPREAD').remote(
             document, workdir, f'ray-{i}'
         )
         for i in range(count)
@@ -118,8 +126,8 @@ async def run_fleet(
     async with asyncio.TaskGroup() as running:
         fleet = Fleet(config, running)
         tasks = [running.create_task(fleet.employ(Employee(actor))) for actor in actors]
-        async for round_, group_id in worker.due_groups(work):
-            tasks.append(running.create_task(fleet.draw(round_, group_id)))
+        async for due, group_id in due_groups(work):
+            tasks.append(running.create_task(fleet.draw(due, group_id)))
         for task in [*tasks, *fleet.employing]:  # of workers that found no place, among others
             task.cancel()
     await asyncio.wait([asyncio.ensure_future(_close(actor)) for actor in actors], timeout=60)
@@ -133,7 +141,7 @@ async def _close(actor) -> None:
 def main(argv) -> None:
     del argv
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
-    worker.check_config(config)
+    check_config(config)
     # Ray's nodes may have no checkout: the code goes with the job.
     code = {
         'working_dir': str(ROOT),
@@ -143,20 +151,10 @@ def main(argv) -> None:
     gpus = config.policy.tensor_parallel if _GPUS.value is None else _GPUS.value
     work = run_fleet(config, _WORKDIR.value, _WORKERS.value, gpus)
     try:
-        program.Stop().run(work)
-    except program.Stopped:
+        entry.Stop().run(work)
+    except entry.Stopped:
         sys.exit('stopped, and the workers with it; the same command goes on from here')
 
 
 if __name__ == '__main__':
-    _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-    _WORKDIR = flags.DEFINE_string(
-        'workdir', None, "Folder or gs:// URL of the run, the learner's."
-    )
-    _WORKERS = flags.DEFINE_integer('workers', 1, 'How many to keep up.', lower_bound=1)
-    _GPUS = flags.DEFINE_float(
-        'gpus', None, 'Of a worker; its policy.tensor_parallel if not given.'
-    )
-    _ADDRESS = flags.DEFINE_string('address', 'auto', "The Ray cluster's; auto: of this machine.")
-    flags.mark_flags_as_required(['config', 'workdir'])
-    program.run(main, ConnectionError)
+    entry.run(main, ConnectionError)

@@ -9,11 +9,11 @@ import pytest
 
 from echo_jax.agent.episode import run_episode, run_group, verify
 from echo_jax.agent.observations import describe
-from echo_jax.agent.policy.scripted import ScriptedPolicy
 from echo_jax.agent.protocol import Protocol, format_reply
-from echo_jax.agent.sandbox import CommandResult, SandboxError
-from echo_jax.agent.sandbox.local import LocalSandbox
-from echo_jax.agent.tasks import load_task
+from echo_jax.policy.scripted import ScriptedPolicy
+from echo_jax.sandbox import CommandResult, SandboxError
+from echo_jax.sandbox.local import LocalSandbox
+from echo_jax.tasks.harbor import load_task
 from echo_jax.types import Role, Status
 
 CHECK = '[ "$(cat /app/answer.txt)" = 42 ] && echo 1 > $R || echo 0 > $R\n'

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from echo_jax.agent import prompts
 from echo_jax.agent.encoding import Span, trim
-from echo_jax.agent.policy import Generation
 from echo_jax.agent.protocol import Protocol, format_reply, turn_seed, warning_prefix
+from echo_jax.policy import Generation
 from echo_jax.types import Role
 
 P, A, S, W, F, R, O = Role

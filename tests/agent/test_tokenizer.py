@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from echo_jax.agent.families import SYLLABLES, WORDS, demonstration, generate_tasks
-from echo_jax.agent.tasks import load_tasks
 from echo_jax.agent.tokenizer import (
     ADDED_TOKENS,
     SPECIAL_TOKENS,
     build_tokenizer,
     training_texts,
 )
+from echo_jax.tasks.generate import SYLLABLES, WORDS, demonstration, generate_tasks
+from echo_jax.tasks.sources import load_tasks
 
 TEMPLATE = (
     '{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}'
@@ -110,7 +110,7 @@ def test_a_reloaded_tokenizer_is_the_same(tokenizer, tasks, tmp_path, config):
 def test_another_process_builds_the_same_bytes(tokenizer, tasks, tmp_path):
     tokenizer.save_pretrained(tmp_path / 'here')
     code = f"""
-from echo_jax.agent.tasks import load_tasks
+from echo_jax.tasks.sources import load_tasks
 from echo_jax.agent.tokenizer import build_tokenizer, training_texts
 tasks = load_tasks({str(tasks[0].path.parent)!r})
 tokenizer = build_tokenizer(training_texts(tasks), {VOCAB_SIZE}, 'x')

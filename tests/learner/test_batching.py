@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 
 from echo_jax.learner.batching import make_batch, make_supervised_batch, rollout_metrics
 from echo_jax.types import OBSERVATION_ROLES, Role, Status
+from tests.support.random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 
 # Two rollouts of one group, 10 and 6 tokens: 4 and 2 actions; observations of 1 warning, 1 wrapper,
 # 2 outputs, and of 1 feedback.

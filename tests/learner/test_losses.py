@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 
 from echo_jax.learner.batching import make_batch, make_supervised_batch
 from echo_jax.learner.losses import echo_loss, finish_metrics
 from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, Batch, Role, Status
+from tests.support.random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 
 VOCABULARY = 300  # a token of random_rollouts is a row of the tables below
 

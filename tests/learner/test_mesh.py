@@ -10,12 +10,12 @@ import sys
 import ml_collections
 import numpy as np
 import pytest
-from mesh_step import SHARDING, SIZES
-from random_rollouts import small_config
 
 from echo_jax.learner import distributed
 from echo_jax.learner.sharding import make_mesh
 from echo_jax.learner.step import Programs
+from tests.support.mesh_step import SHARDING, SIZES
+from tests.support.random_rollouts import small_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = [
@@ -29,7 +29,7 @@ MESHES = [
 def start(output, sizes, dtype='float32', devices=8, **environment):
     flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
     return subprocess.Popen(
-        [sys.executable, ROOT / 'tests/learner/mesh_step.py', output, json.dumps(sizes), dtype],
+        [sys.executable, ROOT / 'tests/support/mesh_step.py', output, json.dumps(sizes), dtype],
         env=os.environ
         | {
             'JAX_PLATFORMS': 'cpu',

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from random_rollouts import small_config
 
 from echo_jax.learner.step import Programs
 from echo_jax.types import Batch
+from tests.support.random_rollouts import small_config
 
 DTYPES = {'roles': np.uint8, 'tokens': np.int32, 'positions': np.int32, 'segment_ids': np.int32}
 # What the kernel leaves in the program.

@@ -15,7 +15,6 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 from test_losses import VOCABULARY, reference
 
 from echo_jax.learner.batching import make_batch
@@ -24,6 +23,7 @@ from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.learner.step import init_state, make_score, make_step, micro_batches
 from echo_jax.model.qwen3 import Qwen3, Qwen3Config
 from echo_jax.types import ENV_TARGETS, Role, Status
+from tests.support.random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 
 MODEL = Qwen3Config(
     vocab_size=VOCABULARY,

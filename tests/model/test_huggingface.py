@@ -217,7 +217,7 @@ def test_two_hosts_read_only_their_own_parts(tmp_path):
     with socket.socket() as free:
         free.bind(('localhost', 0))
         address = f'localhost:{free.getsockname()[1]}'
-    script = pathlib.Path(__file__).with_name('two_hosts.py')
+    script = pathlib.Path(__file__).parents[1] / 'support' / 'two_hosts.py'
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
         'PYTHONPATH': str(script.parents[2]),

@@ -5,8 +5,8 @@ import importlib.util
 
 import pytest
 
-from echo_jax.agent.policy import PolicyError
-from echo_jax.agent.policy.vllm import VllmPolicy
+from echo_jax.policy import PolicyError
+from echo_jax.policy.vllm import VllmPolicy
 
 
 @pytest.mark.skipif(bool(importlib.util.find_spec('vllm')), reason='vLLM is installed here')

@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip('vllm', reason='vLLM is not installed here; `make rollout` makes .venv-rollout')
 
 import psutil
-from qwen3_learner import EOS, VOCAB, Learner
 
-from echo_jax.agent.policy import Generation, PolicyError
-from echo_jax.agent.policy.vllm import VllmPolicy
-from echo_jax.agent.policy.vllm_worker import share
+from echo_jax.policy import Generation, PolicyError
+from echo_jax.policy.vllm import VllmPolicy
+from echo_jax.policy.vllm_rank import share
 from echo_jax.store.kvstore import CorruptError, MissingError
+from tests.support.qwen3_learner import EOS, VOCAB, Learner
 
 pytestmark = pytest.mark.timeout(900)  # an engine starts in half a minute, on an idle machine
 MAX_MODEL_LEN = 512
@@ -72,7 +72,7 @@ async def start(learner: Learner, **options) -> VllmPolicy:
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=32,
         enforce_eager=True,
-        worker_extension_cls='faulty_worker.FaultyLoader',
+        worker_extension_cls='tests.support.faulty_rank.FaultyLoader',
         **options,
     )
 
@@ -146,7 +146,7 @@ def test_a_cache_that_stays_is_no_success(rig, monkeypatch):
         return False
 
     with monkeypatch.context() as stuck:
-        stuck.setattr('echo_jax.agent.policy.vllm._CACHE_SECONDS', 0.1)
+        stuck.setattr('echo_jax.policy.vllm._CACHE_SECONDS', 0.1)
         stuck.setattr(rig.policy._engine, 'reset_prefix_cache', refuse)
         with pytest.raises(PolicyError, match='prefix cache'):
             rig.swap()

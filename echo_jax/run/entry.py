@@ -1,0 +1,145 @@
+"""The entry of every program: flags in, an exit code out, an expected error as one line.
+
+It knows no program; what a program expects to go wrong besides EXPECTED, it says itself.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+
+from absl import app, flags
+
+from echo_jax.sandbox import SandboxError
+from echo_jax.store.kvstore import MissingError
+
+# transformers says at import that there is no PyTorch; nothing here wants it.
+os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
+
+EXPECTED = (ValueError, OSError, FloatingPointError, SandboxError, MissingError)
+# What absl and ml_collections raise while they parse; a key that a config lacks is any of the last.
+_FLAG_ERRORS = (flags.Error, ValueError, OSError, SyntaxError)
+_KEY_ERRORS = (AttributeError, LookupError, TypeError)
+
+
+def run(main: Callable[[Sequence[str]], None], *expected: type[Exception]) -> None:
+    """Parses the flags, runs `main(argv)` and ends the process.
+
+    A wrong flag, Ctrl-C, and an error of EXPECTED or `expected`, alone or out of a task group, are
+    one line on stderr and exit code 1. `--traceback` shows where an error came from instead.
+    """
+    flags.DEFINE_bool('traceback', False, 'Show where an error came from.')
+
+    def guarded(argv):
+        with _one_line(*EXPECTED, *expected):
+            main(argv)
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal would obey; only newlines stay."""
+    return ''.join(c if c.isprintable() or c == '\n' else '\N{REPLACEMENT CHARACTER}' for c in text)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except (*_FLAG_ERRORS, *_KEY_ERRORS) as error:
+        if '--traceback' in argv:
+            raise
+        # Their messages may hold a whole traceback; the last line says it.
+        reason = str(error).strip().rpartition('\n')[2].strip()
+        if isinstance(error, _KEY_ERRORS):
+            given = ' '.join(argument for argument in argv if argument.startswith('--config.'))
+            if not given:  # the recipe's own mistake
+                raise
+            reason = f'{given} names no key of the config: {_innermost(error)}'
+        sys.exit(f'error: {printable(reason)}')
+    if len(rest) > 1:
+        sys.exit(f'error: unexpected argument {rest[1]!r}; flags begin with --')
+    return rest
+
+
+def _innermost(error: Exception) -> str:
+    """The words of an error that was raised with another error as its message."""
+    while isinstance(error, Exception):
+        error = error.args[0] if error.args else ''
+    return ' '.join(str(error).split())
+
+
+@contextlib.contextmanager
+def _one_line(*expected: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit('stopped')
+    except (*expected, ExceptionGroup) as error:
+        cause = error
+        while isinstance(cause, ExceptionGroup):  # the first of the tasks that failed
+            cause = cause.exceptions[0]
+        if flags.FLAGS.traceback or not isinstance(cause, expected):
+            raise
+        reason = ' '.join(str(cause).split()) or type(cause).__name__
+        sys.exit(f'error: {printable(reason)}')
+
+
+class Stopped(Exception):
+    """Asked to stop by Ctrl-C or SIGTERM: raised where the state is whole."""
+
+
+class Stop:
+    """Turns signals into a request that the program answers between steps and while it waits."""
+
+    def __init__(self):
+        self.requested, self._cancel = False, None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, *_):
+        self.requested = True
+        if self._cancel:
+            self._cancel()
+
+    def check(self) -> None:
+        if self.requested:
+            raise Stopped
+
+    def run(self, work: Coroutine) -> None:
+        """Runs `work` to its end, or cancels it, sandboxes included, and raises Stopped."""
+
+        async def cancellable():
+            task = asyncio.ensure_future(work)
+            loop = asyncio.get_running_loop()
+            self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+            if self.requested:  # before there was anything to cancel
+                task.cancel()
+            try:
+                await task
+            finally:
+                self._cancel = None
+
+        try:
+            asyncio.run(cancellable())
+        except asyncio.CancelledError:
+            self.check()
+            raise
+        self.check()
+
+
+@dataclasses.dataclass
+class Clock:
+    """Seconds that a run has taken, those before a resume included."""
+
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    before: float = 0.0
+
+    def resume(self, seconds: float) -> None:
+        self.before, self.started = seconds, time.monotonic()
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started

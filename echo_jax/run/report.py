@@ -1,0 +1,173 @@
+"""What a person sees of a run: progress, metrics, TensorBoard, tables, a rollout, curves."""
+
+import json
+import pathlib
+import time
+
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+import transformers
+
+from echo_jax.run.entry import printable
+from echo_jax.types import Role, Rollout
+
+CONSOLE = rich.console.Console(highlight=False)
+_STYLES = {
+    Role.PROMPT: 'dim',
+    Role.ACTION: 'bold green',
+    Role.SCAFFOLD: 'dim',
+    Role.WARNING: 'yellow',
+    Role.FEEDBACK: 'yellow',
+    Role.WRAPPER: 'blue',
+    Role.OUTPUT: 'bold cyan',
+}
+
+
+class Metrics:
+    """metrics.jsonl, one object a step, and the same numbers as TensorBoard events.
+
+    `resume(step)` takes back what a killed run wrote after the checkpoint that it goes on from.
+    """
+
+    def __init__(self, workdir: pathlib.Path, name: str = 'metrics.jsonl', writes: bool = True):
+        """writes: False in all processes of a learner but one."""
+        import tensorboardX  # takes in PyTorch where that is installed: seconds, for every program
+
+        self._file, self._writes = workdir / name, writes
+        folder = str(workdir / 'tensorboard')
+        self._events = tensorboardX.SummaryWriter(folder, write_to_disk=writes)
+
+    def rows(self) -> list[dict]:
+        if not self._file.exists():
+            return []
+        lines = self._file.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith('\n')]
+
+    def resume(self, step: int) -> None:
+        if not self._writes:
+            return
+        kept = [json.dumps(row) + '\n' for row in self.rows() if row['step'] <= step]
+        partial = self._file.with_suffix('.partial')
+        partial.write_text(''.join(kept))
+        partial.rename(self._file)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Raises FloatingPointError for what is not finite: no run goes on from there."""
+        if wrong := [name for name, value in values.items() if not np.isfinite(value)]:
+            raise FloatingPointError(
+                f'step {step}: {", ".join(wrong)} not finite; lower the learning rate or look at '
+                'what this step read, then run again: it resumes at the last checkpoint'
+            )
+        if not self._writes:
+            return
+        with self._file.open('a') as file:
+            file.write(json.dumps({'step': step, **values}) + '\n')
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()  # else minutes later, and a run in a bucket is copied there as it is
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class Progress:
+    """A bar with the newest numbers and the time left; a line a while where no terminal is."""
+
+    def __init__(self, title: str, total: int, done: int = 0):
+        self._title, self._total, self._start, self._done = title, total, time.monotonic(), done
+        self._last_line = self._start  # the first estimate is no estimate
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn('[bold]{task.description}'),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TextColumn('{task.fields[numbers]}'),
+            rich.progress.TextColumn('left'),
+            rich.progress.TimeRemainingColumn(),
+            console=CONSOLE,
+            disable=not CONSOLE.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, numbers='')
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error):
+        self._bar.stop()
+
+    def show(self, done: int, **numbers: float) -> None:
+        """`done` of the total are done; `numbers` stand beside the bar."""
+        text = '  '.join(f'{name} {value:.3g}' for name, value in numbers.items())
+        self._bar.update(self._task, completed=done, numbers=text)
+        now = time.monotonic()
+        if not CONSOLE.is_terminal and (now - self._last_line > 10 or done == self._total):
+            self._last_line = now
+            left = (now - self._start) / max(done - self._done, 1) * (self._total - done)
+            CONSOLE.print(f'{self._title} {done}/{self._total}  {text}  left {left:.0f} s')
+
+
+def heading(text: str) -> None:
+    CONSOLE.print(printable(text), style='bold', markup=False)
+
+
+def before_and_after(summary: dict) -> None:
+    table = rich.table.Table(title='Held-out tasks', title_justify='left')
+    for column in ('', 'after the warm start', f'after {summary["steps"]} steps'):
+        table.add_column(column, justify='left' if not column else 'right')
+    for name, key, form in (
+        ('solve rate', 'solve_rate', '{:.1%}'),
+        ('environment CE, nats a token', 'env_ce', '{:.3f}'),
+    ):
+        values = (summary[f'{key}_before'], summary[f'{key}_after'])
+        table.add_row(name, *(form.format(value) for value in values))
+    CONSOLE.print(table)
+
+
+def rollout(tokenizer: transformers.PreTrainedTokenizerFast, rollout: Rollout) -> None:
+    """One rollout, coloured by role. The control codes that the terminal wrote are left out."""
+    text = rich.text.Text()
+    cuts = np.flatnonzero(np.diff(rollout.roles)) + 1
+    for ids, roles in zip(np.split(rollout.tokens, cuts), np.split(rollout.roles, cuts)):
+        piece = tokenizer.decode(ids, skip_special_tokens=False)
+        text.append(printable(piece), style=_STYLES[Role(roles[0])])
+    heading(f'A solved rollout of {rollout.task_id} (green: the agent; cyan: the terminal)')
+    CONSOLE.print(text)
+
+
+def curves(file: pathlib.Path, rows: list[dict]) -> None:
+    """Reward, environment CE and held-out solve rate over the steps of a run.
+
+    What every step measures on its few tasks is noisy: it is drawn faint, its running mean over 10
+    steps full.
+    """
+    import matplotlib.figure  # only the end of a run draws
+
+    figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout='constrained')
+    panels = zip(
+        figure.subplots(1, 2),
+        ('reward and solve rate', 'environment CE, nats a token'),
+        (('rollout/reward', 'training reward'), ('train/env_ce', 'training rollouts')),
+        (
+            ('eval/solve_rate', 'held-out solve rate'),
+            ('eval/env_ce', 'held-out rollouts of the warm start'),
+        ),
+    )
+    for axes, title, (noisy, noisy_label), (heldout, heldout_label) in panels:
+        steps, values = _points(rows, noisy)
+        axes.plot(steps, values, color='tab:blue', alpha=0.25, linewidth=1)
+        means = [np.mean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
+        axes.plot(steps, means, color='tab:blue', label=noisy_label)
+        axes.plot(*_points(rows, heldout), 'o-', color='tab:orange', label=heldout_label, ms=4)
+        axes.set(title=title, xlabel='learner step')
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def _points(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    points = [(row['step'], row[key]) for row in rows if key in row]
+    return [step for step, _ in points], [value for _, value in points]

@@ -1,0 +1,181 @@
+"""A rollout worker: an engine that follows the published weights and draws the groups that are due.
+
+`echo_jax.worker` and the Ray fleet (launch/ray) are two ways to start one. It needs no JAX.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+
+import ml_collections
+
+from echo_jax.agent.collect import collect
+from echo_jax.agent.protocol import Protocol
+from echo_jax.run.workdir import Workdir
+from echo_jax.sandbox.make import sandbox_maker
+from echo_jax.store.due import DueGroups, DueStore
+from echo_jax.store.kvstore import MissingError
+from echo_jax.store.rollouts import RolloutStore
+from echo_jax.store.weights import WeightStore
+from echo_jax.types import Rollout, Status, Task
+
+_POLL_SECONDS = 1.0  # of what an engine's start waits for
+_REPORT_SECONDS = 5.0
+
+
+class RolloutWorker:
+    """An engine that follows the published weights, and the episodes that it samples for."""
+
+    def __init__(self, work: Workdir, policy, name: str):
+        """policy: policy/vllm.py's, with `load`, `version` and `swap` besides `generate`."""
+        self.name, self._work, self._policy = name, work, policy
+        config = work.config
+        self._weights = WeightStore(work.url('weights'))
+        self._due = DueStore(work.url('fleet'))
+        self._protocol = Protocol(work.tokenizer(), config.protocol)
+        run = hashlib.sha256(os.path.abspath(work.path).encode()).hexdigest()[:16]
+        self._make_sandbox = sandbox_maker(config, run=run, worker=name)
+        self._sandboxes = asyncio.Semaphore(config.sandbox.at_once)
+        self._loading, self._loaded = asyncio.Lock(), None
+        self._tasks: dict[str, dict[str, Task]] = {}
+        self._counts = {'groups': 0, 'rollouts': 0, 'failed': 0, 'drawing': 0}
+
+    async def refresh(self) -> None:
+        """Takes the newest published weights, unless it has them."""
+        async with self._loading:
+            newest = await asyncio.to_thread(self._weights.newest)
+            if newest is not None and newest != self._loaded:
+                with contextlib.suppress(MissingError):  # collected by now: there is a newer one
+                    await self._policy.load(newest[0])
+                    self._loaded = newest
+
+    async def draw(self, due: DueGroups, group_id: int) -> None:
+        """Draws a group with the newest weights and writes it, unless it is there already."""
+        await self.refresh()
+        while self._policy.version < due.version:  # missed it by a moment
+            await asyncio.sleep(self._work.poll_seconds)
+            await self.refresh()
+        self._counts['drawing'] += 1
+        try:
+            await collect(
+                [(group_id, self._task(due.split, dict(due.assignments)[group_id]))],
+                RolloutStore(self._work.url('rollouts', due.store)),
+                config=self._work.config,
+                make_sandbox=self._make_sandbox,
+                protocol=self._protocol,
+                policy=self._policy,
+                group_size=due.group_size,
+                temperature=due.temperature,
+                sandboxes=self._sandboxes,
+                on_group=self._count,
+            )
+        finally:
+            self._counts['drawing'] -= 1
+
+    def _count(self, group: list[Rollout]) -> None:
+        self._counts['groups'] += 1
+        self._counts['rollouts'] += len(group)
+        self._counts['failed'] += sum(r.status == Status.INFRA_ERROR for r in group)
+
+    def _task(self, split: str, task_id: str) -> Task:
+        """Read at the first round of its split: the learner has made the tasks by then."""
+        if split not in self._tasks:
+            self._tasks[split] = {task.task_id: task for task in self._work.tasks(split)}
+        if task_id not in self._tasks[split]:
+            raise ValueError(
+                f'there is no task {task_id} among the {len(self._tasks[split])} of {split} here; '
+                'give worker and learner the same tasks'
+            )
+        return self._tasks[split][task_id]
+
+    async def report(self) -> None:
+        """Says how it is, again and again."""
+        while True:
+            swap = self._policy.swap._asdict() if self._policy.swap else {}
+            values = {'version': self._policy.version} | self._counts | swap
+            await asyncio.to_thread(self._due.report, self.name, values)
+            await asyncio.sleep(_REPORT_SECONDS)
+
+    async def close(self) -> None:
+        await self._policy.close()
+        await asyncio.to_thread(self._make_sandbox.close)
+
+    async def serve(self, index: int = 0, count: int = 1) -> None:
+        """Draws the groups of numbers `index` modulo `count`, until the learner has finished."""
+        async with asyncio.TaskGroup() as running:
+            reporting = running.create_task(self.report())
+            async for due, group_id in due_groups(self._work):
+                if group_id % count == index:
+                    running.create_task(self.draw(due, group_id))
+            reporting.cancel()
+
+
+async def due_groups(work: Workdir) -> AsyncIterator[tuple[DueGroups, int]]:
+    """The groups that are due and not there, each as it falls due, until the learner has finished.
+
+    One that falls due again, since a learner started anew, comes again.
+    """
+    store, given = DueStore(work.url('fleet')), set()
+    while not await asyncio.to_thread(store.finished):
+        listed = await asyncio.to_thread(store.listed)
+        given &= {(due.store, group_id) for due in listed for group_id in due.group_ids}
+        for due in listed:
+            new = [i for i in due.group_ids if (due.store, i) not in given]
+            given |= {(due.store, group_id) for group_id in new}
+            rollouts = RolloutStore(work.url('rollouts', due.store))
+            for group_id in await asyncio.to_thread(rollouts.missing, new):
+                yield due, group_id
+        await asyncio.sleep(work.poll_seconds)
+
+
+async def start(
+    config: ml_collections.ConfigDict, workdir: str, name: str, **engine
+) -> RolloutWorker:
+    """A worker of the run in `workdir`, once the learner has said which model it is.
+
+    engine: settings of this machine in place of the recipe's, such as gpu_memory_utilization.
+    """
+    from echo_jax.policy.vllm import VllmPolicy
+
+    work = await open_run(config, workdir)
+    await _until(lambda: work.served_model().exists(), 'the learner to write model/')
+    weights = WeightStore(work.url('weights'))
+    await _until(lambda: weights.latest() is not None, 'the learner to publish its weights')
+    settings = {
+        'dtype': config.model.dtype,
+        'max_model_len': config.protocol.max_total_tokens,
+        'max_num_seqs': config.policy.slots,
+        'tensor_parallel_size': config.policy.tensor_parallel,
+        'gpu_memory_utilization': config.policy.gpu_memory_utilization,
+    }
+    policy = await VllmPolicy.start(work.served_model(), work.url('weights'), **settings | engine)
+    return RolloutWorker(work, policy, name)
+
+
+async def open_run(config: ml_collections.ConfigDict, workdir: str) -> Workdir:
+    """The run in `workdir`, once the learner has made it."""
+    await _until(lambda: Workdir.holds_run(workdir), f'the learner to start a run in {workdir}')
+    return Workdir(workdir, config)
+
+
+async def _until(condition: Callable[[], object], what: str):
+    """The first true value of `condition()`; says once in a while that it waits."""
+    said = time.monotonic() - 50
+    while not (value := await asyncio.to_thread(condition)):
+        if time.monotonic() - said > 60:
+            logging.warning('waiting for %s', what)
+            said = time.monotonic()
+        await asyncio.sleep(_POLL_SECONDS)
+    return value
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    if config.policy.backend != 'vllm':
+        raise ValueError(
+            f'policy.backend is {config.policy.backend!r}: its learner samples by itself; workers '
+            "are for 'vllm'"
+        )

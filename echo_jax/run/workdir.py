@@ -1,0 +1,270 @@
+"""The folder or bucket of a run: what lies where in it, and that it belongs to one config.
+
+config.json      the recipe it was made with; another one is refused
+tasks/           generated tasks, where the config names none
+tokenizer/       a Hugging Face tokenizer directory
+model/           config.json and tokenizer for the workers' engines, where the config names no model
+fleet/           which groups are due, and how the workers are
+rollouts/, weights/, checkpoints/    the stores and the learner's state
+metrics.jsonl, summary.json, curves.png, tensorboard/    what a person reads
+
+Stores and checkpoints are used where they lie. Everything else is files: of a run in a bucket, each
+machine has those that it needs in a folder of its cache, and `share` and `take` move them. Tasks
+are not moved: every machine makes the same ones.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import ml_collections
+import tensorstore as ts
+import transformers
+
+from echo_jax.agent.tokenizer import build_tokenizer, training_texts
+from echo_jax.store.kvstore import inside, open_kvstore, write_once
+from echo_jax.tasks.generate import generate_tasks
+from echo_jax.tasks.sources import load_tasks
+from echo_jax.types import Task
+
+_CHAT_TEMPLATE = pathlib.Path(__file__).parent / 'agent' / 'chat_template.jinja'
+_WHOLE = '.whole'  # is written last of what is shared as a folder
+_TOKENIZER_TASKS = 500  # of the training tasks, for the small tokenizer's merges
+
+
+class Workdir:
+    """`path` is the folder of its files on this machine; `url` leads to what others reach too."""
+
+    def __init__(self, place: str | os.PathLike, config: ml_collections.ConfigDict):
+        """Makes the run at `place`, a folder or a gs:// URL, or opens it again.
+
+        ValueError where it is of another config, or this machine may not write there.
+        """
+        self.config = config
+        self._root, self._bucket = _locate(place)
+        document = json.dumps(ours := json.loads(config.to_json()), indent=1)
+        if self._bucket is None:
+            self.path = pathlib.Path(self._root)
+            theirs = self._in_folder(document)
+        else:
+            theirs, made = self._in_bucket(document)
+            # A run deleted and made again at the same place finds nothing of the old one.
+            name = hashlib.sha256(self._root.encode() + made).hexdigest()[:16]
+            self.path = _cache() / name
+            self.path.mkdir(parents=True, exist_ok=True)
+        if ours != (theirs := json.loads(theirs)):
+            raise ValueError(
+                f'{self._root} is a run of another config ({_difference(theirs, ours)}); '
+                'resume it with its own, or give another --workdir'
+            )
+
+    def _in_folder(self, document: str) -> str:
+        """The config that is there, by now."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (file := self.path / 'config.json').exists():
+            if any(path.name != 'config.json.partial' for path in self.path.iterdir()):
+                raise self._strange()
+            write_whole(file, document)
+        return file.read_text()
+
+    def _in_bucket(self, document: str) -> tuple[bytes, bytes]:
+        """The config that is there, by now, and what tells when it was written."""
+        if (found := _config_in(self._root, self._bucket)).state == 'missing':
+            if self._bucket.list().result():
+                raise self._strange()
+            try:
+                write_once(self._bucket, 'config.json', document.encode())
+            except ValueError as error:
+                raise _refused(self._root, error) from error
+            found = _config_in(self._root, self._bucket)
+        return found.value, found.stamp.generation
+
+    def _strange(self) -> ValueError:
+        return ValueError(f'{self._root} is not empty and holds no run; give another --workdir')
+
+    @staticmethod
+    def holds_run(place: str | os.PathLike) -> bool:
+        root, bucket = _locate(place)
+        if bucket is None:
+            return (pathlib.Path(root) / 'config.json').exists()
+        return _config_in(root, bucket).state == 'value'
+
+    @classmethod
+    def open(cls, place: str | os.PathLike) -> 'Workdir':
+        """The run that is there, with its own config; ValueError where there is none."""
+        root, bucket = _locate(place)
+        if not cls.holds_run(place):
+            raise ValueError(f'{root} holds no run; name the --workdir of echo_jax.train')
+        file = pathlib.Path(root, 'config.json')
+        document = file.read_text() if bucket is None else _config_in(root, bucket).value
+        return cls(place, ml_collections.FrozenConfigDict(json.loads(document)))
+
+    def url(self, *parts: str) -> str:
+        """Of a store, for any machine of the run."""
+        return '/'.join([self._root, *parts])
+
+    @property
+    def poll_seconds(self) -> float:
+        """Between two looks for what others write; every look into a bucket is paid for."""
+        return 0.1 if self._bucket is None else 1.0
+
+    def share(self, *names: str) -> None:
+        """Puts files and folders of `path`, as they are now, where the other machines find them.
+
+        One that is not here is left out. Others see a file whole or not at all, and a folder once
+        all of it is there.
+        """
+        for name in names if self._bucket is not None else ():
+            local = self.path / name
+            if local.is_dir():
+                files = [file for file in sorted(local.rglob('*')) if file.is_file()]
+                self._put({file.relative_to(self.path).as_posix(): file for file in files})
+                self._bucket[f'{name}/{_WHOLE}'] = b''
+            elif local.exists():
+                self._put({name: local})
+
+    def _put(self, files: dict[str, pathlib.Path]) -> None:
+        writes = [self._bucket.write(key, file.read_bytes()) for key, file in files.items()]
+        for write in writes:
+            write.result()
+
+    def take(self, name: str) -> bool:
+        """Brings what was shared as `name` to `path`; True where it is there now.
+
+        A file replaces the one that is here; a folder that is here stays.
+        """
+        local = self.path / name
+        if self._bucket is None or local.is_dir():
+            return local.exists()
+        keys = [key.decode() for key in self._bucket.list(inside(name)).result()]
+        if keys and f'{name}/{_WHOLE}' not in keys:
+            return False
+        partial = pathlib.Path(tempfile.mkdtemp(prefix='taking-', dir=self.path))
+        try:
+            for key in keys or [name]:
+                if (found := self._bucket.read(key).result()).state == 'missing':
+                    return local.exists()
+                (partial / key).parent.mkdir(parents=True, exist_ok=True)
+                (partial / key).write_bytes(found.value)
+            (partial / name).replace(local)
+        except OSError:
+            if not local.is_dir():  # which another process took meanwhile
+                raise
+        finally:
+            shutil.rmtree(partial)
+        return True
+
+    def served_model(self) -> pathlib.Path:
+        """The Hugging Face directory that a worker's engine starts from: sizes and tokenizer.
+
+        Its weights, where it has any, are not used: published ones are.
+        """
+        if path := self.config.model.path:
+            return pathlib.Path(path)
+        self.take('model')
+        return self.path / 'model'
+
+    def tasks(self, split: str) -> list[Task]:
+        """The tasks of 'train', 'heldout' or 'explore': the config's own folder, or generated."""
+        tasks = self.config.tasks
+        if folder := tasks.get(split, ''):
+            return load_tasks(folder, self.path / 'tasks' / 'unpacked')
+        count = (
+            self.config.warm_start.explorations if split == 'explore' else tasks[f'{split}_count']
+        )
+        folder = self.path / 'tasks' / split
+        generate_tasks(folder, split=split, count=count, seed=self.config.seed)
+        return load_tasks(folder)
+
+    def tokenizer(self) -> transformers.PreTrainedTokenizerFast:
+        """The model's own, or a small one trained on the training tasks, once."""
+        if self.config.model.path:
+            return read_tokenizer(self.config.model.path)
+        folder = self.path / 'tokenizer'
+        if not self.take('tokenizer'):
+            texts = training_texts(
+                self.tasks('train')[:_TOKENIZER_TASKS], self.config.protocol.system_prompt
+            )
+            tokenizer = build_tokenizer(
+                texts, self.config.model.vocab_size, _CHAT_TEMPLATE.read_text()
+            )
+            partial = self.path / 'tokenizer.partial'
+            tokenizer.save_pretrained(partial)
+            partial.rename(folder)
+            self.share('tokenizer')
+        return read_tokenizer(folder)
+
+
+def _locate(place: str | os.PathLike) -> tuple[str, ts.KvStore | None]:
+    """Where a run is, as a person names it, and its store where that is a bucket."""
+    root = os.fspath(place).removeprefix('file://')
+    if '://' not in root:
+        return root, None
+    if not root.startswith('gs://'):
+        raise ValueError(f'{root}: a run lives in a folder or at gs://, where Orbax can save')
+    return root.rstrip('/'), open_kvstore(root)
+
+
+def _config_in(root: str, bucket: ts.KvStore) -> ts.KvStore.ReadResult:
+    try:
+        return bucket.read('config.json').result()
+    except ValueError as error:
+        raise _refused(root, error) from error
+
+
+def _refused(root: str, error: ValueError) -> ValueError:
+    return ValueError(
+        f'{root}: {str(error).partition(" [")[0]}; give a bucket that exists and credentials that '
+        'may read and write it (gcloud auth application-default login)'
+    )
+
+
+def _cache() -> pathlib.Path:
+    home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    return pathlib.Path(home, 'echo_jax', 'runs')
+
+
+@contextlib.contextmanager
+def unpacked(work: Workdir | None) -> Iterator[pathlib.Path]:
+    """Where the archives of a .parquet go: the run's folder, or one that lasts as long as this."""
+    if work is not None:
+        yield work.path / 'tasks' / 'unpacked'
+        return
+    with tempfile.TemporaryDirectory(prefix='echo_jax-tasks-') as folder:
+        yield pathlib.Path(folder)
+
+
+def read_tokenizer(folder: str | os.PathLike) -> transformers.PreTrainedTokenizerFast:
+    """Of a Hugging Face directory. ValueError without one: transformers makes up an empty one."""
+    if not any((pathlib.Path(folder) / file).exists() for file in ('tokenizer.json', 'vocab.json')):
+        raise ValueError(f'{folder} has no tokenizer.json; copy the tokenizer of its model there')
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def write_whole(file: pathlib.Path, text: str) -> None:
+    """Replaces a file at once: a reader and a crash see the old one or the new one."""
+    partial = file.with_name(file.name + '.partial')
+    partial.write_text(text)
+    partial.rename(file)
+
+
+def _difference(theirs: dict, ours: dict) -> str:
+    """The first key in which two configs differ, with both values."""
+    theirs, ours = _flat(theirs), _flat(ours)
+    key = next(k for k in [*ours, *theirs] if ours.get(k, '-') != theirs.get(k, '-'))
+    return f'{key} is {theirs.get(key, "absent")!r} there, {ours.get(key, "absent")!r} here'
+
+
+def _flat(tree: dict, prefix: str = '') -> dict:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f'{prefix}{key}.')
+        else:
+            flat[f'{prefix}{key}'] = value
+    return flat

@@ -1,0 +1,148 @@
+"""Calls to a Docker engine from asyncio, and the raw streams of a process that it runs.
+
+The Docker SDK blocks, so a call takes a thread of a small pool; streams take none, whatever the
+number of containers. Every way in which an engine fails is a SandboxError of one line. Knows
+nothing of images, tasks or shells: see `images.py` and `docker.py`.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import os
+import pathlib
+import socket
+import struct
+from collections.abc import Callable
+
+import docker
+import requests
+import urllib3
+
+from echo_jax.sandbox import SandboxError, channels
+
+_CALLS_AT_ONCE = 8  # the engine itself works on few things at a time
+FAILURES = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError)
+_HEADER = struct.Struct('>BxxxL')  # of a frame: 1 stdout or 2 stderr, its length in bytes
+
+
+class Engine:
+    """A client of one engine, and the labels of all that is made with it.
+
+    `url` is as in DOCKER_HOST, which is the default. `run` and `worker` name who makes things; see
+    `docker.sweep`. Serves any number of event loops, one after the other or at once.
+    """
+
+    def __init__(
+        self, url: str | None = None, *, run: str = '', worker: str = '', timeout: float = 60.0
+    ):
+        """Raises SandboxError where no engine answers. `timeout` bounds a call, in seconds."""
+        self.url = url or os.environ.get('DOCKER_HOST') or 'unix:///var/run/docker.sock'
+        self.run, self.worker = run, worker
+        self._pool = concurrent.futures.ThreadPoolExecutor(_CALLS_AT_ONCE, 'docker')
+        try:
+            options = docker.utils.kwargs_from_env() | {'base_url': self.url}
+            self.client = docker.DockerClient(**options, timeout=timeout)
+            self.info = self.client.info()
+        except (*FAILURES, OSError) as error:
+            raise SandboxError(
+                f'no Docker engine answers at {self.url} ({brief(error)}); start dockerd or set '
+                "DOCKER_HOST, or set sandbox.backend to 'local'"
+            ) from None
+
+    def labels(self) -> dict[str, str]:
+        return {
+            'echo_jax.run': self.run,
+            'echo_jax.worker': self.worker,
+            'echo_jax.owner': owner(os.getpid()),
+        }
+
+    def blocking(self, function: Callable, *arguments, **keywords):
+        """`function(...)`, with the engine's failures as SandboxError. NotFound passes through."""
+        try:
+            return function(*arguments, **keywords)
+        except docker.errors.NotFound:
+            raise
+        except FAILURES as error:
+            raise SandboxError(f'Docker engine {self.url}: {brief(error)}') from None
+
+    def submit(self, function: Callable, *arguments, **keywords) -> concurrent.futures.Future:
+        return self._pool.submit(self.blocking, function, *arguments, **keywords)
+
+    async def call(self, function: Callable, *arguments, **keywords):
+        """`blocking` in a thread. It runs to its end, also where the caller is cancelled."""
+        return await wait_for(self.submit(function, *arguments, **keywords))
+
+    def stream(self, hijacked) -> socket.socket:
+        """The socket of what attach or exec returned; ours alone, and not for forked children."""
+        if self.client.api.base_url.startswith('https'):
+            raise SandboxError(
+                f'{self.url}: TLS is not followed; use unix:// or an ssh tunnel to it'
+            )
+        own = socket.socket(fileno=os.dup(hijacked.fileno()))
+        response = getattr(hijacked, '_response', None)
+        if response is not None:
+            response.close()
+        hijacked.close()
+        own.setblocking(False)
+        return own
+
+    def close(self) -> None:
+        """Waits for calls under way and closes the connections."""
+        self._pool.shutdown(cancel_futures=True)
+        self.client.close()
+
+
+async def wait_for(future: concurrent.futures.Future):
+    """Its result; cancelling the waiter leaves the work to the others who wait for it."""
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def brief(error: Exception) -> str:
+    """An engine's message on one line."""
+    text = getattr(error, 'explanation', None) or str(error)
+    if isinstance(text, bytes):
+        text = text.decode(errors='replace')
+    return '; '.join(line.strip() for line in text.splitlines() if line.strip())[-1000:]
+
+
+def owner(pid: int) -> str:
+    """Names a process for good: host, pid, and the boot's tick at which it began; '' if dead."""
+    with contextlib.suppress(OSError):
+        began = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
+        return f'{socket.gethostname()}:{pid}:{began}'
+    return ''
+
+
+class Streams:
+    """Standard input, output and error of one process, over a hijacked connection."""
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> 'Streams':
+        self = cls()
+        self._descriptor = sock.fileno()
+        self._reader, self._writer = await asyncio.open_connection(sock=sock)
+        channels.not_for_forks.add(self._descriptor)
+        return self
+
+    async def write(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def read(self) -> tuple[int, bytes]:
+        """(1, bytes of stdout) or (2, of stderr). EOFError where the process or engine is gone."""
+        try:
+            number, size = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
+            return number, await self._reader.readexactly(size)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            raise EOFError from None
+
+    async def read_line(self) -> str:
+        """What comes on stdout until a newline, without it."""
+        parts = [b'']
+        while not parts[-1].endswith(b'\n'):
+            parts.append((await self.read())[1])
+        return b''.join(parts).decode(errors='replace').rstrip('\n')
+
+    def close(self) -> None:
+        channels.not_for_forks.discard(self._descriptor)
+        self._writer.transport.abort()

@@ -1,0 +1,92 @@
+"""Which groups are due, from the learner to its workers, and how the workers are, back again.
+
+    due/train/000000000012    the groups of one step: numbers from 12 on, a task each
+    workers/NAME                 what a worker last said of itself
+    finished                     nothing is due any more
+
+It draws nothing and hands out nothing: a worker takes its share of the numbers (worker.py), or Ray
+gives groups to workers (launch/ray). A group is done when the rollout store has it. Every document
+has a checksum and is written whole, so a reader sees an old one or a new one.
+"""
+
+import dataclasses
+import pathlib
+import time
+
+from echo_jax.store.kvstore import inside, open_kvstore, seal, unseal
+
+
+@dataclasses.dataclass(frozen=True)
+class DueGroups:
+    """Groups that are drawn alike: those of a step, or of an evaluation."""
+
+    store: str  # name of the rollout store that they go to
+    split: str  # 'train' or 'heldout': whose tasks
+    first_group: int
+    task_ids: tuple[str, ...]  # of group first_group + i
+    group_size: int
+    temperature: float
+    version: int  # the oldest weights that may sample them
+
+    @property
+    def group_ids(self) -> range:
+        return range(self.first_group, self.first_group + len(self.task_ids))
+
+    @property
+    def assignments(self) -> list[tuple[int, str]]:
+        """(group's number, task's id) of each."""
+        return list(zip(self.group_ids, self.task_ids))
+
+
+class DueStore:
+    """Under `url`: a path, or a `file://`, `gs://`, `s3://` or `memory://` URL. Calls block."""
+
+    def __init__(self, url: str | pathlib.Path):
+        self.url = str(url)
+        self._kvstore = open_kvstore(url)
+
+    def post(self, due: DueGroups) -> None:
+        """Makes a round due; posting it again changes nothing."""
+        self._kvstore[_key(due)] = seal(dataclasses.asdict(due))
+
+    def listed(self) -> list[DueGroups]:
+        """The rounds that were posted and not withdrawn, by store and number."""
+        documents = self._read('due')
+        return [
+            DueGroups(**document | {'task_ids': tuple(document['task_ids'])})
+            for document in documents
+        ]
+
+    def withdraw(self, due: DueGroups) -> None:
+        """Takes a round back, whole or not: the learner has what it wants of it."""
+        self._kvstore.write(_key(due), None).result()
+
+    def clear(self) -> None:
+        """Withdraws every round: for a learner that starts, before it posts its own."""
+        self._kvstore.delete_range(inside('due')).result()
+
+    def finish(self) -> None:
+        """Lets every worker end."""
+        self._kvstore['finished'] = seal({'at': time.time()})
+
+    def finished(self) -> bool:
+        return self._kvstore.read('finished').result().state == 'value'
+
+    def report(self, worker: str, values: dict) -> None:
+        """What `worker` says of itself, with the time, in place of what it said before."""
+        document = {'worker': worker, 'at': time.time()} | values
+        self._kvstore[f'workers/{worker}'] = seal(document)
+
+    def reports(self) -> list[dict]:
+        """The newest of each worker; `at` is in seconds since 1970, by that worker's clock."""
+        return self._read('workers')
+
+    def _read(self, folder: str) -> list[dict]:
+        keys = sorted(self._kvstore.list(inside(folder)).result())
+        keys = [key for key in keys if not key.endswith(b'.__lock')]
+        found = [future.result() for future in [self._kvstore.read(key) for key in keys]]
+        return [unseal(result.value) for result in found if result.state == 'value']
+
+
+def _key(due: DueGroups) -> str:
+    return f'due/{due.store}/{due.first_group:012d}'

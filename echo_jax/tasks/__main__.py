@@ -1,0 +1,130 @@
+"""Looks at a set of tasks before a run does: counts, checks and packs it, and builds its images.
+
+    python -m echo_jax.tasks --config=configs/tiny.py --workdir=runs/tiny --check
+    python -m echo_jax.tasks --config=RECIPE --workdir=RUN --tasks=DIR,FILE.parquet --build
+    python -m echo_jax.tasks --tasks=DIR --parquet=FILE
+
+`--check` runs each task's own solution, which must earn the reward, and nothing at all, which must
+earn 0. `--build` makes every image that the Docker sandboxes of a run will want; what is built is
+not built again, so run it again after a failure. Exit code 1 where a task failed. It needs no JAX.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from echo_jax.agent.protocol import Protocol
+from echo_jax.run import entry
+from echo_jax.run.oracle import faults, show_failures, watched
+from echo_jax.run.report import CONSOLE, Progress
+from echo_jax.run.workdir import Workdir, read_tokenizer, unpacked
+from echo_jax.sandbox.make import docker_images
+from echo_jax.tasks.drawing import TaskSource
+from echo_jax.tasks.sources import load_sources
+from echo_jax.types import Task
+
+_CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run that will use the tasks.')
+_TASKS = flags.DEFINE_string(
+    'tasks', '', 'Directory or .parquet of tasks, or several with commas; else those of a run.'
+)
+_PARQUET = flags.DEFINE_string('parquet', '', 'File to pack the tasks into.')
+_BUILD = flags.DEFINE_bool('build', False, 'Build the images of the tasks.')
+_CHECK = flags.DEFINE_bool('check', False, 'Run oracle and nop.')
+
+
+def build_images(
+    stop: entry.Stop, tasks: Sequence[Task], config: ml_collections.ConfigDict
+) -> dict[str, str]:
+    """Builds or pulls the image of every task; why not, by the id of each that failed."""
+    if config.sandbox.backend != 'docker':
+        raise ValueError(
+            f"--build makes images for sandbox.backend='docker', which is "
+            f'{config.sandbox.backend!r}; add --config.sandbox.backend=docker'
+        )
+    images, done, failures = docker_images(config), 0, {}
+
+    def progress(task: Task, error: Exception | None) -> None:
+        nonlocal done
+        done += 1
+        bar.show(done)
+
+    async def run() -> None:
+        failures.update(await images.build(tasks, progress))
+
+    with Progress('build', len(tasks)) as bar:
+        try:
+            stop.run(run())
+        finally:
+            images.close()  # a build under way ends first
+            images.engine.close()
+    return failures
+
+
+def fitting(
+    tasks: Sequence[Task], config: ml_collections.ConfigDict, work: Workdir | None
+) -> list[Task]:
+    """The tasks whose prompts fit, where there is a tokenizer to know that by; says what it did."""
+    if not (work or config.model.path):
+        CONSOLE.print('prompts not counted: the tokenizer is the one of a --workdir or model.path')
+        return list(tasks)
+    tokenizer = work.tokenizer() if work else read_tokenizer(config.model.path)
+    protocol, limit = Protocol(tokenizer, config.protocol), config.protocol.max_prompt_tokens
+    source = TaskSource(tasks, lambda text: len(protocol.prompt_ids(text)), limit)
+    CONSOLE.print(f'{source.dropped} prompts over {limit} tokens dropped')
+    return source.tasks
+
+
+def sets_of(work: Workdir | None, cache: pathlib.Path) -> list[tuple[object, list[Task]]]:
+    """(name, tasks) of what --tasks names, else of the run's own sets; lists them."""
+    if _TASKS.value:
+        sets = load_sources(_TASKS.value, cache)
+    elif work:
+        sets = [(split, work.tasks(split)) for split in ('train', 'heldout')]
+    else:
+        raise ValueError("no tasks named; give --tasks, or --config and --workdir for a run's own")
+    for name, tasks in sets:
+        mark = ', environment only' if tasks[0].environment_only else ''
+        CONSOLE.print(entry.printable(f'{name}: {len(tasks)} tasks{mark}'), markup=False)
+    return sets
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    config = _CONFIG.value and ml_collections.FrozenConfigDict(_CONFIG.value)
+    if config is None and (_WORKDIR.value or _BUILD.value or _CHECK.value):
+        raise ValueError('--workdir, --build and --check go by a recipe; give its --config')
+    work = Workdir(_WORKDIR.value, config) if _WORKDIR.value else None
+    failed: dict[str, dict[str, str]] = {}
+    with unpacked(work) as cache:
+        tasks = [task for _, tasks in sets_of(work, cache) for task in tasks]
+        if _PARQUET.value:
+            from echo_jax.tasks.parquet import write_parquet
+
+            write_parquet(tasks, pathlib.Path(_PARQUET.value))
+            CONSOLE.print(f'{len(tasks)} tasks packed into {_PARQUET.value}', markup=False)
+        if config:
+            tasks = fitting(tasks, config, work)
+        stop = entry.Stop()
+        try:
+            if _BUILD.value:
+                failed['without an image'] = build_images(stop, tasks, config)
+            for agent in ('oracle', 'nop') if _CHECK.value else ():
+                failed[f'where {agent} is wrong'] = faults(
+                    watched(stop, tasks, config, agent), agent
+                )
+        except entry.Stopped:
+            sys.exit('stopped')
+    for what, failures in failed.items():
+        show_failures(failures)
+        CONSOLE.print(f'{len(failures)} of {len(tasks)} tasks {what}')
+    if any(failed.values()):
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    entry.run(main)

@@ -1,0 +1,27 @@
+"""Command line of the task generator; see the package's docstring."""
+
+import argparse
+
+from echo_jax.tasks.generate import FAMILIES, SPLITS, generate_tasks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Writes small Harbor tasks.')
+    parser.add_argument('--output', required=True, help='folder to write; must not exist yet')
+    parser.add_argument('--split', default='train', choices=(*SPLITS, 'explore'))
+    parser.add_argument('--count', type=int, default=500)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--families', default=','.join(FAMILIES), help='comma-separated')
+    args = parser.parse_args()
+    families = tuple(args.families.split(','))
+    try:
+        generate_tasks(
+            args.output, split=args.split, count=args.count, seed=args.seed, families=families
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    print(f'{args.count} {args.split} tasks in {args.output}')
+
+
+if __name__ == '__main__':
+    main()

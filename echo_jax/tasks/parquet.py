@@ -1,0 +1,163 @@
+"""Task sets as one parquet file: columns `prompt`, `path`, `task_binary` (PROTOCOL 15).
+
+Reads a file into task directories in a cache, which a second reader finds there, and writes a file
+from task directories. Builds nothing, runs nothing.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from echo_jax.tasks import archives
+from echo_jax.tasks.harbor import load_task
+from echo_jax.types import Task
+
+_MESSAGE = pa.struct([('role', pa.string()), ('content', pa.string())])
+SCHEMA = pa.schema(
+    [('prompt', pa.list_(_MESSAGE)), ('path', pa.string()), ('task_binary', pa.binary())]
+)
+_ROWS = 32  # in memory at a time
+_TASK_PREFIX_END = '\n\nTask: '  # ends what a prompt says before the instruction (PROTOCOL 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    where: str  # for errors: the file, the row's number and, once it is known, its id
+    task_id: str
+    instruction: str
+    archive: bytes
+
+
+def read_parquet(file: pathlib.Path, cache: pathlib.Path) -> list[Task]:
+    """The tasks of a file, sorted by id, their files in `cache`.
+
+    A task's id is its row's `path`: a plain name, since results, groups and images go by it. Its
+    instruction is the archive's instruction.md; where the archive has none, the prompt's last user
+    message, without what stands before `Task: `. Its files lie in a folder of `cache` that is named
+    by their content, whole or not at all: what is there is not written again, by whatever run.
+
+    Raises ValueError in one line, naming the row, the id and the member, for a file that is no
+    such parquet, ids that are no plain names or differ in nothing but case, and every archive that
+    `archives.unpack` refuses. Nothing is skipped.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    tasks: dict[str, Task] = {}
+    with open(cache / '.lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system takes it back from a killed process
+        for row in _rows(file):
+            if (other := tasks.get(row.task_id.casefold())) is not None:
+                raise ValueError(f'{row.where}: its id is taken, by {other.task_id!r}; rename one')
+            try:
+                task = load_task(_extract(row, cache))
+            except ValueError as error:
+                raise ValueError(f'{row.where}: {error}') from error
+            tasks[row.task_id.casefold()] = dataclasses.replace(task, task_id=row.task_id)
+    if not tasks:
+        raise ValueError(f'{file} has no rows; name a file with tasks')
+    return sorted(tasks.values(), key=lambda task: task.task_id)
+
+
+def write_parquet(tasks: Sequence[Task], file: pathlib.Path) -> None:
+    """Packs task directories into a file, at once or not at all; the same tasks, the same rows.
+
+    `prompt` is the bare instruction as a user message: what stands around it is the reader's.
+    """
+    partial = file.with_name(file.name + '.partial')
+    with pq.ParquetWriter(partial, SCHEMA, compression='zstd') as writer:
+        for start in range(0, len(tasks), _ROWS):
+            rows = [
+                {
+                    'prompt': [{'role': 'user', 'content': task.instruction}],
+                    'path': task.task_id,
+                    'task_binary': _packed(task),
+                }
+                for task in tasks[start : start + _ROWS]
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    partial.rename(file)
+
+
+def _packed(task: Task) -> bytes:
+    try:
+        return archives.pack(task.path)
+    except ValueError as error:
+        raise ValueError(f'{task.path}: {error}') from error
+
+
+def _rows(file: pathlib.Path) -> Iterator[_Row]:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            _check_columns(file, parquet.schema_arrow)
+            batches = parquet.iter_batches(batch_size=_ROWS, columns=SCHEMA.names)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows):
+                yield _row(f'{file}, row {number}', row)
+    except (pa.ArrowException, OSError) as error:
+        reason = ' '.join(str(error).split())
+        raise ValueError(f'{file} cannot be read, or is no parquet file ({reason})') from error
+
+
+def _check_columns(file: pathlib.Path, schema: pa.Schema) -> None:
+    if missing := [name for name in SCHEMA.names if name not in schema.names]:
+        raise ValueError(
+            f'{file} lacks the column {missing[0]}; it has {", ".join(schema.names)}, a task set '
+            f'has {", ".join(SCHEMA.names)}'
+        )
+
+
+def _row(where: str, row: dict) -> _Row:
+    """ValueError where a value is not of its column's kind."""
+    task_id, archive, prompt = row['path'], row['task_binary'], row['prompt']
+    if not isinstance(task_id, str) or not _is_plain(task_id):
+        raise ValueError(f'{where}: path is {_short(task_id)}, expected a plain name, the id')
+    where = f'{where}, {task_id!r}'
+    if not isinstance(archive, bytes):
+        raise ValueError(f'{where}: task_binary is {_short(archive)}, expected the bytes of a tar')
+    try:
+        asked = [message['content'] for message in prompt if message['role'] == 'user']
+        text = asked[-1]
+        before, found, instruction = text.partition(_TASK_PREFIX_END)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        expected = 'expected chat messages, {role, content}, one of them of the user'
+        raise ValueError(f'{where}: prompt is {_short(prompt)}, {expected}') from None
+    return _Row(where, task_id, instruction if found else before, archive)
+
+
+def _is_plain(name: str) -> bool:
+    """Fit for a folder's name, a label and a line of text."""
+    return (
+        name.isprintable()
+        and 0 < len(name.encode()) <= 200
+        and not set(name) & set('/\\')
+        and (name[0] not in '.-' and name == name.strip())
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f'{text[:60]}...'
+
+
+def _extract(row: _Row, cache: pathlib.Path) -> pathlib.Path:
+    """The folder with the row's files; the caller holds the cache's lock."""
+    digest = hashlib.sha256(row.archive)
+    digest.update(row.instruction.encode())  # it may become a file
+    folder = cache / digest.hexdigest()[:32]
+    if folder.is_dir():
+        return folder
+    partial = cache / '.partial'
+    shutil.rmtree(partial, ignore_errors=True)  # a killed reader's
+    partial.mkdir()
+    archives.unpack(row.archive, partial)
+    instruction = partial / 'instruction.md'
+    if not os.path.lexists(instruction):
+        instruction.write_text(row.instruction, encoding='utf-8')
+    partial.rename(folder)
+    return folder

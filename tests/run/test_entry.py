@@ -1,0 +1,111 @@
+"""The entry that all programs share, with a program of a few lines."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = '--config=configs/tiny.py'
+# Its flag `raises` is what it does; the config proves that it was read.
+PROGRAM = """
+from absl import flags
+from ml_collections import config_flags
+from echo_jax.run import entry
+from echo_jax.sandbox import SandboxError
+
+class OurError(RuntimeError): pass
+class AnotherError(RuntimeError): pass
+
+def main(argv):
+    if raises.value:
+        raise eval(raises.value)
+    print(config.value.num_steps)
+
+config = config_flags.DEFINE_config_file('config')
+raises = flags.DEFINE_string('raises', '', 'An error.')
+flags.mark_flag_as_required('config')
+entry.run(main, OurError)
+"""
+
+
+def run(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, '-c', PROGRAM, *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def fails(*flags: str) -> str:
+    """The one line on stderr."""
+    done = run(*flags)
+    assert (done.returncode, done.stdout) == (1, '')
+    assert done.stderr.count('\n') == 1, done.stderr
+    return done.stderr.removesuffix('\n')
+
+
+def test_a_program_that_goes_well():
+    done = run(CONFIG, '--config.num_steps=7')
+    assert (done.returncode, done.stdout, done.stderr) == (0, '7\n', '')
+
+
+@pytest.mark.parametrize(
+    'flags, says',
+    [
+        ([CONFIG, '--config.nope=1'], "--config.nope=1 names no key of the config: 'nope'"),
+        ([CONFIG, '--config.num_step=1'], 'Did you mean "num_steps"'),
+        ([CONFIG, '--config.loss.nope=1'], '--config.loss.nope=1 names no key'),
+        ([CONFIG, '--config.seed.nope=1'], '--config.seed.nope=1 names no key'),
+        ([CONFIG, '--config.num_steps=many'], '--config.num_steps=many: invalid literal for int()'),
+        ([CONFIG, '--nope'], "Unknown command line flag 'nope'"),
+        ([CONFIG, 'stray'], "unexpected argument 'stray'"),
+        ([], 'Flag --config must have a value'),
+        (['--config=configs/none.py'], "No such file or directory: 'configs/none.py'"),
+        (['--config=configs/tiny.py:nope'], "the variants 'echo' and 'grpo', not 'nope'"),
+        (['--config=README.md'], 'README.md, line'),
+    ],
+)
+def test_wrong_flags(flags, says):
+    line = fails(*flags)
+    assert line.startswith('error: ') and says in line
+
+
+@pytest.mark.parametrize(
+    'raised, says',
+    [
+        ("ValueError('rows is 3; expected 4')", 'rows is 3; expected 4'),
+        ("ValueError('one\\n  two')", 'one two'),
+        ("FileNotFoundError(2, 'No such file', 'x')", "[Errno 2] No such file: 'x'"),
+        ('TimeoutError()', 'TimeoutError'),  # an OSError without words
+        ("OurError('ours')", 'ours'),
+        ("ExceptionGroup('g', [ExceptionGroup('h', [SandboxError('no bwrap')])])", 'no bwrap'),
+        ("ValueError('\\x1b]0;title\\x07 \\u202e')", '\N{REPLACEMENT CHARACTER}]0;title'),
+    ],
+)
+def test_expected_errors(raised, says):
+    line = fails(CONFIG, f'--raises={raised}')
+    assert line.startswith(f'error: {says}')
+    assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    'raised',
+    [
+        "AnotherError('a bug')",
+        "TypeError('a bug')",
+        "ExceptionGroup('g', [TypeError('a bug')])",
+    ],
+)
+def test_a_bug_keeps_its_traceback(raised):
+    done = run(CONFIG, f'--raises={raised}')
+    assert done.returncode == 1
+    assert 'Traceback' in done.stderr and 'a bug' in done.stderr
+
+
+def test_traceback_on_request():
+    for flags in (['--config.nope=1'], ["--raises=ValueError('rows')"]):
+        done = run(CONFIG, '--traceback', *flags)
+        assert done.returncode == 1 and 'Traceback' in done.stderr
+
+
+def test_ctrl_c():
+    assert fails(CONFIG, '--raises=KeyboardInterrupt') == 'stopped'

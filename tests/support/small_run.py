@@ -1,0 +1,159 @@
+"""Programs as processes, and a training run small enough for tests; see conftest.py."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import IO
+
+ROOT = pathlib.Path(__file__).parents[2]
+# Every part of a run, as small as it goes. The replies of the transcripts fit, so that commands run
+# in sandboxes; two layers of 32 learn nothing of them.
+HELDOUT = 6  # more than the policy has slots
+SETTINGS = dict(
+    num_steps=6,
+    group_size=2,
+    batch=dict(groups=2, micro_rows=4, seq_len=480),
+    protocol=dict(
+        max_turns=4,
+        max_turn_tokens=72,
+        max_total_tokens=480,
+        max_context_tokens=480,
+        max_prompt_tokens=200,
+    ),
+    model=dict(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=16,
+    ),
+    policy=dict(slots=4),
+    sandbox=dict(at_once=4),
+    tasks=dict(train_count=40, heldout_count=HELDOUT),
+    warm_start=dict(
+        steps=6, explore_steps=3, rollouts=4, explorations=6, demonstrations=6, save_every=2
+    ),
+    eval=dict(every=2),
+    checkpoint=dict(every=2),
+)
+SUMMARY = (
+    *('solve_rate_before', 'solve_rate_after', 'env_ce_before', 'env_ce_after'),
+    *('steps', 'rollouts', 'train_minutes'),
+)
+
+
+def config_flags(settings: dict, prefix: str = '--config') -> list[str]:
+    flags = []
+    for key, value in settings.items():
+        name = f'{prefix}.{key}'
+        flags += config_flags(value, name) if isinstance(value, dict) else [f'{name}={value}']
+    return flags
+
+
+class Programs:
+    """Starts programs in processes of their own; none of them or their sandboxes is left behind."""
+
+    def __init__(self, cache: pathlib.Path):
+        """`cache` keeps compiled programs from process to process."""
+        # Sandboxes inherit PATH, so a folder in it that nobody else has tells whose they are.
+        self._mark = str(cache / 'marks-the-processes-of-these-tests')
+        self.environment = os.environ | {
+            'JAX_PLATFORMS': 'cpu',
+            'JAX_COMPILATION_CACHE_DIR': str(cache),
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+            'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+            'PATH': os.environ['PATH'] + os.pathsep + self._mark,
+        }
+        self.environment.pop('XLA_FLAGS', None)
+
+    def start(
+        self,
+        program: str | pathlib.Path,
+        *flags: str,
+        python: str | os.PathLike = sys.executable,
+        output: int | IO = subprocess.PIPE,
+        **environment: str,
+    ) -> subprocess.Popen:
+        """`program` is a file, or one of echo_jax's."""
+        what = [program] if isinstance(program, pathlib.Path) else ['-m', f'echo_jax.{program}']
+        return subprocess.Popen(
+            [python, *what, *flags],
+            cwd=ROOT,
+            env=self.environment | environment,
+            stdout=output,
+            stderr=output,
+            text=True,
+        )
+
+    def run(self, program: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+        process = self.start(program, *flags, **environment)
+        try:
+            stdout, stderr = process.communicate(timeout=240)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def train_flags(self, workdir: pathlib.Path, *flags: str, variant: str = '') -> list[str]:
+        config = f'--config=configs/tiny.py{variant}'
+        return [config, f'--workdir={workdir}', *config_flags(SETTINGS), *flags]
+
+    def train(self, workdir: pathlib.Path, *flags: str, variant: str = '') -> None:
+        """A run to its end; raises where it does not get there."""
+        done = self.run('train', *self.train_flags(workdir, *flags, variant=variant))
+        assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr)
+
+    def fails(self, program: str, *flags: str, **environment: str) -> str:
+        """The one line that a program leaves on stderr as it refuses."""
+        done = self.run(program, *flags, **environment)
+        assert done.returncode == 1, (done.returncode, done.stderr)
+        assert done.stderr.count('\n') == 1 and done.stderr.endswith('\n'), done.stderr
+        return done.stderr.strip()
+
+    def interrupt(
+        self, workdir: pathlib.Path, signal_number: int, moment: Callable[[], bool]
+    ) -> tuple[int, str]:
+        """Trains until `moment()`, sends the signal: the exit code and stderr."""
+        process = self.start('train', *self.train_flags(workdir))
+        try:
+            wait_for(lambda: moment() or process.poll() is not None, poll=0.001)
+            assert process.poll() is None, f'it ended before the moment: {process.stderr.read()}'
+            process.send_signal(signal_number)
+            _, stderr = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        wait_for(lambda: not self.alive())
+        return process.returncode, stderr
+
+    def alive(self) -> list[int]:
+        """Processes of these programs and of their sandboxes."""
+        found = []
+        for entry in pathlib.Path('/proc').glob('[0-9]*'):
+            try:
+                if self._mark.encode() in (entry / 'environ').read_bytes():
+                    found.append(int(entry.name))
+            except OSError:  # ended meanwhile, or somebody else's
+                continue
+        return found
+
+
+def wait_for(condition: Callable[[], bool], poll: float = 0.02, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, 'waited in vain'
+        time.sleep(poll)
+
+
+def metrics(workdir: pathlib.Path, name: str = 'metrics.jsonl') -> list[dict]:
+    """The rows, without what differs from run to run: seconds."""
+    rows = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith('time/')} for row in rows]
+
+
+def summary(workdir: pathlib.Path) -> dict:
+    document = json.loads((workdir / 'summary.json').read_text())
+    return {key: value for key, value in document.items() if key != 'train_minutes'}
