@@ -63,7 +63,7 @@ def test_a_report_takes_the_place_of_the_last(due_store):
 def test_what_a_killed_writer_left_is_no_round(tmp_path):
     due_store = DueStore(tmp_path)
     due_store.post(TRAIN)
-    folder = tmp_path / 'due_store' / 'train'
+    folder = tmp_path / 'due' / 'train'
     (folder / f'{8:012d}.__lock').write_bytes(b'half of a do')
     assert due_store.listed() == [TRAIN]
     (folder / f'{8:012d}').write_bytes(b'half of a do')
