@@ -15,6 +15,7 @@ are not moved: every machine makes the same ones.
 
 import contextlib
 import hashlib
+import importlib.resources
 import json
 import os
 import pathlib
@@ -32,7 +33,7 @@ from echo_jax.tasks.generate import generate_tasks
 from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Task
 
-_CHAT_TEMPLATE = pathlib.Path(__file__).parent / 'agent' / 'chat_template.jinja'
+_CHAT_TEMPLATE = importlib.resources.files('echo_jax.agent') / 'chat_template.jinja'
 _WHOLE = '.whole'  # is written last of what is shared as a folder
 _TOKENIZER_TASKS = 500  # of the training tasks, for the small tokenizer's merges
 
