@@ -1,12 +1,12 @@
-"""One rollout worker's program: groups that are due in, groups of rollouts in the store.
+"""The program of one rollout worker: it draws the groups that are due and writes them.
 
     python -m echo_jax.worker --config=configs/qwen3_8b.py --workdir=RUN
 
 It runs beside the learner or on machines of its own, without JAX: vLLM samples with the weights
-that the learner publishes, commands run in sandboxes. Several share the work by --index and
---count; on a Ray cluster launch/ray starts them instead. A group is written when all its rollouts
-are there; one that the store has already is not drawn again, so a killed worker's successor goes
-on. The learner with the embedded policy uses `collect` in its own process.
+that the learner publishes, and commands run in sandboxes. Several workers share the work by --index
+and --count; on a Ray cluster launch/ray starts them instead. A group is written when all of its
+rollouts have ended, and one that is in the store is not drawn again, so a worker that is killed and
+started again goes on.
 """
 
 import socket
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         finally:
             await worker.close()
 
-    sandbox_maker(config).close()  # fails now where this machine allows no sandbox
+    sandbox_maker(config).close()  # fails now if this machine allows no sandbox
     try:
         entry.Stop().run(work())
     except entry.Stopped:
