@@ -111,7 +111,7 @@ class RolloutWorker:
         await asyncio.to_thread(self._make_sandbox.close)
 
     async def serve(self, index: int = 0, count: int = 1) -> None:
-        """Draws the groups whose number is `index` modulo `count`, until the learner has finished."""
+        """Draws the groups whose number is `index` modulo `count`, until the learner finishes."""
         async with asyncio.TaskGroup() as running:
             reporting = running.create_task(self.report())
             async for due, group_id in due_groups(self._work):

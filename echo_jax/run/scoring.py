@@ -46,9 +46,9 @@ def score_tokens(
 ) -> np.ndarray:
     """Log-probabilities, float32 [N, T], of `tokens` [N, T]; column 0 is 0.
 
-    They are scored in batches [rows, length >= T] by `score(batch) -> [rows, length]`. What follows
-    a row's last token other than `pad_id` is padding, which scores 0. Raises FloatingPointError if a
-    log-probability is not finite.
+    They are scored in batches [rows, length >= T] by `score(batch) -> [rows, length]`. What
+    follows a row's last token other than `pad_id` is padding, which scores 0. Raises
+    FloatingPointError if a log-probability is not finite.
     """
     N, T = tokens.shape
     logprobs = np.zeros((N, T), np.float32)

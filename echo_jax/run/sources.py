@@ -68,7 +68,7 @@ def make_source(
 
 
 class EmbeddedSource:
-    """Samples in this process (`policy.backend='jax'`), at the moment that groups are waited for."""
+    """Samples in this process (`policy.backend='jax'`), when groups are waited for."""
 
     def __init__(
         self,
@@ -258,7 +258,7 @@ def draw_heldout(
     version: int,
     store: str,
 ) -> list[Rollout]:
-    """`eval.samples` rollouts of every held-out task, by weights that are not older than `version`."""
+    """`eval.samples` rollouts of every held-out task, by weights of `version` or later."""
     due = DueGroups(
         store=store,
         split='heldout',
