@@ -19,7 +19,7 @@ from absl import flags, logging
 from flax import nnx
 
 from echo_jax.learner.checkpoint import CheckpointError, open_saved
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.run import entry
 from echo_jax.run.scoring import check_tokens, read_tokens, score_tokens
@@ -38,7 +38,7 @@ flags.mark_flags_as_required(['tokens', 'output'])
 
 
 def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.ConfigDict:
-    """What `Programs` needs: rows, and whatever lies along 'embed', over all devices."""
+    """What `ShardedModel` needs: rows, and whatever lies along 'embed', over all devices."""
     # Kernels of accelerators multiply in less than float32.
     attention = 'blocks' if dtype == 'float32' else 'auto'
     return ml_collections.ConfigDict(
@@ -51,14 +51,14 @@ def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.C
     )
 
 
-def _params(programs: Programs, work: Workdir | None, step: int | None) -> nnx.State:
+def _params(sharded: ShardedModel, work: Workdir | None, step: int | None) -> nnx.State:
     """Of the run's `step`, or its last; without a run, of the directory, in the dtype asked for."""
-    model = programs.config.model
+    model = sharded.config.model
     if work is None:
-        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=model.dtype), programs.abstract)
-        return huggingface.load_params(model.path, abstract, programs.placed)
+        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=model.dtype), sharded.abstract)
+        return huggingface.load_params(model.path, abstract, sharded.placed)
     wanted = jax.tree.map(
-        lambda leaf, place: leaf.update(sharding=place), programs.abstract, programs.placed
+        lambda leaf, place: leaf.update(sharding=place), sharded.abstract, sharded.placed
     )
     checkpointer, step = open_saved(work.url('checkpoints', 'train'), step)
     state, _, _ = checkpointer.restore({'params': wanted}, step)
@@ -87,10 +87,10 @@ def main(argv: Sequence[str]) -> None:
     rows = -(-_ROWS.value // devices) * devices
     block = 1 if jax.default_backend() == 'cpu' else 128  # of an accelerator's attention
     length = -(-tokens.shape[1] // block) * block
-    programs = Programs.of(_config(model, rows, length, _DTYPE.value))
-    check_tokens(tokens, programs.model.vocab_size, _PAD_ID.value)
-    params = _params(programs, work, _STEP.value)
-    score = functools.partial(programs.score(_TEMPERATURE.value), params)
+    sharded = ShardedModel.of(_config(model, rows, length, _DTYPE.value))
+    check_tokens(tokens, sharded.model.vocab_size, _PAD_ID.value)
+    params = _params(sharded, work, _STEP.value)
+    score = functools.partial(sharded.score(_TEMPERATURE.value), params)
     logprobs = score_tokens(score, tokens, rows, length, _PAD_ID.value)
     partial = output.with_name(output.name + '.partial')
     with partial.open('wb') as file:

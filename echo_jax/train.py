@@ -22,7 +22,7 @@ from echo_jax.agent.protocol import Protocol
 from echo_jax.learner import batching, distributed, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
 from echo_jax.learner.losses import finish_metrics
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_choices, sandboxes_here
@@ -61,13 +61,13 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         f'{source.dropped + heldout.dropped} prompts over {limits[1]} tokens dropped'
     )
 
-    # ------------------------------------------------------------------ model, mesh and programs
-    programs = Programs.of(config)
-    mesh, score = programs.mesh, programs.score()
+    # ----------------------------------------------------------------------------- model and mesh
+    sharded = ShardedModel.of(config)
+    mesh, score = sharded.mesh, sharded.score()
 
     # -------------------------------------------------------------- where the rollouts are sampled
     splits = {'train': source, 'heldout': heldout}
-    source_ = make_source(work, programs, tokenizer, protocol, splits, stop)
+    source_ = make_source(work, sharded, tokenizer, protocol, splits, stop)
 
     def evaluate(version, name) -> list[Rollout]:
         due = DueGroups(
@@ -84,14 +84,14 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
     # -------------------------------------------------------------------------------- warm start
     if path := config.model.path:
-        params = huggingface.load_params(path, programs.abstract, programs.placed)
+        params = huggingface.load_params(path, sharded.abstract, sharded.placed)
     else:
-        params = programs.random_params()
+        params = sharded.random_params()
     if config.warm_start.steps:
-        params = warm_start(work, params, programs, tokenizer, protocol, stop, clock)
+        params = warm_start(work, params, sharded, tokenizer, protocol, stop, clock)
 
     # ------------------------------------------------------------------- where reinforcement starts
-    step, abstract_state, initial_state = programs.step(config.optimizer)
+    step, abstract_state, initial_state = sharded.step(config.optimizer)
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     if distributed.leads():

@@ -17,7 +17,7 @@ from flax import nnx
 from echo_jax.agent.collect import Assignments, collect
 from echo_jax.agent.protocol import Protocol
 from echo_jax.learner import batching, distributed
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
 from echo_jax.policy.jax import JaxPolicy
@@ -54,19 +54,19 @@ class EmbeddedSource:
     def __init__(
         self,
         work: Workdir,
-        programs: Programs,
+        sharded: ShardedModel,
         protocol: Protocol,
         tasks: Mapping[str, Sequence[Task]],
         stop: Stop,
     ):
         """tasks: {'train': its tasks, 'heldout': its tasks}."""
         self._config = config = work.config
-        self._work, self._programs, self._stop = work, programs, stop
+        self._work, self._sharded, self._stop = work, sharded, stop
         self._tasks = {split: {t.task_id: t for t in tasks[split]} for split in tasks}
-        self._weights, self._serving = WeightStore(work.url('weights')), programs.serving()
+        self._weights, self._serving = WeightStore(work.url('weights')), sharded.serving()
         self._policy = JaxPolicy(
-            programs.model,
-            programs.graphdef,
+            sharded.model,
+            sharded.graphdef,
             slots=config.policy.slots,
             cache_tokens=config.protocol.max_total_tokens,
         )
@@ -96,8 +96,8 @@ class EmbeddedSource:
         return store.read_groups(due.group_ids)
 
     async def _draw(self, assignments: list[tuple[int, Task]], store, due: DueGroups) -> None:
-        params = model_params.unflatten(self._programs.abstract, self._weights.read(due.version))
-        await self._policy.load(jax.device_put(params, self._programs.placed), due.version)
+        params = model_params.unflatten(self._sharded.abstract, self._weights.read(due.version))
+        await self._policy.load(jax.device_put(params, self._sharded.placed), due.version)
         for wave in waves(assignments, due.group_size, self._config.policy.slots):
             await self._collect(wave, store, group_size=due.group_size, temperature=due.temperature)
 
@@ -111,16 +111,18 @@ class WorkerSource:
     Host 0 posts the rounds; all hosts publish their shards of the weights, and read all groups.
     """
 
-    def __init__(self, work: Workdir, programs: Programs, tokenizer, probe: list[int], stop: Stop):
+    def __init__(
+        self, work: Workdir, sharded: ShardedModel, tokenizer, probe: list[int], stop: Stop
+    ):
         """probe: the tokens that every worker scores after it has taken new weights."""
         config = work.config
-        self._work, self._programs, self._stop = work, programs, stop
+        self._work, self._sharded, self._stop = work, sharded, stop
         self._weights = WeightStore(
             work.url('weights'), keyframe_every=config.policy.keyframe_every
         )
-        self._serving = programs.serving()
+        self._serving = sharded.serving()
         self._due = DueStore(work.url('fleet'))
-        self._score = programs.score()
+        self._score = sharded.score()
         length = min(PROBE_TOKENS, config.batch.seq_len)
         self._probe = np.asarray(probe[:length], np.int32)
         self._probe_batch = batching.make_token_batch(
@@ -131,7 +133,7 @@ class WorkerSource:
             if not (folder := work.served_model()).exists():
                 partial = folder.with_name('model.partial')
                 shutil.rmtree(partial, ignore_errors=True)
-                model = programs.model
+                model = sharded.model
                 huggingface.write_config(partial, model, tokenizer, dtype=model.dtype)
                 partial.rename(folder)
             work.share('model')  # again, where a killed learner had made it and no more
@@ -214,9 +216,9 @@ def waves(assignments: Assignments, group_size: int, slots: int) -> Iterator[lis
     return (assignments[i : i + size] for i in range(0, len(assignments), size))
 
 
-def make_source(work: Workdir, programs, tokenizer, protocol, tasks: Mapping, stop: Stop) -> Source:
+def make_source(work: Workdir, sharded, tokenizer, protocol, tasks: Mapping, stop: Stop) -> Source:
     """By `policy.backend`; `tasks` as in EmbeddedSource."""
     if work.config.policy.backend == 'jax':
-        return EmbeddedSource(work, programs, protocol, tasks, stop)
+        return EmbeddedSource(work, sharded, protocol, tasks, stop)
     probe = protocol.prompt_ids(tasks['train'][0].instruction)
-    return WorkerSource(work, programs, tokenizer, probe, stop)
+    return WorkerSource(work, sharded, tokenizer, probe, stop)

@@ -26,7 +26,7 @@ from echo_jax.types import Role, Rollout, Status, Task
 LEARNED_ROLES = tuple(role for role in Role if role != Role.PROMPT)
 
 
-def warm_start(work, params, programs, tokenizer, protocol, stop, clock) -> nnx.State:
+def warm_start(work, params, sharded, tokenizer, protocol, stop, clock) -> nnx.State:
     """Supervised steps; the parameters that reinforcement learning starts from.
 
     First, plain language modelling of exploration transcripts; then, in turn with these, training
@@ -36,7 +36,7 @@ def warm_start(work, params, programs, tokenizer, protocol, stop, clock) -> nnx.
     policy wrote them through the protocol, in real sandboxes.
     """
     config, options = work.config, work.config.warm_start
-    step, abstract_state, initial_state = programs.step(options.optimizer)
+    step, abstract_state, initial_state = sharded.step(options.optimizer)
     checkpointer = Checkpointer(work.url('checkpoints', 'warm_start'), keep=1)
     state, done = initial_state(params), 0
     if restored := checkpointer.restore(abstract_state):
@@ -78,7 +78,7 @@ def warm_start(work, params, programs, tokenizer, protocol, stop, clock) -> nnx.
                 batch = batching.make_supervised_batch(
                     [transcripts[name][i] for i in chosen], config, roles
                 )
-                state, sums = step(state, sharding.put_batch(batch, programs.mesh), 1.0, None)
+                state, sums = step(state, sharding.put_batch(batch, sharded.mesh), 1.0, None)
                 done += 1
                 saving = done % options.save_every == 0 or done == options.steps
                 if saving or done % 10 == 0:
