@@ -7,10 +7,11 @@
 
 Both sides train one random Qwen3 on one batch: forward, ECHO's loss, backward over the same
 micro-batches, clip, AdamW. Ours is `ShardedModel.step`, jitted, state donated. The peer
-(peer_step.py) loads the model from a Hugging Face directory, in a process of its own, where tunix may have other
-versions of JAX. Rows are full. The sides take steps in turn; the first of each, which compiles, is
-not counted, but in it and in the second the losses and gradient norms must agree to --tolerance.
-Tokens/s are by the medians of the rounds; a `ratio` above 1 means that ours is faster.
+(peer_step.py) loads the model from a Hugging Face directory, in a process of its own, where tunix
+may have other versions of JAX. Rows are full. The sides take steps in turn; the first of each,
+which compiles, is not counted, but in it and in the second the losses and gradient norms must agree
+to --tolerance. Tokens/s are by the medians of the rounds; a `ratio` above 1 means that ours is
+faster.
 
 --rows: batches of so many rows. A step costs its tokens and one update, whatever the rows;
 `update_ms` is a step of a batch without tokens.
@@ -234,7 +235,7 @@ def profile(args) -> dict:
     steps = {
         'step': our_step(sharded, sharded.random_params(), batch),
         'attention': without(attention, 'segment_attention', _no_attention),
-        'head': without(learner_step, 'score_tokens', _no_head),
+        'head': without(learner_step, 'token_logprobs', _no_head),
         'update': our_step(sharded, sharded.random_params(), without_tokens(batch)),
         'products': our_products(config),
     }

@@ -3,8 +3,8 @@
     python experiments/benchmarks/weight_sync.py --directory=/some/disk [--learning-rate=1e-6]
 
 A Qwen3 of 50M parameters, freshly drawn, takes ten steps of the learner (learner.step.ShardedModel,
-the optimizer of configs/tiny.py at a constant rate without warm-up) on random rollouts, new ones each
-step. After each its bfloat16 values are published to `file://`, and read back by a reader that
+the optimizer of configs/tiny.py at a constant rate without warm-up) on random rollouts, new ones
+each step. After each its bfloat16 values are published to `file://`, and read back by a reader that
 followed; a second store takes them whole; safetensors.numpy writes and loads them too, as it does
 and with an fsync, which is what the store does. The four alternate, starting with another one each
 step. Loads come from the page cache. Every version read is compared with what was sent, bit by bit.
