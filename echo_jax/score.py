@@ -19,7 +19,7 @@ from absl import flags, logging
 from flax import nnx
 
 from echo_jax.learner.checkpoint import CheckpointError, open_saved
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.run import entry
 from echo_jax.run.scoring import check_tokens, read_tokens, score_tokens
@@ -51,7 +51,7 @@ def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.C
     )
 
 
-def _params(model: Programs, work: Workdir | None, step: int | None) -> nnx.State:
+def _params(model: ShardedModel, work: Workdir | None, step: int | None) -> nnx.State:
     """The parameters of the run's `step` or its last; without a run, of the model directory."""
     if work is None:
         settings = model.config.model
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     # The attention kernels of accelerators take rows in blocks of 128 tokens.
     block = 1 if jax.default_backend() == 'cpu' else 128
     length = -(-tokens.shape[1] // block) * block
-    model = Programs.of(_config(settings, rows, length, _DTYPE.value))
+    model = ShardedModel.of(_config(settings, rows, length, _DTYPE.value))
     check_tokens(tokens, model.model.vocab_size, _PAD_ID.value)
     params = _params(model, work, _STEP.value)
     score = functools.partial(model.score(_TEMPERATURE.value), params)

@@ -20,7 +20,7 @@ from echo_jax.agent.protocol import Protocol
 from echo_jax.learner import batching, distributed, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
 from echo_jax.learner.losses import finish_metrics
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_choices, sandboxes_here
 from echo_jax.run.measures import env_ce, seconds_under_time, solve_rate
@@ -48,7 +48,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         splits = read_splits(work, protocol)
 
     # ---------------------------------------------- the model on its mesh, and the rollouts' source
-    model = Programs.of(config)
+    model = ShardedModel.of(config)
     score = model.score()
     source = make_source(work, model, tokenizer, protocol, splits, stop)
 

@@ -129,8 +129,8 @@ def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
-    """The model of a config on a mesh, and its jitted programs."""
+class ShardedModel:
+    """The model of a config on a mesh, and its jitted functions."""
 
     config: ml_collections.ConfigDict
     model: Qwen3Config

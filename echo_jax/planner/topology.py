@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from jax.extend.core import Jaxpr
 
 from echo_jax.learner import sharding
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.planner import hlo
 from echo_jax.planner.hlo import Chip
 from echo_jax.types import Batch
@@ -117,9 +117,9 @@ class Step:
                 f'rows={rows} does not divide by batch.micro_rows={config.batch.micro_rows}; '
                 'change one of them'
             )
-        programs = Programs.of(config, devices)
-        self.config, self.rows, self.mesh = config, rows, programs.mesh
-        self.step, self.state, _ = programs.step(config.optimizer)
+        sharded = ShardedModel.of(config, devices)
+        self.config, self.rows, self.mesh = config, rows, sharded.mesh
+        self.step, self.state, _ = sharded.step(config.optimizer)
 
     @property
     def state_bytes(self) -> int:

@@ -5,7 +5,7 @@ import operator
 import jax
 import ml_collections
 
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.run.workdir import read_tokenizer
 
@@ -55,7 +55,7 @@ def check_choices(config: ml_collections.ConfigDict) -> None:
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
             f'warm_start.steps={config.warm_start.steps}'
         )
-    model = Programs.of(config).model  # raises where it does not fit the mesh
+    model = ShardedModel.of(config).model  # raises where it does not fit the mesh
     if path := config.model.path:
         huggingface.check_tokenizer(read_tokenizer(path), model)
 

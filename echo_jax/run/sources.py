@@ -20,7 +20,7 @@ from flax import nnx
 from echo_jax.agent.collect import Assignments, collect
 from echo_jax.agent.protocol import Protocol
 from echo_jax.learner import batching, distributed
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
 from echo_jax.policy.jax import JaxPolicy
@@ -54,7 +54,7 @@ class Source(Interface):
 
 def make_source(
     work: Workdir,
-    model: Programs,
+    model: ShardedModel,
     tokenizer: transformers.PreTrainedTokenizerFast,
     protocol: Protocol,
     splits: Mapping[str, Sequence[Task]],
@@ -73,7 +73,7 @@ class EmbeddedSource:
     def __init__(
         self,
         work: Workdir,
-        model: Programs,
+        model: ShardedModel,
         protocol: Protocol,
         splits: Mapping[str, Sequence[Task]],
         stop: Stop,
@@ -134,7 +134,7 @@ class WorkerSource:
     def __init__(
         self,
         work: Workdir,
-        model: Programs,
+        model: ShardedModel,
         tokenizer: transformers.PreTrainedTokenizerFast,
         probe: list[int],
         stop: Stop,

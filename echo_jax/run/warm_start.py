@@ -18,7 +18,7 @@ from echo_jax.agent.protocol import Protocol, format_reply
 from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer
 from echo_jax.learner.losses import finish_metrics
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.policy.scripted import ScriptedPolicy
 from echo_jax.run import entry, report
@@ -34,7 +34,7 @@ LEARNED_ROLES = tuple(role for role in Role if role != Role.PROMPT)
 
 def first_params(
     work: Workdir,
-    model: Programs,
+    model: ShardedModel,
     tokenizer: transformers.PreTrainedTokenizerFast,
     protocol: Protocol,
     stop: entry.Stop,
@@ -54,7 +54,7 @@ def first_params(
 def warm_start(
     work: Workdir,
     params: nnx.State,
-    model: Programs,
+    model: ShardedModel,
     tokenizer: transformers.PreTrainedTokenizerFast,
     protocol: Protocol,
     stop: entry.Stop,

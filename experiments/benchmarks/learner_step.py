@@ -6,11 +6,12 @@
     python experiments/benchmarks/learner_step.py --profile [--against=transformers]
 
 Both sides train one random Qwen3 on one batch: forward, ECHO's loss, backward over the same
-micro-batches, clip, AdamW. Ours is `Programs.step`, jitted, state donated. The peer (peer_step.py)
-loads the model from a Hugging Face directory, in a process of its own, where tunix may have other
-versions of JAX. Rows are full. The sides take steps in turn; the first of each, which compiles, is
-not counted, but in it and in the second the losses and gradient norms must agree to --tolerance.
-Tokens/s are by the medians of the rounds; a `ratio` above 1 means that ours is faster.
+micro-batches, clip, AdamW. Ours is `ShardedModel.step`, jitted, state donated. The peer
+(peer_step.py) loads the model from a Hugging Face directory, in a process of its own, where tunix
+may have other versions of JAX. Rows are full. The sides take steps in turn; the first of each,
+which compiles, is not counted, but in it and in the second the losses and gradient norms must agree
+to --tolerance. Tokens/s are by the medians of the rounds; a `ratio` above 1 means that ours is
+faster.
 
 --rows: batches of so many rows. A step costs its tokens and one update, whatever the rows;
 `update_ms` is a step of a batch without tokens.
@@ -90,12 +91,12 @@ def draw_batch(config: ml_collections.ConfigDict) -> Batch:
 # ------------------------------------------------------------------------------------ the two sides
 
 
-def our_step(programs: learner_step.Programs, params, batch: Batch) -> Step:
+def our_step(sharded: learner_step.ShardedModel, params, batch: Batch) -> Step:
     """Compiles at its first call. The state takes the place of `params`."""
-    config = programs.config
-    step, _, first = programs.step(config.optimizer)
+    config = sharded.config
+    step, _, first = sharded.step(config.optimizer)
     state = first(params)
-    batch = sharding.put_batch(batch, programs.mesh)
+    batch = sharding.put_batch(batch, sharded.mesh)
 
     def run():
         nonlocal state
@@ -109,14 +110,14 @@ def our_step(programs: learner_step.Programs, params, batch: Batch) -> Step:
 
 
 @contextlib.contextmanager
-def peer(args, config, batch: Batch, programs, params) -> Iterator[Callable[[str], dict]]:
+def peer(args, config, batch: Batch, sharded, params) -> Iterator[Callable[[str], dict]]:
     """`ask('step' | 'products')` of the peer's process, which has the same model and batch."""
     python = args.tunix_python if args.against == 'tunix' else sys.executable
     script = pathlib.Path(__file__).with_name('peer_step.py')
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         huggingface.write_model(
-            folder / 'model', flatten(params).items(), programs.model, dtype='float32'
+            folder / 'model', flatten(params).items(), sharded.model, dtype='float32'
         )
         np.savez(folder / 'batch.npz', **batch._asdict())
         settings = {'micro_rows': config.batch.micro_rows, 'compile': args.compile}
@@ -159,8 +160,8 @@ def alternate(steps: dict[str, Step], rounds: int, check: Callable = lambda *_: 
 
 def compare(args) -> dict:
     config = make_config(args)
-    batch, programs = draw_batch(config), learner_step.Programs.of(config)
-    params = programs.random_params()
+    batch, sharded = draw_batch(config), learner_step.ShardedModel.of(config)
+    params = sharded.random_params()
     furthest = 0.0
 
     def agree(number, answers):
@@ -175,8 +176,8 @@ def compare(args) -> dict:
                     f'same to {args.tolerance}: they do not compute the same thing'
                 )
 
-    with peer(args, config, batch, programs, params) as ask:
-        steps = {'ours': our_step(programs, params, batch), 'theirs': lambda: ask('step')}
+    with peer(args, config, batch, sharded, params) as ask:
+        steps = {'ours': our_step(sharded, params, batch), 'theirs': lambda: ask('step')}
         medians = alternate(steps, args.rounds, agree)
     return {
         'against': args.against,
@@ -193,11 +194,11 @@ def by_rows(args) -> dict:
     steps, tokens = {}, {}
     for rows in counts:
         config = make_config(args, rows)
-        programs = learner_step.Programs.of(config)
+        sharded = learner_step.ShardedModel.of(config)
         batch = draw_batch(config)
-        steps[rows] = our_step(programs, programs.random_params(), batch)
+        steps[rows] = our_step(sharded, sharded.random_params(), batch)
         tokens[rows] = batch.tokens.size
-    steps['update'] = our_step(programs, programs.random_params(), without_tokens(batch))
+    steps['update'] = our_step(sharded, sharded.random_params(), without_tokens(batch))
     medians = alternate(steps, args.rounds)
     update = medians.pop('update')
     speeds = {rows: tokens[rows] / medians[rows] for rows in counts}
@@ -223,24 +224,24 @@ def _no_head(hidden_BTD, unembedding_VD, targets_BT, temperature):
 
 def profile(args) -> dict:
     config = make_config(args)
-    batch, programs = draw_batch(config), learner_step.Programs.of(config)
+    batch, sharded = draw_batch(config), learner_step.ShardedModel.of(config)
 
     def without(owner, name, replacement):
-        run = our_step(programs, programs.random_params(), batch)
+        run = our_step(sharded, sharded.random_params(), batch)
         with mock.patch.object(owner, name, replacement):
             run()  # compiles
         return run
 
     steps = {
-        'step': our_step(programs, programs.random_params(), batch),
+        'step': our_step(sharded, sharded.random_params(), batch),
         'attention': without(attention, 'segment_attention', _no_attention),
-        'head': without(learner_step, 'score_tokens', _no_head),
-        'update': our_step(programs, programs.random_params(), without_tokens(batch)),
+        'head': without(learner_step, 'token_logprobs', _no_head),
+        'update': our_step(sharded, sharded.random_params(), without_tokens(batch)),
         'products': our_products(config),
     }
     with contextlib.ExitStack() as stack:
         if args.against == 'transformers':
-            ask = stack.enter_context(peer(args, config, batch, programs, programs.random_params()))
+            ask = stack.enter_context(peer(args, config, batch, sharded, sharded.random_params()))
             steps['peer_products'] = lambda: ask('products')
         medians = alternate(steps, args.rounds)
     whole, update = medians['step'], medians['update']

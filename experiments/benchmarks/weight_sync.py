@@ -2,9 +2,9 @@
 
     python experiments/benchmarks/weight_sync.py --directory=/some/disk [--learning-rate=1e-6]
 
-A Qwen3 of 50M parameters, freshly drawn, takes ten steps of the learner (learner.step.Programs, the
-optimizer of configs/tiny.py at a constant rate without warm-up) on random rollouts, new ones each
-step. After each its bfloat16 values are published to `file://`, and read back by a reader that
+A Qwen3 of 50M parameters, freshly drawn, takes ten steps of the learner (learner.step.ShardedModel,
+the optimizer of configs/tiny.py at a constant rate without warm-up) on random rollouts, new ones
+each step. After each its bfloat16 values are published to `file://`, and read back by a reader that
 followed; a second store takes them whole; safetensors.numpy writes and loads them too, as it does
 and with an fsync, which is what the store does. The four alternate, starting with another one each
 step. Loads come from the page cache. Every version read is compared with what was sent, bit by bit.
@@ -35,7 +35,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from configs import tiny
 from echo_jax.learner import sharding
 from echo_jax.learner.batching import make_batch
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.model import params as model_params
 from echo_jax.store.weights import WeightStore
 
@@ -63,10 +63,10 @@ def make_config(learning_rate: float):
 
 def train(config, steps: int) -> Iterator[dict[str, jax.Array]]:
     """The bfloat16 parameters before the first step and after each."""
-    programs = Programs.of(config)
-    step, _, initial_state = programs.step(config.optimizer)
+    sharded = ShardedModel.of(config)
+    step, _, initial_state = sharded.step(config.optimizer)
     cast = jax.jit(lambda params: jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
-    state = initial_state(programs.random_params())
+    state = initial_state(sharded.random_params())
     yield model_params.flatten(cast(state.params))
     for number in range(steps):
         rng = np.random.default_rng(number)
@@ -78,7 +78,7 @@ def train(config, steps: int) -> Iterator[dict[str, jax.Array]]:
             )
             for rollout in draw_rollouts(config, config.batch.seq_len)
         ]
-        batch = sharding.put_batch(make_batch(rollouts, config), programs.mesh)
+        batch = sharding.put_batch(make_batch(rollouts, config), sharded.mesh)
         state, _ = step(state, batch, config.loss.env_coef, None)
         yield model_params.flatten(cast(state.params))
 

@@ -13,7 +13,7 @@ import pytest
 
 from echo_jax.learner import distributed
 from echo_jax.learner.sharding import make_mesh
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from tests.support.mesh_step import SHARDING, SIZES
 from tests.support.random_rollouts import small_config
 
@@ -133,4 +133,4 @@ def test_a_model_that_does_not_divide_says_so(mesh, change, message):
         config.sharding = change.get('sharding', SHARDING)
     devices = [Chip()] * int(np.prod(list(mesh.values())))
     with pytest.raises(ValueError, match=message):
-        Programs.of(config, devices)
+        ShardedModel.of(config, devices)

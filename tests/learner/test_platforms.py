@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from echo_jax.learner.step import Programs
+from echo_jax.learner.step import ShardedModel
 from echo_jax.types import Batch
 from tests.support.random_rollouts import small_config
 
@@ -29,8 +29,8 @@ def test_the_step_lowers(platform, kernel, remat):
         {'hidden_size': 64, 'head_dim': 128, 'num_attention_heads': 4, 'num_key_value_heads': 2}
         | {'num_hidden_layers': 2, 'dtype': 'bfloat16', 'attention': kernel, 'remat': remat}
     )
-    programs = Programs.of(config)
-    step, state, _ = programs.step(config.optimizer)
+    sharded = ShardedModel.of(config)
+    step, state, _ = sharded.step(config.optimizer)
     batch = Batch(
         *(jax.ShapeDtypeStruct((4, 640), DTYPES.get(name, np.float32)) for name in Batch._fields)
     )

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from echo_jax.learner import distributed, sharding
 from echo_jax.learner.batching import make_batch
-from echo_jax.learner.step import Programs, init_state, make_step
+from echo_jax.learner.step import ShardedModel, init_state, make_step
 from echo_jax.model import partition
 from echo_jax.model.params import flatten
 from tests.support.random_rollouts import make_rollout, small_config
@@ -66,23 +66,23 @@ def main(output, sizes, dtype='float32'):
     config.mesh.update({'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1} | sizes)
     with config.unlocked():
         config.sharding = SHARDING
-    programs = Programs.of(config)
+    sharded = ShardedModel.of(config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x, place: jax.device_put(rng.normal(0.3, 0.4, x.shape).astype(dtype), place),
-        programs.abstract,
-        programs.placed,
+        sharded.abstract,
+        sharded.placed,
     )
     optimizer = optax.trace(0.0)  # its state is the gradient
-    step = make_step(programs.graphdef, optimizer, config)
+    step = make_step(sharded.graphdef, optimizer, config)
 
     @jax.jit
     def gradients(params, batch):
-        with partition.use(programs.layout):
+        with partition.use(sharded.layout):
             state, sums = step(init_state(params, optimizer), batch, 0.3)
         return state.opt_state.trace, sums
 
-    grads, sums = gradients(params, sharding.put_batch(draw_batch(config), programs.mesh))
+    grads, sums = gradients(params, sharding.put_batch(draw_batch(config), sharded.mesh))
     held = max(
         x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(params) if x.ndim == 3
     )
