@@ -82,7 +82,7 @@ class RolloutWorker:
         self._counts['failed'] += sum(r.status == Status.INFRA_ERROR for r in group)
 
     def _task(self, split: str, task_id: str) -> Task:
-        """Read at the first round of its split: the learner has made the tasks by then."""
+        """Reads the tasks of a split when its first group is due: they have been made by then."""
         if split not in self._tasks:
             self._tasks[split] = {task.task_id: task for task in self._work.tasks(split)}
         if task_id not in self._tasks[split]:

@@ -36,20 +36,20 @@ _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
 
 class Source(Interface):
     def publish(self, params: nnx.State, version: int) -> None:
-        """Makes `params` what rounds of `version` and later are sampled from."""
+        """Makes `params` the weights that groups due at `version` are sampled from."""
 
     def post(self, due: DueGroups) -> None:
-        """Says that a round will be waited for; it may be drawn from now on."""
+        """Says that these groups will be waited for; they may be drawn from now on."""
 
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
-        """The groups of a round that was posted, by number. Raises Stopped when asked to stop."""
+        """The groups that were posted as `due`, by number. Raises Stopped when asked to stop."""
 
     def close(self) -> None:
-        """After the last round of the run."""
+        """After the last groups of the run."""
 
 
 class EmbeddedSource:
-    """The policy in this process (`policy.backend = 'jax'`): a round is drawn when waited for."""
+    """The policy in this process (`policy.backend = 'jax'`): groups are drawn when waited for."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class EmbeddedSource:
 class WorkerSource:
     """Workers elsewhere (`policy.backend = 'vllm'`); every host of the learner makes one of these.
 
-    Host 0 posts the rounds; all hosts publish their shards of the weights, and read all groups.
+    Host 0 posts what is due; all hosts publish their shards of the weights, and read all groups.
     """
 
     def __init__(self, work: Workdir, programs: Programs, tokenizer, probe: list[int], stop: Stop):
