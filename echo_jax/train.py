@@ -32,7 +32,6 @@ from echo_jax.run.warm_start import warm_start
 from echo_jax.run.workdir import Workdir, write_whole
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.due import DueGroups
-from echo_jax.store.rollouts import consume
 from echo_jax.store.weights import WeightStore
 from echo_jax.tasks.drawing import TaskSource, task_iterator
 from echo_jax.types import SOLVED_REWARD, Rollout
@@ -100,11 +99,10 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     if restored := checkpointer.restore(abstract_state):
         state, extra, done = restored
         tasks.set_state(extra['tasks'])
-        cursor = extra['cursor']
         clock.resume(extra['seconds'])
         report.CONSOLE.print(f'resumed at step {done} of {config.num_steps}')
     else:
-        state, cursor, done = initial_state(params), None, 0
+        state, done = initial_state(params), 0
     metrics.resume(done)
     if distributed.leads():
         WeightStore(work.url('weights')).rewind(done)
@@ -114,18 +112,19 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     del params
 
     # ---------------------------------------------------------------------- reinforcement learning
-    upcoming = collections.deque()  # (position of the tasks, round) of this step and those ahead
+    upcoming = (
+        collections.deque()
+    )  # (position of the tasks, what is due) of this step and those ahead
 
     def save():
         if checkpointer.latest() != done:
             if distributed.leads():  # before it, so that no checkpoint is there without its rows
                 work.share('metrics.jsonl', 'tensorboard')
             position = upcoming[0][0] if upcoming else tasks.get_state()
-            extra = {'tasks': position, 'cursor': cursor, 'seconds': clock.seconds()}
-            checkpointer.save(done, state, extra)
+            checkpointer.save(done, state, {'tasks': position, 'seconds': clock.seconds()})
 
     def look_ahead():
-        """Posts the rounds of this step and of the `max_staleness` after it."""
+        """Posts the groups of this step and of the `max_staleness` steps after it."""
         last = min(done + config.max_staleness, config.num_steps - 1)
         for number in range(done + len(upcoming), last + 1):
             position, drawn = tasks.get_state(), next(tasks)
@@ -153,7 +152,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 batch = sharding.put_batch(batching.make_batch(flat, config), mesh)
                 state, sums = step(state, batch, config.loss.env_coef, reference)
                 values = {f'train/{k}': v for k, v in finish_metrics(sums).items()}
-                cursor = consume(cursor, upcoming.popleft()[1].group_ids)
+                upcoming.popleft()
                 values |= timed(batching.rollout_metrics(flat, done))
                 done += 1
                 source_.publish(state.params, done)
