@@ -81,7 +81,6 @@ async def run_episode(
     metrics = dataclasses.asdict(counts)
     metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
     metrics['correct'] = reward >= SOLVED_REWARD
-    metrics['environment_only'] = task.environment_only
     return _rollout(
         conversation,
         reward=reward - length_penalty(conversation, protocol.config),
@@ -89,6 +88,7 @@ async def run_episode(
         task_id=task.task_id,
         group_id=group_id,
         sample_id=sample_id,
+        environment_only=task.environment_only,
         metrics={name: float(value) for name, value in metrics.items()},
     )
 
@@ -252,10 +252,8 @@ async def run_group(
             task_id=task.task_id,
             group_id=group_id,
             sample_id=sample_id,
-            metrics={
-                'infra_retries': float(len(retry_after)),
-                'environment_only': float(task.environment_only),
-            },
+            environment_only=task.environment_only,
+            metrics={'infra_retries': float(len(retry_after))},
         )
 
     async with asyncio.TaskGroup() as running:

@@ -46,9 +46,9 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     - 'token_mean': policy 1/sum |A|, env 1/sum |E|;
     - 'dr_grpo': 1/(N max_tokens) for both, max_tokens = `protocol.max_total_tokens`.
 
-    A sequence that lacks such tokens still counts in N. A rollout with the metric
-    `environment_only` trains the environment term alone: as if it had no ACTION tokens, and its
-    advantage is 0; one with a call that was not valid (a FEEDBACK token) not even that, since
+    A sequence that lacks such tokens still counts in N. A rollout that is `environment_only`
+    trains the environment term alone: as if it had no ACTION tokens, and its advantage is 0. If it
+    has a call that was not valid (a FEEDBACK token), it does not train that term either, since
     without a reward its format would be learned (paper, environment loss alone). An INFRA_ERROR
     counts nowhere and is left out of the rows, which changes no number since all its weights are
     0; with `loss.count_infra_errors` it is a sequence like any other whose reward is 0.
@@ -59,7 +59,7 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
         r for r in rollouts if config.loss.count_infra_errors or r.status != Status.INFRA_ERROR
     ]
     advantages = _advantages(counted, config.loss.advantages)
-    actions = [_mask(r, () if _environment_only(r) else (Role.ACTION,)) for r in counted]
+    actions = [_mask(r, () if r.environment_only else (Role.ACTION,)) for r in counted]
     roles = _choice(config.loss, 'targets', ENV_TARGETS)
     targets = [_mask(r, () if _teaches_bad_calls(r) else roles) for r in counted]
     policy_counts, env_counts = _denominators(counted, actions, targets, config)
@@ -112,7 +112,7 @@ def _advantages(rollouts: Sequence[Rollout], estimator: str) -> np.ndarray:
     matrix[valid] = rewards[index[valid]]
     advantages = np.zeros(len(rollouts), np.float32)
     advantages[index[valid]] = group_advantages(matrix, valid, estimator)[valid]
-    advantages[[_environment_only(r) for r in rollouts]] = 0.0
+    advantages[[r.environment_only for r in rollouts]] = 0.0
     return advantages
 
 
@@ -145,12 +145,8 @@ def _denominators(
             )
 
 
-def _environment_only(rollout: Rollout) -> bool:
-    return bool(rollout.metrics.get('environment_only'))
-
-
 def _teaches_bad_calls(rollout: Rollout) -> bool:
-    return _environment_only(rollout) and bool((rollout.roles == Role.FEEDBACK).any())
+    return rollout.environment_only and bool((rollout.roles == Role.FEEDBACK).any())
 
 
 def _choice(loss: ml_collections.ConfigDict, key: str, options: dict):
@@ -268,6 +264,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
         values['turns'].append(len(r.turn_starts))
         values['tokens'].append(len(r.tokens))
         values['action_tokens'].append(acting.sum())
+        values['environment_only'].append(r.environment_only)
         values['observation_tokens'].append(np.isin(r.roles, OBSERVATION_ROLES).sum())
         if acting.any():
             values['staleness'].append(version - r.policy_versions[acting].min())

@@ -1,7 +1,7 @@
 """The learner's state on disk: asynchronous, atomic, verified saves through Orbax.
 
-Weights for the workers go through store/weights.py, not here. What is in `extra` (cursors, random
-state, metrics position) is the program's affair.
+Weights for the workers go through store/weights.py, not here. What is in `extra` (the position
+in the tasks, seconds) is for the program to say.
 """
 
 import ctypes
