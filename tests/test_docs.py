@@ -1,4 +1,4 @@
-"""The pages of docs/: citations and links lead somewhere, and the tables of metrics are complete."""
+"""The pages of docs/: citations and links lead somewhere, the tables of metrics are complete."""
 
 import json
 import pathlib
