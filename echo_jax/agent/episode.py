@@ -1,6 +1,7 @@
-"""One episode of a task, and the episodes of a group (PROTOCOL 6, 7, 13 to 16).
+"""One episode of a task, and the episodes of a group (docs/protocol.md#a-turn).
 
-Sees policy and sandbox only through their protocols (DESIGN 3.7); updates nothing, stores nothing.
+Sees policy and sandbox only through their interfaces (docs/design.md#policy-and-sandbox). It trains
+nothing and stores nothing.
 """
 
 import asyncio
@@ -9,19 +10,20 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import ml_collections
 import numpy as np
+import tenacity
 
+from echo_jax.agent.encoding import Span
 from echo_jax.agent.observations import NO_COMMANDS, execute
-from echo_jax.agent.protocol import Conversation, Protocol, Span, turn_seed, warning_prefix
+from echo_jax.agent.protocol import Conversation, Protocol, turn_seed, warning_prefix
 from echo_jax.agent.verifier import verify
 from echo_jax.policy import Policy
 from echo_jax.sandbox import Sandbox, SandboxError
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
-__all__ = ['run_episode', 'run_group', 'verify']
-
-RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds, in which an engine that died can be back
-# Why the agent's part ended, and what that makes of the episode.
+RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds; a container engine that died is back by then
+# Reasons for the end of the agent's part, and the status that each gives the episode.
 _STATUS = {
     'done': Status.OK,
     'max_turns': Status.TRUNCATED,
@@ -55,10 +57,10 @@ async def run_episode(
     seed: int,
     temperature: float,
 ) -> Rollout:
-    """Starts the sandbox, lets the policy work in it, verifies, stops it, whatever happens.
+    """Starts the sandbox, lets the policy work in it, verifies, and in any case stops the sandbox.
 
-    Every end of the agent's part is verified, its timeout and a spent budget included, as Harbor
-    does. Raises SandboxError where the sandbox fails (run_group retries).
+    The verifier runs however the agent's part ended, even by its timeout or a spent budget. `seed`
+    is the run's. Raises SandboxError if the sandbox fails; run_group tries again then.
     """
     conversation = protocol.start(task.instruction)
     counts = _Counts()
@@ -94,7 +96,10 @@ async def run_episode(
 
 
 async def _stop(sandbox: Sandbox) -> None:
-    """Stops it to the end, also where the episode is cancelled meanwhile, as its group may be."""
+    """Waits until the sandbox has stopped, even if the episode is cancelled in the meantime.
+
+    A plain `await sandbox.stop()` would be cut off by the cancellation and leave the sandbox alive.
+    """
     stopping = asyncio.ensure_future(sandbox.stop())
     cancelled = None
     while not stopping.done():
@@ -117,7 +122,7 @@ async def _converse(
     seeds: tuple[int, int, int],
     temperature: float,
 ) -> str:
-    """The agent's part, turn after turn: a key of _STATUS that says why it ended."""
+    """The agent's part, turn after turn; returns why it ended, a key of _STATUS."""
     protocol, config = conversation.protocol, conversation.protocol.config
     deadline = time.monotonic() + task.agent_timeout_sec
     for turn in range(config.max_turns):
@@ -139,7 +144,7 @@ async def _converse(
                     stop_token_ids=protocol.stop_token_ids,
                 )
         except TimeoutError:
-            if not clock.expired():  # the policy's own, not the agent's
+            if not clock.expired():  # the policy raised it, and the agent still has time
                 raise
             return 'agent_timeout'
         finally:
@@ -163,7 +168,7 @@ async def _act(
     counts: _Counts,
     deadline: float,
 ) -> tuple[str, list[Span]]:
-    """Does what a turn asks for: (why the episode ends, or '', and the observation)."""
+    """Does what a turn asks for; returns (why the episode ends, '' if it does not; observation)."""
     protocol = conversation.protocol
     response, warnings = protocol.read_turn(token_ids)
     counts.warnings += len(warnings)
@@ -182,10 +187,11 @@ async def _act(
     return '', [*warning_prefix(warnings), *(output or [NO_COMMANDS])]
 
 
-def length_penalty(conversation: Conversation, config) -> float:
-    """PROTOCOL 16: `length_penalty_coef` for each 1,000 tokens past `length_penalty_start`.
+def length_penalty(conversation: Conversation, config: ml_collections.ConfigDict) -> float:
+    """What is taken off the reward for a long rollout (docs/protocol.md#reward).
 
-    Counted are the tokens after the prompt. A coefficient of 0 turns it off.
+    It is `length_penalty_coef` for every 1,000 tokens after the prompt beyond
+    `length_penalty_start`; a coefficient of 0 turns it off.
     """
     if not config.length_penalty_coef:
         return 0.0
@@ -218,46 +224,61 @@ async def run_group(
     sandboxes: asyncio.Semaphore,
     retry_after: Sequence[float] = RETRY_AFTER,
 ) -> list[Rollout]:
-    """The rollouts of one group, in the order of their sample_id, all at once.
+    """The rollouts of one group, drawn at the same time, in the order of their sample_id.
 
     `sandboxes` is shared by all groups of a process and bounds the sandboxes that live at a time.
-    A SandboxError is retried in a fresh sandbox, `retry_after` seconds later, then recorded as an
-    INFRA_ERROR with nothing but the prompt in it. Any other error ends the whole group.
+    After a SandboxError the sample is drawn again in a fresh sandbox, `retry_after` seconds later;
+    if the last try fails too, it becomes an INFRA_ERROR with nothing but the prompt in it. Any
+    other error ends the whole group.
     """
 
     async def run_sample(sample_id: int) -> Rollout:
-        for attempt, pause in enumerate((0.0, *retry_after), start=1):
-            await asyncio.sleep(pause)
-            try:
-                async with sandboxes:
-                    return await run_episode(
-                        task,
-                        policy,
-                        make_sandbox(task),
-                        protocol,
-                        group_id=group_id,
-                        sample_id=sample_id,
-                        seed=seed,
-                        temperature=temperature,
-                    )
-            except SandboxError as error:
-                logging.warning(
-                    'task %s, group %d, sample %d, try %d of %d: %s',
-                    *(task.task_id, group_id, sample_id, attempt, len(retry_after) + 1, error),
-                )
+        async with sandboxes:
+            return await run_episode(
+                task,
+                policy,
+                make_sandbox(task),
+                protocol,
+                group_id=group_id,
+                sample_id=sample_id,
+                seed=seed,
+                temperature=temperature,
+            )
+
+    def log_failure(state: tenacity.RetryCallState) -> None:
+        logging.warning(
+            'task %s, group %d, sample %d, try %d of %d: %s',
+            task.task_id,
+            group_id,
+            state.args[0],
+            state.attempt_number,
+            len(retry_after) + 1,
+            state.outcome.exception(),
+        )
+
+    def infra_error(state: tenacity.RetryCallState) -> Rollout:
         return _rollout(
             protocol.start(task.instruction),
             reward=0.0,
             status=Status.INFRA_ERROR,
             task_id=task.task_id,
             group_id=group_id,
-            sample_id=sample_id,
+            sample_id=state.args[0],
             metrics={
                 'infra_retries': float(len(retry_after)),
                 'environment_only': float(task.environment_only),
             },
         )
 
+    retrying = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(SandboxError),
+        wait=tenacity.wait_chain(*map(tenacity.wait_fixed, retry_after)),
+        stop=tenacity.stop_after_attempt(len(retry_after) + 1),
+        after=log_failure,
+        retry_error_callback=infra_error,
+    )
     async with asyncio.TaskGroup() as running:
-        samples = [running.create_task(run_sample(sample_id)) for sample_id in range(group_size)]
+        samples = [
+            running.create_task(retrying(run_sample, sample_id)) for sample_id in range(group_size)
+        ]
     return [sample.result() for sample in samples]

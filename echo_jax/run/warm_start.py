@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from echo_jax.agent.collect import collect
+from echo_jax.agent.dialects.dialect import Dialect
 from echo_jax.agent.protocol import format_reply
 from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer
@@ -66,8 +67,8 @@ def warm_start(work, params, programs, tokenizer, protocol, stop, clock) -> nnx.
         ('practice', work.tasks('train')[: options.demonstrations], options.habits),
     ):
         store = RolloutStore(work.url('rollouts', f'warm_start_{name}'))
-        policy = demonstrator(tokenizer, habits)
-        transcripts[name] = write_transcripts(name, tasks, store, policy, draw, stop)
+        policy_for = demonstrator(tokenizer, habits, protocol.dialect)
+        transcripts[name] = write_transcripts(name, tasks, store, policy_for, draw, stop)
 
     try:
         with report.Progress('warm start', options.steps, done) as progress:
@@ -106,7 +107,7 @@ def lesson(done: int, explore_steps: int) -> tuple[str, int, tuple[Role, ...]]:
     return 'practice', since // 2, (Role.ACTION,)
 
 
-def write_transcripts(name, tasks, store, policy, collect, stop) -> list[Rollout]:
+def write_transcripts(name, tasks, store, policy_for, collect, stop) -> list[Rollout]:
     """The scripted rollouts, drawn unless the store has them, less those whose sandbox failed."""
     written = len(store.groups())
     with report.Progress(f'transcripts: {name}', len(tasks), written) as progress:
@@ -120,7 +121,7 @@ def write_transcripts(name, tasks, store, policy, collect, stop) -> list[Rollout
             collect(
                 list(enumerate(tasks)),
                 store,
-                policy=policy,
+                policy_for=policy_for,
                 group_size=1,
                 temperature=1.0,
                 on_group=count,
@@ -145,7 +146,9 @@ def shuffled(count: int, size: int, batch: int, seed: int) -> list[int]:
     return [int(orders[place // count][place % count]) for place in places]
 
 
-def demonstrator(tokenizer, habits: Sequence[str]) -> Callable[[Task], ScriptedPolicy]:
+def demonstrator(
+    tokenizer, habits: Sequence[str], dialect: Dialect
+) -> Callable[[Task], ScriptedPolicy]:
     """Policies that replay a task's own solution, a command a turn, by the habits in turn.
 
     A task always gets the same habit: by the number in its id, else by the length of its id.
@@ -155,6 +158,6 @@ def demonstrator(tokenizer, habits: Sequence[str]) -> Callable[[Task], ScriptedP
         digits = re.search(r'\d+', task.task_id)
         number = int(digits[0]) if digits else len(task.task_id)
         turns = practice(task, habits[number % len(habits)])
-        return ScriptedPolicy(tokenizer, [format_reply(*turn) for turn in turns])
+        return ScriptedPolicy(tokenizer, [format_reply(*turn, dialect) for turn in turns])
 
     return policy
