@@ -62,19 +62,13 @@ async def run_episode(
     The verifier runs however the agent's part ended, even by its timeout or a spent budget. `seed`
     is the run's. Raises SandboxError if the sandbox fails; run_group tries again then.
     """
-    conversation = protocol.start(task.instruction)
-    counts = _Counts()
+    conversation, counts = protocol.start(task.instruction), _Counts()
+    episode = _Episode(
+        policy, sandbox, conversation, counts, temperature, (seed, group_id, sample_id)
+    )
     try:
         await sandbox.start()
-        ending = await _converse(
-            task,
-            policy,
-            sandbox,
-            conversation,
-            counts,
-            seeds=(seed, group_id, sample_id),
-            temperature=temperature,
-        )
+        ending = await episode.converse(time.monotonic() + task.agent_timeout_sec)
         started = time.monotonic()
         reward, status = await verify(task, sandbox)
         counts.seconds_verifying = time.monotonic() - started
@@ -112,79 +106,74 @@ async def _stop(sandbox: Sandbox) -> None:
     stopping.result()
 
 
-async def _converse(
-    task: Task,
-    policy: Policy,
-    sandbox: Sandbox,
-    conversation: Conversation,
-    counts: _Counts,
-    *,
-    seeds: tuple[int, int, int],
-    temperature: float,
-) -> str:
-    """The agent's part, turn after turn; returns why it ended, a key of _STATUS."""
-    protocol, config = conversation.protocol, conversation.protocol.config
-    deadline = time.monotonic() + task.agent_timeout_sec
-    for turn in range(config.max_turns):
-        left = config.max_total_tokens - len(conversation.tokens)
-        if left <= 0:
-            return 'max_total_tokens'
-        if len(conversation.context) >= config.max_context_tokens:
-            return 'max_context_tokens'
+@dataclasses.dataclass
+class _Episode:
+    """The agent's part of an episode, turn after turn."""
+
+    policy: Policy
+    sandbox: Sandbox
+    conversation: Conversation
+    counts: _Counts
+    temperature: float
+    seeds: tuple[int, int, int]  # the run's seed, group_id, sample_id
+
+    async def converse(self, deadline: float) -> str:
+        """Takes turns until there is a reason to end, a key of _STATUS, which is returned.
+
+        `deadline` is in seconds of time.monotonic().
+        """
+        conversation, config = self.conversation, self.conversation.protocol.config
+        for turn in range(config.max_turns):
+            left = config.max_total_tokens - len(conversation.tokens)
+            if left <= 0:
+                return 'max_total_tokens'
+            if len(conversation.context) >= config.max_context_tokens:
+                return 'max_context_tokens'
+            started = time.monotonic()
+            if started >= deadline:
+                return 'agent_timeout'
+            try:
+                async with asyncio.timeout(deadline - started) as clock:
+                    generation = await self.policy.generate(
+                        np.asarray(conversation.context, np.int32),
+                        max_tokens=min(config.max_turn_tokens, left),
+                        temperature=self.temperature,
+                        seed=turn_seed(*self.seeds, turn),
+                        stop_token_ids=conversation.protocol.stop_token_ids,
+                    )
+            except TimeoutError:
+                if not clock.expired():  # the policy raised it, and the agent still has time
+                    raise
+                return 'agent_timeout'
+            finally:
+                self.counts.seconds_sampling += time.monotonic() - started
+            conversation.append_turn(generation)
+            self.counts.turns += 1
+            ending, observation = await self._act(generation.token_ids, deadline)
+            if ending:
+                return ending
+            if not conversation.append_observation(observation):
+                return 'max_total_tokens'
+        return 'max_turns'
+
+    async def _act(self, token_ids: np.ndarray, deadline: float) -> tuple[str, list[Span]]:
+        """Does what a turn asks for: (why the episode ends, '' if it does not; observation)."""
+        protocol, counts = self.conversation.protocol, self.counts
+        response, warnings = protocol.read_turn(token_ids)
+        counts.warnings += len(warnings)
+        if response.error:
+            counts.parse_errors += 1
+            return '', [Span(Role.FEEDBACK, response.error)]
         started = time.monotonic()
-        if started >= deadline:
-            return 'agent_timeout'
-        try:
-            async with asyncio.timeout(deadline - started) as clock:
-                generation = await policy.generate(
-                    np.asarray(conversation.context, np.int32),
-                    max_tokens=min(config.max_turn_tokens, left),
-                    temperature=temperature,
-                    seed=turn_seed(*seeds, turn),
-                    stop_token_ids=protocol.stop_token_ids,
-                )
-        except TimeoutError:
-            if not clock.expired():  # the policy raised it, and the agent still has time
-                raise
-            return 'agent_timeout'
-        finally:
-            counts.seconds_sampling += time.monotonic() - started
-        conversation.append_turn(generation)
-        counts.turns += 1
-        ending, observation = await _act(
-            conversation, generation.token_ids, sandbox, counts, deadline
-        )
-        if ending:
-            return ending
-        if not conversation.append_observation(observation):
-            return 'max_total_tokens'
-    return 'max_turns'
-
-
-async def _act(
-    conversation: Conversation,
-    token_ids: np.ndarray,
-    sandbox: Sandbox,
-    counts: _Counts,
-    deadline: float,
-) -> tuple[str, list[Span]]:
-    """Does what a turn asks for; returns (why the episode ends, '' if it does not; observation)."""
-    protocol = conversation.protocol
-    response, warnings = protocol.read_turn(token_ids)
-    counts.warnings += len(warnings)
-    if response.error:
-        counts.parse_errors += 1
-        return '', [Span(Role.FEEDBACK, response.error)]
-    started = time.monotonic()
-    selected = protocol.select(response.commands)
-    output, commands = await execute(selected, sandbox, protocol.config, deadline)
-    counts.commands += commands
-    counts.seconds_executing += time.monotonic() - started
-    if time.monotonic() >= deadline:
-        return 'agent_timeout', []
-    if response.is_done:
-        return 'done', []
-    return '', [*warning_prefix(warnings), *(output or [NO_COMMANDS])]
+        selected = protocol.select(response.commands)
+        output, commands = await execute(selected, self.sandbox, protocol.config, deadline)
+        counts.commands += commands
+        counts.seconds_executing += time.monotonic() - started
+        if time.monotonic() >= deadline:
+            return 'agent_timeout', []
+        if response.is_done:
+            return 'done', []
+        return '', [*warning_prefix(warnings), *(output or [NO_COMMANDS])]
 
 
 def length_penalty(conversation: Conversation, config: ml_collections.ConfigDict) -> float:
@@ -245,16 +234,12 @@ async def run_group(
                 temperature=temperature,
             )
 
+    tries = len(retry_after) + 1
+
     def log_failure(state: tenacity.RetryCallState) -> None:
-        logging.warning(
-            'task %s, group %d, sample %d, try %d of %d: %s',
-            task.task_id,
-            group_id,
-            state.args[0],
-            state.attempt_number,
-            len(retry_after) + 1,
-            state.outcome.exception(),
-        )
+        sample = f'task {task.task_id}, group {group_id}, sample {state.args[0]}'
+        error = state.outcome.exception()
+        logging.warning('%s, try %d of %d: %s', sample, state.attempt_number, tries, error)
 
     def infra_error(state: tenacity.RetryCallState) -> Rollout:
         return _rollout(
@@ -273,7 +258,7 @@ async def run_group(
     retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(SandboxError),
         wait=tenacity.wait_chain(*map(tenacity.wait_fixed, retry_after)),
-        stop=tenacity.stop_after_attempt(len(retry_after) + 1),
+        stop=tenacity.stop_after_attempt(tries),
         after=log_failure,
         retry_error_callback=infra_error,
     )

@@ -14,24 +14,13 @@ import transformers
 from echo_jax.agent import prompts
 from echo_jax.agent.dialects import find_dialect, qwen3_xml
 from echo_jax.agent.dialects.dialect import Command, Dialect, ParsedResponse
-
-# The parser of the released dialect is read from here by others (docs/protocol.md#parser).
-from echo_jax.agent.dialects.qwen3_xml import format_warnings, parse_response
 from echo_jax.agent.encoding import SENTINEL, TURN_END, Encoder, Span
 from echo_jax.policy import Generation
 from echo_jax.types import Role
 
-__all__ = [
-    'Command',
-    'Conversation',
-    'ParsedResponse',
-    'Protocol',
-    'format_reply',
-    'format_warnings',
-    'parse_response',
-    'turn_seed',
-    'warning_prefix',
-]
+# Outside tools import the released dialect's parser from here (docs/protocol.md#parser).
+format_warnings = qwen3_xml.format_warnings
+parse_response = qwen3_xml.parse_response
 
 _CHOICES = {
     'system_prompt': ('full', 'brief'),
