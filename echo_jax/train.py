@@ -34,7 +34,7 @@ from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.due import DueGroups
 from echo_jax.store.rollouts import consume
 from echo_jax.store.weights import WeightStore
-from echo_jax.tasks.drawing import TaskSource, task_iterator
+from echo_jax.tasks.drawing import TaskIterator, TaskSource
 from echo_jax.types import SOLVED_REWARD, Rollout
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
@@ -55,7 +55,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         limits = lambda text: len(protocol.prompt_ids(text)), config.protocol.max_prompt_tokens
         source = TaskSource(work.tasks('train'), *limits)
         heldout = TaskSource(work.tasks('heldout'), *limits)
-    tasks = task_iterator(source, seed=config.seed, groups=config.batch.groups)
+    tasks = TaskIterator(source, seed=config.seed, groups=config.batch.groups)
     report.CONSOLE.print(
         f'{len(source)} training and {len(heldout)} held-out tasks; '
         f'{source.dropped + heldout.dropped} prompts over {limits[1]} tokens dropped'
