@@ -87,7 +87,7 @@ def evaluate_policy(
             config=config,
             make_sandbox=make_sandbox,
             protocol=Protocol(work.tokenizer(), config.protocol),
-            policy=policy,
+            policy_for=lambda task: policy,
             group_size=samples,
             temperature=config.eval.temperature,
             on_group=on_group,

@@ -29,7 +29,7 @@ from echo_jax.run.warm_start import first_params
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.weights import WeightStore
-from echo_jax.tasks.drawing import task_iterator
+from echo_jax.tasks.drawing import TaskIterator
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder or gs:// URL of the run: made, or resumed.')
@@ -59,7 +59,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     # ---------------------------------------------------------- the state, new or from a checkpoint
     step, abstract_state, initial_state = model.step(config.optimizer)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
-    tasks = task_iterator(splits['train'], seed=config.seed, groups=config.batch.groups)
+    tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)
     if leads:
         work.take('metrics.jsonl')
     metrics = report.Metrics(work.path, writes=leads)

@@ -73,7 +73,7 @@ class RolloutWorker:
                 config=self._work.config,
                 make_sandbox=self._make_sandbox,
                 protocol=self._protocol,
-                policy=self._policy,
+                policy_for=lambda task: self._policy,
                 group_size=due.group_size,
                 temperature=due.temperature,
                 sandboxes=self._sandboxes,

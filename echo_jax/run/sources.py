@@ -94,7 +94,7 @@ class EmbeddedSource:
             config=config,
             make_sandbox=self._make_sandbox,
             protocol=protocol,
-            policy=self._policy,
+            policy_for=lambda task: self._policy,
         )
 
     def publish(self, params: nnx.State, version: int) -> None:

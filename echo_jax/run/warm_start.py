@@ -14,6 +14,7 @@ import transformers
 from flax import nnx
 
 from echo_jax.agent.collect import collect
+from echo_jax.agent.dialects.dialect import Dialect
 from echo_jax.agent.protocol import Protocol, format_reply
 from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer
@@ -150,7 +151,7 @@ def write_transcripts(
                 config=config,
                 make_sandbox=make_sandbox,
                 protocol=protocol,
-                policy=demonstrator(tokenizer, habits[name]),
+                policy_for=demonstrator(tokenizer, habits[name], protocol.dialect),
                 group_size=1,
                 temperature=1.0,
             )
@@ -196,7 +197,7 @@ def shuffled(count: int, size: int, batch: int, seed: int) -> list[int]:
 
 
 def demonstrator(
-    tokenizer: transformers.PreTrainedTokenizerFast, habits: Sequence[str]
+    tokenizer: transformers.PreTrainedTokenizerFast, habits: Sequence[str], dialect: Dialect
 ) -> Callable[[Task], ScriptedPolicy]:
     """A function that makes the policy of a task: it replays the task's own solution by a habit.
 
@@ -207,6 +208,6 @@ def demonstrator(
         digits = re.search(r'\d+', task.task_id)
         number = int(digits[0]) if digits else len(task.task_id)
         turns = practice(task, habits[number % len(habits)])
-        return ScriptedPolicy(tokenizer, [format_reply(*turn) for turn in turns])
+        return ScriptedPolicy(tokenizer, [format_reply(*turn, dialect) for turn in turns])
 
     return policy

@@ -15,7 +15,6 @@ are not moved: every machine makes the same ones.
 
 import contextlib
 import hashlib
-import importlib.resources
 import json
 import os
 import pathlib
@@ -27,13 +26,13 @@ import ml_collections
 import tensorstore as ts
 import transformers
 
-from echo_jax.agent.tokenizer import build_tokenizer, training_texts
+from echo_jax.agent.dialects import find_dialect
+from echo_jax.agent.tokenizer import build_tokenizer, chat_template, training_texts
 from echo_jax.store.kvstore import inside, open_kvstore, write_once
 from echo_jax.tasks.generate import generate_tasks
 from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Task
 
-_CHAT_TEMPLATE = importlib.resources.files('echo_jax.agent') / 'chat_template.jinja'
 _WHOLE = '.whole'  # is written last of what is shared as a folder
 _TOKENIZER_TASKS = 500  # of the training tasks, for the small tokenizer's merges
 
@@ -188,12 +187,13 @@ class Workdir:
             return read_tokenizer(self.config.model.path)
         folder = self.path / 'tokenizer'
         if not self.take('tokenizer'):
+            protocol = self.config.protocol
             texts = training_texts(
-                self.tasks('train')[:_TOKENIZER_TASKS], self.config.protocol.system_prompt
+                self.tasks('train')[:_TOKENIZER_TASKS],
+                protocol.system_prompt,
+                find_dialect(protocol.dialect),
             )
-            tokenizer = build_tokenizer(
-                texts, self.config.model.vocab_size, _CHAT_TEMPLATE.read_text()
-            )
+            tokenizer = build_tokenizer(texts, self.config.model.vocab_size, chat_template())
             partial = self.path / 'tokenizer.partial'
             tokenizer.save_pretrained(partial)
             partial.rename(folder)

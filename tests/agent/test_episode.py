@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from echo_jax.agent.episode import run_episode, run_group, verify
+from echo_jax.agent.episode import run_episode, run_group
 from echo_jax.agent.observations import describe
 from echo_jax.agent.protocol import Protocol, format_reply
+from echo_jax.agent.verifier import verify
 from echo_jax.policy.scripted import ScriptedPolicy
 from echo_jax.sandbox import CommandResult, SandboxError
 from echo_jax.sandbox.local import LocalSandbox
