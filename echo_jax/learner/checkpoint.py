@@ -1,7 +1,7 @@
 """The learner's state on disk: asynchronous, atomic, verified saves through Orbax.
 
-Weights for the workers go through store/weights.py, not here. What `extra` holds (the position in the
-tasks, the seconds spent) is up to the program that saves.
+Weights for the workers go through store/weights.py, not here. What `extra` holds (the position in
+the tasks, the seconds spent) is up to the program that saves.
 """
 
 import ctypes
