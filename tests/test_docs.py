@@ -7,6 +7,11 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
+from echo_jax.agent import observations
+from echo_jax.agent.observations import describe
+from echo_jax.agent.protocol import format_warnings, parse_response
+from echo_jax.sandbox import CommandResult
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
 README = ROOT / 'README.md'
@@ -75,6 +80,13 @@ def texts() -> Iterator[tuple[str, str]]:
             yield str(file.relative_to(ROOT)), file.read_text()
 
 
+def rooms() -> set[str]:
+    """The files that are named in the section on rooms of docs/design.md."""
+    page = (ROOT / 'docs' / 'design.md').read_text()
+    section = page.partition('\n## Rooms\n')[2].partition('\n## ')[0]
+    return set(re.findall(r'`([\w/]+\.\w+)`', section))
+
+
 def table(heading: str) -> dict[str, str]:
     """{name: when it is logged} of the table below a heading of docs/metrics.md."""
     page = (ROOT / 'docs' / 'metrics.md').read_text()
@@ -118,6 +130,53 @@ def test_nothing_cites_what_is_not_in_the_repository():
 def test_the_pages_that_the_code_cites_are_there():
     names = {'design', 'protocol', 'configuration', 'metrics', 'adding', 'troubleshooting'}
     assert {page.stem for page in PAGES} >= names | {'deviations'}
+
+
+def test_the_page_of_the_design_names_every_module():
+    named = rooms()
+    package = {
+        str(file.relative_to(ROOT / 'echo_jax')) for file in (ROOT / 'echo_jax').rglob('*.py')
+    }
+    modules = {name for name in package if not name.endswith('__init__.py')}
+    missing = {name for name in modules if not {name, pathlib.Path(name).name} & named}
+    assert missing == set()
+    files = package | {pathlib.Path(name).name for name in package}
+    assert {name for name in named if name.endswith('.py')} - files == set()
+
+
+def test_the_metrics_are_made_where_the_page_says():
+    page = (ROOT / 'docs' / 'metrics.md').read_text()
+    places = set(re.findall(r' \| (\w+(?:/\w+)*\.py): ([\w.]+) \| ', page))
+    assert len(places) > 10
+    wrong = {
+        (file, name)
+        for file, name in places
+        if not re.search(
+            rf'(def|class) {name.rpartition(".")[2]}\b', (ROOT / 'echo_jax' / file).read_text()
+        )
+    }
+    assert wrong == set()
+
+
+def test_the_texts_of_the_protocol_are_those_of_the_code():
+    page = (ROOT / 'docs' / 'protocol.md').read_text()
+    lines = {line.strip() for line in page.splitlines()}
+    ran = CommandResult(stdout='{out}', stderr='', exit_code=0, timed_out=False)
+    described = ''.join(span.text for span in describe('{cmd}', ran, 0, 'start'))
+    expected = {
+        *described.split('\n\n'),
+        observations.NO_COMMANDS.text,
+        parse_response('').error,
+        parse_response('hello').error,
+        parse_response('<tool_call></tool_call>').commands[0].error,
+        parse_response('<tool_call><function=bash></tool_call>').commands[0].error,
+    }
+    assert expected - lines == set()
+    patterns = [re.sub(r'<(?:TAG|A|B)>', r'<\\w+>', re.escape(line)) for line in lines]
+    patterns = [re.sub(r'\bN\b', r'\\d+', pattern) for pattern in patterns]
+    warnings = format_warnings('<think><tool_call></tool_call> a <tool_call>')
+    assert len(warnings) == 7
+    assert [w for w in warnings if not any(re.fullmatch(p, w) for p in patterns)] == []
 
 
 # --------------------------------------------------------------------------- what a run logs
