@@ -1,5 +1,6 @@
 """The pages of docs/: citations and links lead somewhere, the tables of metrics are complete."""
 
+import ast
 import json
 import pathlib
 import re
@@ -97,6 +98,32 @@ def table(heading: str) -> dict[str, str]:
     return dict(rows)
 
 
+def quoted_messages(page: str) -> set[str]:
+    """What the first column of a page's tables quotes, in pieces without what a program fills in.
+
+    Upper-case words and `...` stand for that.
+    """
+    column = re.findall(r'^\| (`.+?) \|', page, re.MULTILINE)
+    quotes = [quote for cell in column for quote in re.findall(r'`([^`]+)`', cell)]
+    pieces = [re.split(r"\.\.\.|'jax'|\b(?:N|M|KEY)\b", quote) for quote in quotes]
+    return {piece.strip(' ;:,') for some in pieces for piece in some if len(piece.strip()) > 8}
+
+
+def strings_of_the_code() -> str:
+    """Every string of echo_jax's Python, one a line, and the launch scripts as they stand."""
+    strings = [file.read_text() for file in sorted((ROOT / 'launch').rglob('*.sh'))]
+    for file in sorted((ROOT / 'echo_jax').rglob('*.*')):
+        if file.suffix == '.sh':
+            strings.append(file.read_text())
+        for node in ast.walk(ast.parse(file.read_text())) if file.suffix == '.py' else ():
+            if isinstance(node, ast.JoinedStr):
+                parts = [getattr(part, 'value', '') for part in node.values]
+                strings.append(''.join(part if isinstance(part, str) else '{}' for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    return '\n'.join(strings)
+
+
 def differences(documented: dict[str, str], logged: Iterable[Iterable[str]]) -> list[str]:
     """How the rows that were logged differ from a table; empty if they agree."""
     rows = [set(names) for names in logged]
@@ -179,6 +206,13 @@ def test_the_texts_of_the_protocol_are_those_of_the_code():
     assert [w for w in warnings if not any(re.fullmatch(p, w) for p in patterns)] == []
 
 
+def test_the_messages_that_are_explained_are_the_codes():
+    page = (ROOT / 'docs' / 'troubleshooting.md').read_text().partition('## Flags and config')[2]
+    messages, code = quoted_messages(page), strings_of_the_code()
+    assert len(messages) > 80
+    assert {message for message in messages if message not in code} == set()
+
+
 # --------------------------------------------------------------------------- what a run logs
 
 
@@ -239,6 +273,12 @@ def test_an_old_citation_is_found():
     ]
     assert [len(old_citations(text)) for text in old] == [1, 1, 1, 1]
     assert old_citations('the design, 3 of them; class Protocol: 7 fields') == []
+
+
+def test_quoted_messages_are_found():
+    row = '| `mesh ... does not fit N devices`, `too short` | a cause `of no interest` | a way |'
+    assert quoted_messages(f'{row}\n') == {'does not fit', 'too short'}
+    assert 'expected a local Hugging Face directory' in strings_of_the_code()
 
 
 def test_a_metric_that_is_missing_or_too_many_is_found():
