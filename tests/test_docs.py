@@ -1,11 +1,17 @@
 """The pages of docs/: citations and links lead somewhere, the tables of metrics are complete."""
 
+import ast
 import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
 
 import pytest
+
+from echo_jax.agent import observations
+from echo_jax.agent.observations import describe
+from echo_jax.agent.protocol import format_warnings, parse_response
+from echo_jax.sandbox import CommandResult
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
@@ -75,6 +81,13 @@ def texts() -> Iterator[tuple[str, str]]:
             yield str(file.relative_to(ROOT)), file.read_text()
 
 
+def rooms() -> set[str]:
+    """The files that are named in the section on rooms of docs/design.md."""
+    page = (ROOT / 'docs' / 'design.md').read_text()
+    section = page.partition('\n## Rooms\n')[2].partition('\n## ')[0]
+    return {name for name in re.findall(r'`([\w/]+\.py)`', section) if 'test' not in name}
+
+
 def table(heading: str) -> dict[str, str]:
     """{name: when it is logged} of the table below a heading of docs/metrics.md."""
     page = (ROOT / 'docs' / 'metrics.md').read_text()
@@ -83,6 +96,32 @@ def table(heading: str) -> dict[str, str]:
     assert rows, f'docs/metrics.md has no table below {heading!r}'
     assert len(rows) == len(dict(rows)), f'a name stands twice below {heading!r}'
     return dict(rows)
+
+
+def quoted_messages(page: str) -> set[str]:
+    """What the first column of a page's tables quotes, in pieces without what a program fills in.
+
+    Upper-case words and `...` stand for that.
+    """
+    column = re.findall(r'^\| (`.+?) \|', page, re.MULTILINE)
+    quotes = [quote for cell in column for quote in re.findall(r'`([^`]+)`', cell)]
+    pieces = [re.split(r"\.\.\.|'jax'|\b(?:N|M|KEY)\b", quote) for quote in quotes]
+    return {piece.strip(' ;:,') for some in pieces for piece in some if len(piece.strip()) > 8}
+
+
+def strings_of_the_code() -> str:
+    """Every string of echo_jax's Python, one a line, and the launch scripts as they stand."""
+    strings = [file.read_text() for file in sorted((ROOT / 'launch').rglob('*.sh'))]
+    for file in sorted((ROOT / 'echo_jax').rglob('*.*')):
+        if file.suffix == '.sh':
+            strings.append(file.read_text())
+        for node in ast.walk(ast.parse(file.read_text())) if file.suffix == '.py' else ():
+            if isinstance(node, ast.JoinedStr):
+                parts = [getattr(part, 'value', '') for part in node.values]
+                strings.append(''.join(part if isinstance(part, str) else '{}' for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    return '\n'.join(strings)
 
 
 def differences(documented: dict[str, str], logged: Iterable[Iterable[str]]) -> list[str]:
@@ -118,6 +157,60 @@ def test_nothing_cites_what_is_not_in_the_repository():
 def test_the_pages_that_the_code_cites_are_there():
     names = {'design', 'protocol', 'configuration', 'metrics', 'adding', 'troubleshooting'}
     assert {page.stem for page in PAGES} >= names | {'deviations'}
+
+
+def test_the_page_of_the_design_names_every_module():
+    named = rooms()
+    package = {
+        str(file.relative_to(ROOT / 'echo_jax')) for file in (ROOT / 'echo_jax').rglob('*.py')
+    }
+    modules = {name for name in package if not name.endswith('__init__.py')}
+    missing = {name for name in modules if not {name, pathlib.Path(name).name} & named}
+    assert missing == set()
+    files = package | {pathlib.Path(name).name for name in package}
+    assert named - files == set()
+
+
+def test_the_metrics_are_made_where_the_page_says():
+    page = (ROOT / 'docs' / 'metrics.md').read_text()
+    places = set(re.findall(r' \| (\w+(?:/\w+)*\.py): ([\w.]+) \| ', page))
+    assert len(places) > 10
+    wrong = {
+        (file, name)
+        for file, name in places
+        if not re.search(
+            rf'(def|class) {name.rpartition(".")[2]}\b', (ROOT / 'echo_jax' / file).read_text()
+        )
+    }
+    assert wrong == set()
+
+
+def test_the_texts_of_the_protocol_are_those_of_the_code():
+    page = (ROOT / 'docs' / 'protocol.md').read_text()
+    lines = {line.strip() for line in page.splitlines()}
+    ran = CommandResult(stdout='{out}', stderr='', exit_code=0, timed_out=False)
+    described = ''.join(span.text for span in describe('{cmd}', ran, 0, 'start'))
+    expected = {
+        *described.split('\n\n'),
+        observations.NO_COMMANDS.text,
+        parse_response('').error,
+        parse_response('hello').error,
+        parse_response('<tool_call></tool_call>').commands[0].error,
+        parse_response('<tool_call><function=bash></tool_call>').commands[0].error,
+    }
+    assert expected - lines == set()
+    patterns = [re.sub(r'<(?:TAG|A|B)>', r'<\\w+>', re.escape(line)) for line in lines]
+    patterns = [re.sub(r'\bN\b', r'\\d+', pattern) for pattern in patterns]
+    warnings = format_warnings('<think><tool_call></tool_call> a <tool_call>')
+    assert len(warnings) == 7
+    assert [w for w in warnings if not any(re.fullmatch(p, w) for p in patterns)] == []
+
+
+def test_the_messages_that_are_explained_are_the_codes():
+    page = (ROOT / 'docs' / 'troubleshooting.md').read_text().partition('## Flags and config')[2]
+    messages, code = quoted_messages(page), strings_of_the_code()
+    assert len(messages) > 80
+    assert {message for message in messages if message not in code} == set()
 
 
 # --------------------------------------------------------------------------- what a run logs
@@ -180,6 +273,12 @@ def test_an_old_citation_is_found():
     ]
     assert [len(old_citations(text)) for text in old] == [1, 1, 1, 1]
     assert old_citations('the design, 3 of them; class Protocol: 7 fields') == []
+
+
+def test_quoted_messages_are_found():
+    row = '| `mesh ... does not fit N devices`, `too short` | a cause `of no interest` | a way |'
+    assert quoted_messages(f'{row}\n') == {'does not fit', 'too short'}
+    assert 'expected a local Hugging Face directory' in strings_of_the_code()
 
 
 def test_a_metric_that_is_missing_or_too_many_is_found():
