@@ -115,21 +115,24 @@ def _result(task_id: str, sample_id: int, reward: float, status: Status, turns: 
     }
 
 
-def _run() -> Workdir | None:
-    """The run that --workdir names. ValueError if there is none, or one is needed and not named."""
-    path, agent = _WORKDIR.value, _AGENT.value
-    if path:
-        if not Workdir.holds_run(path):
-            raise ValueError(f'{path} holds no run; name the --workdir of echo_jax.train')
-        return Workdir(path, _CONFIG.value)
-    if agent == 'policy':
-        raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
-    if not _TASKS.value:
+def _open_run() -> Workdir | None:
+    """The run that --workdir names, if any. Raises ValueError if it holds no run."""
+    if not _WORKDIR.value:
+        return None
+    if not Workdir.holds_run(_WORKDIR.value):
+        raise ValueError(f'{_WORKDIR.value} holds no run; name the --workdir of echo_jax.train')
+    return Workdir(_WORKDIR.value, _CONFIG.value)
+
+
+def _read_tasks(work: Workdir | None, cache: pathlib.Path) -> list[Task]:
+    if _TASKS.value:
+        return load_tasks(_TASKS.value, cache)
+    if work is None:
         raise ValueError(
-            f'--agent={agent} needs --tasks, a directory or .parquet of Harbor tasks, or the '
+            f'--agent={_AGENT.value} needs --tasks, a directory or .parquet of Harbor tasks, or the '
             '--workdir of a run for its held-out ones'
         )
-    return None
+    return work.tasks('heldout')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -137,12 +140,14 @@ def main(argv: Sequence[str]) -> None:
     config, agent, samples = _CONFIG.value, _AGENT.value, _SAMPLES.value
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
-    work = _run()
+    work = _open_run()
     with unpacked(work) as cache:
-        tasks = load_tasks(_TASKS.value, cache) if _TASKS.value else work.tasks('heldout')
+        if agent == 'policy' and work is None:
+            raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
+        tasks = _read_tasks(work, cache)
         stop, reasons, ce = entry.Stop(), {}, {}
         try:
-            if agent == 'policy':
+            if work is not None and agent == 'policy':
                 results, ce = evaluate_policy(stop, config, work, tasks, samples)
             else:
                 outcomes = run_agent(stop, tasks, config, agent, samples)

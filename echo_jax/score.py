@@ -28,13 +28,12 @@ from echo_jax.run.workdir import Workdir
 _MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Run, instead of --model.')
 _STEP = flags.DEFINE_integer('step', None, 'Saved step of the run; none: the last.')
-_TOKENS = flags.DEFINE_string('tokens', None, '.npy of integers [N, T].')
-_OUTPUT = flags.DEFINE_string('output', None, '.npy to write, float32 [N, T].')
+_TOKENS = flags.DEFINE_string('tokens', None, '.npy of integers [N, T].', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, '.npy to write, float32 [N, T].', required=True)
 _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'What the logits are divided by.')
 _PAD_ID = flags.DEFINE_integer('pad_id', None, 'Id that rows are filled up with at their end.')
 _ROWS = flags.DEFINE_integer('rows', 8, 'Rows at a time.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'To compute in.')
-flags.mark_flags_as_required(['tokens', 'output'])
 
 
 def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.ConfigDict:

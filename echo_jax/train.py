@@ -32,8 +32,10 @@ from echo_jax.store.weights import WeightStore
 from echo_jax.tasks.drawing import TaskIterator
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder or gs:// URL of the run: made, or resumed.')
-flags.mark_flags_as_required(['config', 'workdir'])
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Folder or gs:// URL of the run: made, or resumed.', required=True
+)
+flags.mark_flag_as_required('config')
 
 
 def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:

@@ -23,7 +23,9 @@ from echo_jax.run.rollout_worker import check_config, start
 from echo_jax.sandbox.make import sandbox_maker
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-_WORKDIR = flags.DEFINE_string('workdir', None, "Folder or gs:// URL of the run, the learner's.")
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, "Folder or gs:// URL of the run, the learner's.", required=True
+)
 _INDEX = flags.DEFINE_integer('index', 0, 'Which of the workers this is, from 0.')
 _COUNT = flags.DEFINE_integer('count', 1, 'Workers that share the work.')
 _NAME = flags.DEFINE_string('name', '', 'Of this worker; empty: its host and index.')
@@ -33,7 +35,7 @@ _MEMORY = flags.DEFINE_float(
 _PARALLEL = flags.DEFINE_integer(
     'tensor_parallel', None, "GPUs of the engine, in place of the recipe's."
 )
-flags.mark_flags_as_required(['config', 'workdir'])
+flags.mark_flag_as_required('config')
 
 
 def main(argv: Sequence[str]) -> None:

@@ -166,7 +166,7 @@ def show_rollout(tokenizer: transformers.PreTrainedTokenizerFast, rollout: Rollo
     cuts = np.flatnonzero(np.diff(rollout.roles)) + 1
     for ids, roles in zip(np.split(rollout.tokens, cuts), np.split(rollout.roles, cuts)):
         piece = tokenizer.decode(ids, skip_special_tokens=False)
-        text.append(printable(piece), style=_STYLES[Role(roles[0])])
+        text.append(printable(str(piece)), style=_STYLES[Role(roles[0])])
     heading(f'A solved rollout of {rollout.task_id} (green: the agent; cyan: the terminal)')
     CONSOLE.print(text)
 

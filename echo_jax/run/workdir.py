@@ -254,7 +254,10 @@ def read_tokenizer(folder: str | os.PathLike) -> transformers.PreTrainedTokenize
     """
     if not any((pathlib.Path(folder) / file).exists() for file in ('tokenizer.json', 'vocab.json')):
         raise ValueError(f'{folder} has no tokenizer.json; copy the tokenizer of its model there')
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+        raise ValueError(f'{folder} has no fast tokenizer; save it with its tokenizer.json')
+    return tokenizer
 
 
 def write_whole(file: pathlib.Path, text: str) -> None:
