@@ -129,8 +129,8 @@ def _read_tasks(work: Workdir | None, cache: pathlib.Path) -> list[Task]:
         return load_tasks(_TASKS.value, cache)
     if work is None:
         raise ValueError(
-            f'--agent={_AGENT.value} needs --tasks, a directory or .parquet of Harbor tasks, or the '
-            '--workdir of a run for its held-out ones'
+            f'--agent={_AGENT.value} needs --tasks, a directory or .parquet of Harbor tasks, or '
+            'the --workdir of a run for its held-out ones'
         )
     return work.tasks('heldout')
 

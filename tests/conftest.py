@@ -1,5 +1,6 @@
 """What all tests share: which ones are slow, and one small training run for tests of programs."""
 
+import contextlib
 import os
 import pathlib
 
@@ -9,6 +10,13 @@ import pytest
 
 from echo_jax.sandbox import SandboxError, local
 from tests.support.small_run import Programs
+
+# No test is timed: on a busy machine an example may take longer than Hypothesis expects.
+with contextlib.suppress(ModuleNotFoundError):  # the rollout environment has no Hypothesis
+    import hypothesis
+
+    hypothesis.settings.register_profile('untimed', deadline=None)
+    hypothesis.settings.load_profile('untimed')
 
 # A test that uses one of these starts programs, containers or a cluster.
 SLOW_FIXTURES = {'programs', 'finished', 'daemon', 'cluster'}
