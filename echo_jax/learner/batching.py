@@ -210,8 +210,13 @@ def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list
     by group and sample: every host packs the whole batch, and all of them have to pack it alike,
     whatever the order in which the rollouts were read. Empty rollouts get no row.
     """
+
+    def order(segment):
+        rollout = segment.rollout
+        return -len(rollout.tokens), rollout.group_id, rollout.sample_id
+
     rows, used = [], []
-    for segment in sorted(segments, key=_packing_order):
+    for segment in sorted(segments, key=order):
         rollout = segment.rollout
         length = len(rollout.tokens)
         if length == 0:
@@ -228,11 +233,6 @@ def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list
         rows[row].append(segment)
         used[row] += length
     return rows
-
-
-def _packing_order(segment: _Segment) -> tuple[int, int, int]:
-    rollout = segment.rollout
-    return -len(rollout.tokens), rollout.group_id, rollout.sample_id
 
 
 def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | None = None) -> Batch:

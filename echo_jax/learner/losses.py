@@ -62,14 +62,25 @@ def echo_loss(
     Raises ValueError for arrays that are missing or misshapen, and for unknown options.
     """
     options = config.loss
-    _check(options, batch, logprobs, old_logprobs, reference_logprobs)
-    match options.old_logprobs:
-        case 'current':
-            before = logprobs
-        case 'recomputed':
-            before = old_logprobs
-        case 'rollout':
-            before = batch.rollout_logprobs
+    if logprobs.shape != batch.tokens.shape:
+        raise ValueError(
+            f'logprobs are {logprobs.shape}, but the batch is {batch.tokens.shape} tokens'
+        )
+    if options.kl_coef and reference_logprobs is None:
+        raise ValueError(f'loss.kl_coef is {options.kl_coef}: it needs reference_logprobs')
+    if options.old_logprobs == 'rollout' and options.mismatch != 'none':
+        raise ValueError(
+            "loss.mismatch corrects nothing with loss.old_logprobs 'rollout', whose ratio is "
+            "to the sampler already; set loss.mismatch='none'"
+        )
+    choices = {'current': logprobs, 'recomputed': old_logprobs, 'rollout': batch.rollout_logprobs}
+    if options.old_logprobs not in choices:
+        raise ValueError(
+            f'loss.old_logprobs is {options.old_logprobs!r}; expected one of {tuple(choices)}'
+        )
+    before = choices[options.old_logprobs]
+    if before is None:
+        raise ValueError("loss.old_logprobs 'recomputed' needs the old_logprobs array")
     policy_loss, metrics = policy_term(
         logprobs,
         before,
@@ -153,6 +164,8 @@ def mismatch_weight(
     'token': min(exp(d_t), cap), truncated importance sampling; 'sequence': the same with d summed
     over the rollout; 'mask': 1 if 1/cap <= exp(d_t) <= cap, else 0; 'none': 1.
     """
+    if kind != 'none' and cap < 1.0:
+        raise ValueError(f'loss.mismatch_cap is {cap}; it must be at least 1')
     match kind:
         case 'none':
             return jnp.ones_like(log_mismatch)
@@ -255,27 +268,3 @@ def _bounded(log_ratio: jax.Array) -> jax.Array:
 def _count(mask: jax.Array) -> jax.Array:
     """The number of True. A float, like the sum that it divides; exact in float32 up to 2**24."""
     return jnp.sum(mask, dtype=jnp.float32)
-
-
-def _check(options, batch, logprobs, old_logprobs, reference_logprobs) -> None:
-    """ValueError for options that contradict each other or need an array that is not there."""
-    if options.old_logprobs not in ('current', 'recomputed', 'rollout'):
-        raise ValueError(
-            f"loss.old_logprobs is {options.old_logprobs!r}; expected 'current', 'recomputed' "
-            "or 'rollout'"
-        )
-    if options.old_logprobs == 'rollout' and options.mismatch != 'none':
-        raise ValueError(
-            "loss.mismatch corrects nothing with loss.old_logprobs 'rollout', whose ratio is "
-            "to the sampler already; set loss.mismatch='none'"
-        )
-    if options.mismatch != 'none' and options.mismatch_cap < 1.0:
-        raise ValueError(f'loss.mismatch_cap is {options.mismatch_cap}; it must be at least 1')
-    if options.old_logprobs == 'recomputed' and old_logprobs is None:
-        raise ValueError("loss.old_logprobs 'recomputed' needs the old_logprobs array")
-    if options.kl_coef and reference_logprobs is None:
-        raise ValueError(f'loss.kl_coef is {options.kl_coef}: it needs reference_logprobs')
-    if logprobs.shape != batch.tokens.shape:
-        raise ValueError(
-            f'logprobs are {logprobs.shape}, but the batch is {batch.tokens.shape} tokens'
-        )

@@ -105,9 +105,8 @@ def make_step(
             # A batch gets one update, so the policy before it is the one of this forward pass.
             extra['old_logprobs'] = jax.lax.stop_gradient(scores.logprobs)
         if config.loss.kl_coef:
-            extra['reference_logprobs'] = token_scores(
-                graphdef, reference, batch, temperature
-            ).logprobs
+            frozen = token_scores(graphdef, reference, batch, temperature)
+            extra['reference_logprobs'] = frozen.logprobs
         return echo_loss(scores.logprobs, batch, config, env_coef, **extra)
 
     def step(state: TrainState, batch: Batch, env_coef, reference=None):
@@ -128,11 +127,11 @@ def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
     """`score(params, batch) -> float32 [R, T]` log-probabilities, one micro-batch at a time."""
 
     def score(params, batch: Batch):
+        def logprobs(rows: Batch):
+            return token_scores(graphdef, params, rows, temperature).logprobs
+
         micro, _ = micro_batches(batch, micro_rows)
-        logprobs = jax.lax.map(
-            lambda b: token_scores(graphdef, params, b, temperature).logprobs, micro
-        )
-        return logprobs.reshape(batch.tokens.shape)
+        return jax.lax.map(logprobs, micro).reshape(batch.tokens.shape)
 
     return score
 
@@ -173,9 +172,7 @@ class ShardedModel:
         return jax.jit(draw, out_shardings=self.placed)()
 
     def step(self, optimizer_config: ml_collections.ConfigDict):
-        """(the jitted step, which donates its state; the abstract state, with shardings; a function
-        from parameters to the first state).
-        """
+        """(jitted step, abstract state with shardings, function from parameters to first state)."""
         optimizer = make_optimizer(optimizer_config)
         init = functools.partial(init_state, optimizer=optimizer)
         shapes = jax.eval_shape(init, self.abstract)
@@ -196,8 +193,8 @@ class ShardedModel:
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
 
     def score(self, temperature: float = 1.0) -> Callable:
-        """`make_score`, jitted. Takes a batch of NumPy arrays, which every host has made alike; the
-        result is whole on every device.
+        """`make_score`, jitted, of a batch that every host has made alike; the result is whole on
+        every device.
         """
         score = jax.jit(
             self._laid_out(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
