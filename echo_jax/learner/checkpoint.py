@@ -211,8 +211,8 @@ def _describe(state: Any) -> dict[str, list]:
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return leaf.update(sharding=leaf.sharding or first)
 
 
 def _crc32(record: Any) -> int:

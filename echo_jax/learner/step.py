@@ -1,8 +1,8 @@
-"""One learner update as one jitted function: losses, gradients, micro-batches, clip, optimizer.
+"""One learner update as one jitted function, docs/design.md#the-step.
 
-docs/design.md#the-step. The batch has one static shape, so nothing compiles twice. The step walks
-its micro-batches in a loop that stops behind the last one with a token, so a short batch costs only
-what it holds. What the loss is stands in losses.py, how arrays lie on the mesh in sharding.py.
+The batch has one static shape, so nothing compiles twice. The step walks its micro-batches in a
+loop that ends with the last one that holds a token, so a short batch costs only what it holds. What
+the loss is stands in losses.py, how arrays lie on the mesh in sharding.py.
 """
 
 import dataclasses
@@ -76,8 +76,8 @@ def _sum_over_micro_batches(f: Callable[[Batch], Any], batch: Batch, micro_rows:
     def value_at(i):
         return f(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro))
 
-    def add(i, total):
-        return jax.tree.map(jnp.add, total, value_at(i))
+    def add(i, so_far):
+        return jax.tree.map(jnp.add, so_far, value_at(i))
 
     if len(micro.tokens) == 1:
         return value_at(0)
@@ -177,11 +177,7 @@ class ShardedModel:
         init = functools.partial(init_state, optimizer=optimizer)
         shapes = jax.eval_shape(init, self.abstract)
         shardings = sharding.state_shardings(shapes, self.placed, self.mesh)
-        abstract_state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            shardings,
-        )
+        abstract_state = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings)
         step = jax.jit(
             self._laid_out(make_step(self.graphdef, optimizer, self.config)),
             in_shardings=(shardings, sharding.batch_sharding(self.mesh), None),
@@ -193,9 +189,7 @@ class ShardedModel:
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
 
     def score(self, temperature: float = 1.0) -> Callable:
-        """`make_score`, jitted, of a batch that every host has made alike; the result is whole on
-        every device.
-        """
+        """`make_score`, jitted. Every host passes the same batch and gets the whole result."""
         score = jax.jit(
             self._laid_out(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
             in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
