@@ -8,7 +8,7 @@ the loss is stands in losses.py, how arrays lie on the mesh in sharding.py.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def make_step(
 
         grads, metrics = _sum_over_micro_batches(gradients, batch, config.batch.micro_rows)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(nnx.State, optax.apply_updates(state.params, updates))
         metrics['grad_norm'] = total(optax.global_norm(grads))
         return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -200,10 +200,10 @@ class ShardedModel:
     def serving(self) -> Callable[[nnx.State], nnx.State]:
         """Casts parameters to the dtype that the model computes in, as a sampler has them."""
 
-        def cast(params):
+        def as_served(params):
             return jax.tree.map(lambda x: x.astype(self.model.dtype), params)
 
-        return jax.jit(cast, out_shardings=self.placed)
+        return jax.jit(as_served, out_shardings=self.placed)
 
     def _laid_out(self, f: Callable) -> Callable:
         """`f`, traced with the layout that the model's sharding constraints refer to."""
