@@ -39,12 +39,11 @@ def assert_same(got, expected):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@jax.jit
 def advance(state):
     return jax.tree.map(lambda x: x + 1, state)
 
 
-donating_advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+donating_advance = jax.jit(advance, donate_argnums=0)
 abstract = jax.eval_shape(make_state)
 
 
@@ -108,7 +107,7 @@ def test_parts_and_other_configs(saved):
     checkpointer.close()
 
 
-# Once a read has failed, Orbax forgets the step's other reads; collecting them warns of each.
+# When a read has failed, Orbax forgets the step's other reads. Python warns when it collects them.
 damages_files = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 
@@ -291,7 +290,7 @@ for step in range(1, 52):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_fifty_saves_take_no_memory(tmp_path):
-    """Where freed copies are not given back, 256 MiB of state end 430 to 920 MiB higher."""
+    """If freed copies were not given back, 256 MiB of state would end 430 to 920 MiB higher."""
     process = run_python(SAVE_FIFTY_TIMES, tmp_path)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
