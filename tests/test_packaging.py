@@ -44,6 +44,7 @@ def module_name(path: str) -> str:
     )
 
 
+# By its text, since importing two programs would define the same flags twice.
 PROGRAMS = sorted(module_name(path) for path, file in sources().items() if is_program(file))
 
 
