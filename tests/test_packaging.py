@@ -17,9 +17,9 @@ from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-# What only some users need: vLLM for workers, Harbor's sandboxes, and Docker's SDK, which brings
-# requests and urllib3 and raises their errors.
-OPTIONAL = {'docker', 'harbor', 'requests', 'urllib3', 'vllm'}
+# What only some users need: Harbor's sandboxes, vLLM, which brings torch, and Docker's SDK, which
+# brings requests and urllib3 and raises their errors.
+OPTIONAL = {'docker', 'harbor', 'requests', 'torch', 'urllib3', 'vllm'}
 
 
 def sources() -> dict[str, pathlib.Path]:
@@ -44,6 +44,7 @@ def module_name(path: str) -> str:
     )
 
 
+# By its text, since importing two programs would define the same flags twice.
 PROGRAMS = sorted(module_name(path) for path, file in sources().items() if is_program(file))
 
 

@@ -117,7 +117,7 @@ def make_step(
         grads, metrics = _sum_over_micro_batches(gradients, batch, config.batch.micro_rows)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
-        metrics['grad_norm'] = total(optax.global_norm(grads))
+        metrics['grad_norm'] = total(optax.tree.norm(grads))
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
