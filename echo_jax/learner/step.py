@@ -20,8 +20,8 @@ from echo_jax.learner.losses import echo_loss
 from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.model import huggingface, partition
 from echo_jax.model import params as model_params
-from echo_jax.model.logprobs import TokenScores, score_tokens
-from echo_jax.model.qwen3 import Qwen3, Qwen3Config
+from echo_jax.model.family import ModelConfig
+from echo_jax.model.logprobs import TokenScores, token_logprobs
 from echo_jax.types import Batch
 
 
@@ -44,7 +44,7 @@ def token_scores(graphdef, params, batch: Batch, temperature: float) -> TokenSco
     model = nnx.merge(graphdef, params)
     hidden_RTD = model(batch.tokens, batch.positions, batch.segment_ids)
     targets_RT = jnp.roll(batch.tokens, -1, axis=1)
-    scores = score_tokens(hidden_RTD, model.unembedding, targets_RT, temperature)
+    scores = token_logprobs(hidden_RTD, model.unembedding, targets_RT, temperature)
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1).at[:, 0].set(0.0), scores)
 
 
@@ -133,7 +133,7 @@ class ShardedModel:
     """The model of a config on a mesh, and its jitted functions."""
 
     config: ml_collections.ConfigDict
-    model: Qwen3Config
+    model: ModelConfig
     graphdef: nnx.GraphDef
     abstract: nnx.State  # of the parameters
     layout: partition.Layout
@@ -144,7 +144,7 @@ class ShardedModel:
         model = huggingface.recipe_config(config.model)
         graphdef, abstract = model_params.abstract(model)
         layout = sharding.make_layout(config, sharding.make_mesh(config, devices))
-        sharding.check_divides(config, model, abstract, layout)
+        sharding.check_divides(config, model, layout)
         return cls(config, model, graphdef, abstract, layout)
 
     @property
@@ -157,7 +157,9 @@ class ShardedModel:
         return sharding.param_shardings(self.abstract, self.layout)
 
     def random_params(self) -> nnx.State:
-        draw = lambda: nnx.state(Qwen3(self.model, rngs=nnx.Rngs(self.config.seed)))  # noqa: E731
+        def draw() -> nnx.State:
+            return nnx.state(self.model.build(nnx.Rngs(self.config.seed)))
+
         return jax.jit(draw, out_shardings=self.placed)()
 
     def step(self, optimizer_config: ml_collections.ConfigDict):

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from echo_jax.model.qwen3 import Cache, Qwen3Config, init_cache
+from echo_jax.model.attention import Cache
+from echo_jax.model.family import ModelConfig
 from echo_jax.policy import Generation
 
 DECODE_STEPS = 8  # tokens between two looks at the queue
@@ -51,14 +52,14 @@ class _Slot:
 
 
 class JaxPolicy:
-    """Implements `Policy` over a model of `model/qwen3.py`; `load` gives it weights."""
+    """Implements `Policy` over a model of any family; `load` gives it weights."""
 
-    def __init__(self, config: Qwen3Config, graphdef, *, slots: int, cache_tokens: int):
+    def __init__(self, config: ModelConfig, graphdef, *, slots: int, cache_tokens: int):
         """`slots` episodes keep their caches; `cache_tokens` hold a context and what follows."""
         self._cache_tokens = cache_tokens
         self._slots = [_Slot() for _ in range(slots)]
         # A prefill writes a whole piece of C tokens, so the last one may reach past the end.
-        self._cache = init_cache(config, slots, cache_tokens + PREFILL_TOKENS)
+        self._cache = config.init_cache(slots, cache_tokens + PREFILL_TOKENS)
         self._prefill = functools.partial(_prefill, graphdef)
         self._decode = functools.partial(_decode, graphdef)
         self._params, self._version = None, -1
