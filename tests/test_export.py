@@ -20,6 +20,10 @@ STEPS = SETTINGS['num_steps']
 VOCABULARY = SETTINGS['model']['vocab_size']
 
 
+def tensors(path):
+    return {name: tensor[...] for name, tensor in safetensors.open_tensors(path).items()}
+
+
 @pytest.fixture(scope='module')
 def exported(programs, finished, tmp_path_factory):
     output = tmp_path_factory.mktemp('exported') / 'new' / 'model'
@@ -58,8 +62,7 @@ def test_a_step_in_other_files(finished, exported, tmp_path):
     assert export_run(Workdir.open(finished), 4, tmp_path / 'm', 'bfloat16', 20_000) == 4
     assert len(list((tmp_path / 'm').glob('*.safetensors'))) > 2
     assert json.loads((tmp_path / 'm' / 'config.json').read_text())['dtype'] == 'bfloat16'
-    earlier = safetensors.open_tensors(tmp_path / 'm')
-    later = safetensors.open_tensors(exported)
+    earlier, later = tensors(tmp_path / 'm'), tensors(exported)
     assert earlier.keys() == later.keys()
     apart = [
         np.abs(earlier[name].astype(np.float32) - later[name]).max() / np.abs(later[name]).max()
@@ -76,7 +79,7 @@ def test_the_next_run_starts_from_it(programs, exported, tmp_path):
     programs.train(tmp_path / 'run', *flags)
     assert not (tmp_path / 'run' / 'tokenizer').exists()
     published = WeightStore(tmp_path / 'run' / 'weights').read(0)
-    given = safetensors.open_tensors(exported)
+    given = tensors(exported)
     np.testing.assert_array_equal(published['embedding'], given['model.embed_tokens.weight'])
     for layer in range(2):
         np.testing.assert_array_equal(

@@ -11,6 +11,8 @@ import pytest
 
 from configs import qwen3_8b
 from echo_jax.model import params as model_params
+from echo_jax.model.family import count_params
+from echo_jax.model.huggingface import recipe_config
 from echo_jax.model.qwen3 import Qwen3Config
 from echo_jax.planner import estimate, topology
 
@@ -53,7 +55,7 @@ def planned(*flags: str):
 def qwen3_8b_model(**changes) -> Qwen3Config:
     config = qwen3_8b.get_config()
     config.model.update(changes)
-    return Qwen3Config.of(config.model)
+    return recipe_config(config.model)
 
 
 # ------------------------------------------------------------------------------------ by hand
@@ -62,7 +64,7 @@ def qwen3_8b_model(**changes) -> Qwen3Config:
 @pytest.mark.parametrize('tied', [True, False])
 def test_parameters_are_those_of_the_model(tied):
     c = qwen3_8b_model(num_hidden_layers=3, hidden_size=512, tie_word_embeddings=tied)
-    total, multiply = estimate.parameters(c)
+    total, multiply = count_params(c)
     _, abstract = model_params.abstract(c)
     leaves = jax.tree.leaves(abstract)
     assert total == sum(leaf.size for leaf in leaves)
@@ -82,7 +84,7 @@ def test_model_flops():
     )
     # A layer: queries and output 2 x 4 x 4, keys and values 2 x 4 x 2, three of 4 x 6: 120.
     # With the table of 10 x 4: 3 x 120 + 40 = 400.
-    assert estimate.parameters(c)[1] == 400
+    assert count_params(c)[1] == 400
     # 5 rows of 7 tokens: 6 x 400 x 35. Attention, forward: scores and mixture, each 2 x 7 x 7 x 2
     # FLOPs a head, half of it seen; 2 heads, 3 layers, 5 rows, and twice that again backward.
     attention = 3 * (2 * 2 * 7 * 7 * 2) / 2 * 2 * 3 * 5
@@ -131,7 +133,7 @@ def test_hints():
     config = qwen3_8b.get_config()
     config.mesh.update(fsdp=8, context=1, tensor=2)
     config.batch.micro_rows = 16
-    step = topology.Step(config, topology.tpu_devices('v5p:2x2x4'), rows=64)
+    step = topology.PlannedStep(config, topology.tpu_devices('v5p:2x2x4'), rows=64)
     # 16 rows at a time over fsdp=8 may be 8, or 4 with each row on two chips.
     assert estimate.hint(step, used=100 * estimate.GIB, limit=96 * estimate.GIB) == (
         '4.0 GiB a chip too much: try batch.micro_rows=8, or --mesh=fsdp=4,context=2,tensor=2 with '

@@ -6,8 +6,8 @@ import pathlib
 
 import pytest
 
-from echo_jax.model.qwen3 import Qwen3Config
-from echo_jax.planner.estimate import parameters
+from echo_jax.model.family import count_params
+from echo_jax.model.huggingface import recipe_config
 
 RECIPES = sorted(p.stem for p in pathlib.Path(__file__).parents[1].glob('configs/qwen3_*.py'))
 # Parameters of the public models, a tied table counted once.
@@ -44,7 +44,7 @@ def test_a_recipe(name):
     config = recipe(name)
     assert recipe('tiny').keys() <= config.keys()
     model = importlib.import_module(f'configs.{name}').get_config().model
-    assert parameters(Qwen3Config.of(model))[0] == PARAMETERS[name]
+    assert count_params(recipe_config(model))[0] == PARAMETERS[name]
     assert config['batch.groups'] * config['group_size'] % config['batch.micro_rows'] == 0
     assert config['batch.seq_len'] >= config['protocol.max_total_tokens']
 

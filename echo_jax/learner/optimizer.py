@@ -1,12 +1,14 @@
 """The optimizer of a recipe: clipping by global norm, a linear warm-up, AdamW or Muon.
 
 Muon (optax's) orthogonalises the momentum of every matrix and leaves vectors and embeddings to
-AdamW. The paper's recipe is AdamW.
+AdamW. The paper's recipe is AdamW. Which parameters are matrices is for the table of the model's
+family to say (model/family.py).
 """
 
 import jax
 import ml_collections
 import optax
+from flax import nnx
 from optax import contrib
 
 
@@ -40,7 +42,15 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
 
 
-def _matrices(params):
-    """Muon's matrices: the stacked [L, in, out] ones of the layers; L is a batch."""
-    matrix = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return jax.tree.map(lambda p: matrix if p.ndim == 3 else None, params)
+def _matrices(params: nnx.State):
+    """How Muon shall take each parameter: the last two axes of a matrix, and None for the rest."""
+
+    def dimensions(param: nnx.Variable):
+        def numbers(leaf):
+            # An axis before them is that of the layers, whose matrices are taken one by one.
+            return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+        is_matrix = param.get_metadata()['kind'] == 'matrix'
+        return jax.tree.map(numbers if is_matrix else lambda leaf: None, param)
+
+    return jax.tree.map(dimensions, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,9 +1,9 @@
-"""Logical axis names to mesh axes, by the table in the config; the model knows no mesh.
+"""Maps logical axis names to mesh axes, by the table in the config; the model knows no mesh.
 
 Every mesh axis but 'tensor' splits the tokens of a batch: 'data' and 'fsdp' its rows, 'context' the
-tokens of a row. The config's table says over what the parameters are split: of those axes over any
-('embed', gathered where they are used), and over 'tensor' ('heads', 'kv_heads', 'mlp', 'vocab',
-computed apart). A logical name that the table does not list is replicated.
+tokens of a row. The config's table says over which of them the parameters are split: 'embed' over
+any of these three, and gathered for use; 'heads', 'kv_heads', 'mlp' and 'vocab' over 'tensor', and
+each part is computed apart. A logical name that the table does not list is whole on every device.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,12 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from echo_jax.model.family import TENSOR_AXES, ModelConfig
 from echo_jax.model.partition import Layout
-from echo_jax.model.qwen3 import Qwen3Config
 from echo_jax.types import Batch
 
 MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
 _BATCH = {'rows': ('data', 'fsdp'), 'tokens': ('context',)}
-_GATHERED, _APART = ('embed',), ('heads', 'kv_heads', 'mlp', 'vocab')
 
 
 def make_mesh(
@@ -29,7 +28,7 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of `config.mesh`; an axis of -1 takes what the others leave.
 
-    `devices`: all of this machine's, or those of a topology that programs only compile for.
+    `devices`: all of this machine's, or those of a topology that is only compiled for.
     """
     sizes = [config.mesh[axis] for axis in MESH_AXES]
     devices = jax.devices() if devices is None else list(devices)
@@ -55,21 +54,21 @@ def make_mesh(
 
 
 def make_layout(config: ml_collections.ConfigDict, mesh: Mesh) -> Layout:
-    """`config.sharding` over a mesh; ValueError where it splits what this code cannot."""
+    """`config.sharding` over a mesh; ValueError if it splits what this code cannot."""
     table = {
         name: (axes,) if isinstance(axes, str) else tuple(axes or ())
         for name, axes in config.sharding.items()
     }
     for name, axes in table.items():
-        allowed = {'embed': MESH_AXES[:3]}.get(name, ('tensor',))
-        if name not in (*_GATHERED, *_APART) or not set(axes) <= set(allowed):
+        allowed = MESH_AXES[:3] if name == 'embed' else ('tensor',)
+        if name not in ('embed', *TENSOR_AXES) or not set(axes) <= set(allowed):
             raise ValueError(
                 f'sharding.{name} is {axes}; expected embed over some of {MESH_AXES[:3]} and '
-                f"{', '.join(_APART)} over 'tensor'"
+                f"{', '.join(TENSOR_AXES)} over 'tensor'"
             )
     if table.get('heads') != table.get('kv_heads'):
         raise ValueError("sharding.heads and sharding.kv_heads differ; split both over 'tensor'")
-    if mesh.shape['tensor'] > 1 and not any(table.get(name) for name in _APART):
+    if mesh.shape['tensor'] > 1 and not any(table.get(name) for name in TENSOR_AXES):
         raise ValueError(
             f'mesh.tensor={mesh.shape["tensor"]} splits nothing; '
             "list 'heads', 'kv_heads', 'mlp' and 'vocab' in config.sharding, or set it to 1"
@@ -77,27 +76,27 @@ def make_layout(config: ml_collections.ConfigDict, mesh: Mesh) -> Layout:
     return Layout(mesh, _BATCH | table)
 
 
-def check_divides(
-    config: ml_collections.ConfigDict, model: Qwen3Config, abstract_params, layout: Layout
-) -> None:
-    """ValueError where the batch, the heads or a parameter do not divide over the mesh."""
+def check_divides(config: ml_collections.ConfigDict, model: ModelConfig, layout: Layout) -> None:
+    """ValueError if the batch, the heads or a parameter do not divide over the mesh."""
     for key, length, axis in (
         ('batch.micro_rows', config.batch.micro_rows, 'rows'),
         ('batch.seq_len', config.batch.seq_len, 'tokens'),
         ('num_attention_heads', model.num_attention_heads, 'heads'),
         ('num_key_value_heads', model.num_key_value_heads, 'kv_heads'),
     ):
-        if length % (parts := layout.size(axis)):
+        parts = layout.size(axis)
+        if length % parts:
             raise ValueError(
                 f'{key}={length} does not divide over {_sizes(layout, axis)} = {parts}; '
                 f'make it a multiple, or change config.mesh'
             )
-    for path, variable in nnx.to_flat_state(abstract_params):
-        for length, axis in zip(variable.shape, variable.get_metadata()['axes']):
-            if length % (parts := layout.size(axis)):
-                name = '/'.join(map(str, path))
+    lengths = model.axis_sizes()
+    for name, array in model.arrays().items():
+        for axis in array.axes:
+            parts = layout.size(axis)
+            if lengths[axis] % parts:
                 raise ValueError(
-                    f'{name} {variable.shape}: {length} ({axis}) does not divide over '
+                    f'{name} {array.shape(lengths)}: {lengths[axis]} ({axis}) does not divide over '
                     f'{_sizes(layout, axis)} = {parts}; change config.mesh or config.sharding'
                 )
 
@@ -107,7 +106,7 @@ def _sizes(layout: Layout, axis: str) -> str:
 
 
 def param_shardings(abstract_params: nnx.State, layout: Layout) -> nnx.State:
-    """A NamedSharding for every parameter, by the logical names it was made with."""
+    """A NamedSharding for every parameter, by the logical axes that its family's table gave it."""
     return jax.tree.map(
         lambda variable: variable.replace(layout.sharding(*variable.get_metadata()['axes'])),
         abstract_params,

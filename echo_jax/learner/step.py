@@ -21,8 +21,8 @@ from echo_jax.learner.losses import Metrics, echo_loss, total
 from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.model import huggingface, partition
 from echo_jax.model import params as model_params
-from echo_jax.model.logprobs import TokenScores, score_tokens
-from echo_jax.model.qwen3 import Qwen3, Qwen3Config
+from echo_jax.model.family import ModelConfig
+from echo_jax.model.logprobs import TokenScores, token_logprobs
 from echo_jax.types import Batch
 
 
@@ -47,7 +47,7 @@ def token_scores(graphdef, params, batch: Batch, temperature: float) -> TokenSco
     # Each place predicts the token after it; rolled back, a score stands at its own token. Not cut
     # to T - 1 places, because these would not divide over the mesh.
     targets_RT = jnp.roll(batch.tokens, -1, axis=1)
-    scores = score_tokens(hidden_RTD, model.unembedding, targets_RT, temperature)
+    scores = token_logprobs(hidden_RTD, model.unembedding, targets_RT, temperature)
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1).at[:, 0].set(0.0), scores)
 
 
@@ -141,7 +141,7 @@ class ShardedModel:
     """The model of a recipe on a mesh, and the jitted functions that take its parameters."""
 
     config: ml_collections.ConfigDict
-    model: Qwen3Config
+    model: ModelConfig
     graphdef: nnx.GraphDef
     abstract: nnx.State  # shapes, dtypes and logical axes of the parameters
     layout: partition.Layout
@@ -152,7 +152,7 @@ class ShardedModel:
         model = huggingface.recipe_config(config.model)
         graphdef, abstract = model_params.abstract(model)
         layout = sharding.make_layout(config, sharding.make_mesh(config, devices))
-        sharding.check_divides(config, model, abstract, layout)
+        sharding.check_divides(config, model, layout)
         return cls(config, model, graphdef, abstract, layout)
 
     @property
@@ -165,8 +165,8 @@ class ShardedModel:
         return sharding.param_shardings(self.abstract, self.layout)
 
     def random_params(self) -> nnx.State:
-        def draw():
-            return nnx.state(Qwen3(self.model, rngs=nnx.Rngs(self.config.seed)))
+        def draw() -> nnx.State:
+            return nnx.state(self.model.build(nnx.Rngs(self.config.seed)))
 
         # Drawn in place: the whole model may not fit the memory of one device.
         return jax.jit(draw, out_shardings=self.placed)()

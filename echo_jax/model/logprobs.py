@@ -15,18 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from echo_jax.model import partition
+from echo_jax.model.axes import STATES, TOKENS
 from echo_jax.model.precision import sum_dtype
 
 MAX_WORDS = 2048  # v
 MAX_LOGITS = 1 << 25  # m times v: 128 MiB in float32
 
-_TOKENS = ('rows', 'tokens')
-_HIDDEN = ('rows', 'tokens', None)
 _HEAD = ('vocab', 'embed')
 
 
 class TokenScores(NamedTuple):
-    """Of tokens given those before them, float32, nats."""
+    """What `token_logprobs` says of each token given those before it, in nats, float32 [B, T]."""
 
     logprobs: jax.Array  # at the sampling temperature; the only one that passes gradients
     entropy: jax.Array  # of the distribution that the token was drawn from
@@ -34,8 +33,12 @@ class TokenScores(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def score_tokens(hidden, unembedding, targets, temperature=1.0) -> TokenScores:
-    """Scores of each target.
+def token_logprobs(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, temperature: float = 1.0
+) -> TokenScores:
+    """Log-probabilities of the targets, and the entropy of what they were drawn from.
+
+    docs/design.md#the-step
 
     Args:
       hidden: [B, T, D], any float dtype; the states that predict the targets.
@@ -44,23 +47,16 @@ def score_tokens(hidden, unembedding, targets, temperature=1.0) -> TokenScores:
       temperature: the logits are divided by it; the sampler's, so that both sides mean the same.
 
     Returns:
-      TokenScores of float32 [B, T].
+      TokenScores (logprobs, entropy, logprobs_t1) of float32 [B, T].
     """
     return _forward(hidden, unembedding, targets, temperature)[0]
-
-
-def token_logprobs(hidden, unembedding, targets, temperature=1.0):
-    """(logprobs, entropy) of `score_tokens`, for states [..., D] and targets [...]."""
-    rows = hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 1 else hidden[None, None]
-    scores = score_tokens(rows, unembedding, targets.reshape(rows.shape[:2]), temperature)
-    return scores.logprobs.reshape(targets.shape), scores.entropy.reshape(targets.shape)
 
 
 def _forward(hidden, unembedding, targets, temperature):
     score = partition.per_device(
         functools.partial(_score, temperature=temperature),
-        in_axes=(_HIDDEN, _HEAD, _TOKENS),
-        out_axes=(TokenScores(_TOKENS, _TOKENS, _TOKENS), _TOKENS),
+        in_axes=(STATES, _HEAD, TOKENS),
+        out_axes=(TokenScores(TOKENS, TOKENS, TOKENS), TOKENS),
     )
     scores, lse = score(hidden, unembedding, targets)
     return scores, (hidden, unembedding, targets, lse)
@@ -69,13 +65,13 @@ def _forward(hidden, unembedding, targets, temperature):
 def _backward(temperature, residuals, cotangents):
     pull = partition.per_device(
         functools.partial(_pull, temperature=temperature),
-        in_axes=(_HIDDEN, _HEAD, _TOKENS, _TOKENS, _TOKENS),
-        out_axes=(_HIDDEN, _HEAD),
+        in_axes=(STATES, _HEAD, TOKENS, TOKENS, TOKENS),
+        out_axes=(STATES, _HEAD),
     )
     return *pull(*residuals, cotangents.logprobs), None
 
 
-score_tokens.defvjp(_forward, _backward)
+token_logprobs.defvjp(_forward, _backward)
 
 
 class _Sums(NamedTuple):
@@ -95,9 +91,12 @@ def _score(hidden, unembedding, targets, temperature):
     def block(hidden_mD, targets_m):
         def add(number, sums):
             rows_vD, ids_v, fresh_v, _ = _head_block(unembedding, number, words, hidden.dtype)
+            # Words that the block before has counted already: exp(-inf) is 0 in every sum.
             logits_mv = jnp.where(fresh_v, _logits(hidden_mD, rows_vD) / temperature, -jnp.inf)
             hit_mv = (targets_m[:, None] == ids_v) & fresh_v
             top = jnp.maximum(sums.top, logits_mv.max(-1))
+            # Sums are kept relative to the largest logit so far: exp of a logit of 89 is infinite
+            # in float32. When a block brings a larger one, the old sums are scaled down to it.
             above = logits_mv - top[:, None]
             weights = jnp.exp(above)
             weights_t1 = weights if temperature == 1.0 else jnp.exp(above * temperature)
@@ -106,11 +105,13 @@ def _score(hidden, unembedding, targets, temperature):
                 top,
                 sums.total * jnp.exp(old) + weights.sum(-1),
                 sums.total_t1 * jnp.exp(old * temperature) + weights_t1.sum(-1),
+                # `where` again, since 0 * -inf is NaN.
                 sums.weighted * jnp.exp(old) + jnp.where(fresh_v, weights * logits_mv, 0.0).sum(-1),
                 sums.target + jnp.where(hit_mv, logits_mv, 0.0).sum(-1),
             )
 
         zero = jnp.zeros(targets_m.shape, sum_dtype(hidden_mD))
+        # Any logit is larger than -inf, so exp(old) is 0 in the first block.
         first = _Sums(jnp.full_like(zero, -jnp.inf), zero, zero, zero, zero)
         return _combine(jax.lax.fori_loop(0, _count(unembedding, words), add, first), temperature)
 
@@ -122,7 +123,9 @@ def _score(hidden, unembedding, targets, temperature):
 
 def _combine(sums: _Sums, temperature: float):
     """(TokenScores, log-sum-exp) [m] out of the sums over this device's words."""
-    if axes := partition.mesh_axes('vocab'):
+    axes = partition.mesh_axes('vocab')
+    if axes:
+        # Each device has seen its own words only, so their sums are combined like those of blocks.
         top = jax.lax.pmax(sums.top, axes)
         part, part_t1 = jnp.exp(sums.top - top), jnp.exp((sums.top - top) * temperature)
         total, total_t1, weighted, target = jax.lax.psum(
@@ -130,7 +133,9 @@ def _combine(sums: _Sums, temperature: float):
         )
         sums = _Sums(top, total, total_t1, weighted, target)
     lse = sums.top + jnp.log(sums.total)
+    # A logit at temperature 1 is the one at the sampling temperature times that temperature.
     lse_t1 = sums.top * temperature + jnp.log(sums.total_t1)
+    # The entropy -sum p log p is lse - sum p * logit.
     scores = TokenScores(
         sums.target - lse, lse - sums.weighted / sums.total, sums.target * temperature - lse_t1
     )
@@ -138,7 +143,11 @@ def _combine(sums: _Sums, temperature: float):
 
 
 def _pull(hidden, unembedding, targets, lse, cotangent, temperature):
-    """(d hidden, d unembedding) of one device, from the cotangent of the log-probabilities."""
+    """(d hidden, d unembedding) of one device, from the cotangent of the log-probabilities.
+
+    Words are the outer loop and tokens the inner one, so that the gradient of a block of words is
+    complete, and is summed over the devices once, before the next block begins.
+    """
     D = hidden.shape[-1]
     words, wide = _words(unembedding), sum_dtype(hidden)
     flat = [hidden.reshape(-1, D), *(x.reshape(-1) for x in (targets, lse, cotangent))]
@@ -150,9 +159,12 @@ def _pull(hidden, unembedding, targets, lse, cotangent, temperature):
 
         def token_block(d_rows_vD, xs):
             (hidden_mD, targets_m, lse_m, d_m), d_hidden_mD = xs
+            # Computed again from the log-sum-exp: kept, the probabilities would be whole logits.
             probs_mv = jnp.exp(_logits(hidden_mD, rows_vD) / temperature - lse_m[:, None])
             d_logits_mv = ((targets_m[:, None] == ids_v) - probs_mv) * (d_m / temperature)[:, None]
+            # Words of the block before are in its gradient; twice they would count double.
             d_logits_mv = jnp.where(fresh_v, d_logits_mv, 0.0).astype(hidden.dtype)
+            # Both are sums over many blocks, in float32, as in `partition.matmul`.
             d_rows_vD += jnp.dot(d_logits_mv.T, hidden_mD, preferred_element_type=wide)
             d_hidden_mD += jnp.dot(d_logits_mv, rows_vD, preferred_element_type=wide)
             return d_rows_vD, d_hidden_mD
@@ -161,13 +173,15 @@ def _pull(hidden, unembedding, targets, lse, cotangent, temperature):
             token_block, jnp.zeros(rows_vD.shape, wide), (blocks, d_hidden)
         )
         d_rows = partition.sum_over_tokens(d_rows_vD, 1).astype(unembedding.dtype)
+        # The last block may begin with rows that the one before has written; they are kept.
         old = jax.lax.dynamic_slice_in_dim(d_unembedding, at, words)
         d_rows = jnp.where(fresh_v[:, None], d_rows, old)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_rows, at, 0)
 
     start = jnp.zeros(blocks[0].shape, wide), jnp.zeros_like(unembedding)
     d_hidden, d_unembedding = jax.lax.fori_loop(0, _count(unembedding, words), head_block, start)
-    if axes := partition.mesh_axes('vocab'):
+    axes = partition.mesh_axes('vocab')
+    if axes:  # a state predicts the words of all devices, so their gradients add up
         d_hidden = jax.lax.psum(d_hidden, axes)
     d_hidden = d_hidden.reshape(-1, D)[:size].reshape(hidden.shape)
     return d_hidden.astype(hidden.dtype), d_unembedding
@@ -184,6 +198,7 @@ def _count(unembedding, words: int) -> int:
 def _in_blocks(arrays, words: int):
     """Arrays [M, ...] as [blocks, m, ...], padded with zeros, and M."""
     size = arrays[0].shape[0]
+    # As few blocks as MAX_LOGITS allows, all alike: then little of the last one is padding.
     count = -(-size * words // MAX_LOGITS)
     block = -(-size // count)
     pad = count * block - size
@@ -196,16 +211,19 @@ def _in_blocks(arrays, words: int):
 def _head_block(unembedding, number, words: int, dtype):
     """Block `number` of this device's words: (rows [v, D], ids [v], whether new [v], first row).
 
-    The last block ends with the last word, so it may begin with words that were in the one before.
+    The last block ends with the last word, so it may begin with words that were in the one before:
+    a shorter block would be another shape, and the loop has one.
     """
     start = number * words
     at = jnp.minimum(start, unembedding.shape[0] - words)
     rows = jax.lax.dynamic_slice_in_dim(unembedding, at, words).astype(dtype)
+    # Minor axes first, the inverse of how they were split; otherwise the columns come out of order.
     for axis in reversed(partition.mesh_axes('embed')):
         rows = jax.lax.all_gather(rows, axis, axis=1, tiled=True)
     places = at + jnp.arange(words)
     offset = 0
-    if axes := partition.mesh_axes('vocab'):
+    axes = partition.mesh_axes('vocab')
+    if axes:
         offset = jax.lax.axis_index(axes) * unembedding.shape[0]
     return rows, offset + places, places >= start, at
 

@@ -1,6 +1,6 @@
 """A model's parameters as a tree of shapes, as flat names, and back.
 
-The flat names, such as `layers/wq`, are those of the weight store.
+The flat names, such as `layers/wq`, are those of the family's table and of the weight store.
 """
 
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from echo_jax.model.qwen3 import Qwen3, Qwen3Config
+from echo_jax.model.family import ModelConfig
 
 
-def abstract(config: Qwen3Config) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """(static half, parameters as ShapeDtypeStructs) of the model; nothing is allocated."""
-    return nnx.split(nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
 
 
 def flatten(params: nnx.State) -> dict[str, jax.Array]:
@@ -26,7 +26,7 @@ def flatten(params: nnx.State) -> dict[str, jax.Array]:
 def unflatten(abstract_params: nnx.State, arrays: Mapping[str, np.ndarray]) -> nnx.State:
     """The inverse of `flatten`, in the dtypes of `abstract_params`.
 
-    Raises ValueError where `arrays` are not those of this model.
+    Raises ValueError if `arrays` are not those of this model.
     """
     wanted = {_name(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract_params)}
     found = {name: array.shape for name, array in arrays.items()}

@@ -4,13 +4,14 @@ B rows, T tokens, S cached tokens, D model, F ffw, N query heads, K key-value he
 dimension, V vocabulary, L layers.
 
 The layers are one set of arrays with a leading L and are scanned, so 36 layers compile as one.
-Every parameter carries logical axis names; `learner/sharding.py` maps them to a mesh. The model
-returns hidden states, never logits: `logprobs.token_logprobs` makes what a loss needs of them.
+`Qwen3Config.arrays` is the family's table, as family.py explains. The model returns hidden states,
+never logits: `logprobs.token_logprobs` makes what a loss needs of them.
 """
 
 import dataclasses
 import math
-from typing import NamedTuple
+import pathlib
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from echo_jax.model import attention, partition
+from echo_jax.model.attention import Cache
+from echo_jax.model.axes import STATES
+from echo_jax.model.family import Array, ConfigJson, set_params
 from echo_jax.model.precision import sum_dtype
-from echo_jax.model.rope import ROPE_TYPES, attention_factor, inverse_frequencies, rope
+from echo_jax.model.rope import (
+    ROPE_TYPES,
+    YARN,
+    attention_factor,
+    inverse_frequencies,
+    read_rope,
+    rope,
+    write_rope,
+)
 
 _policies = jax.checkpoint_policies
 # What a layer keeps for its backward pass, besides its input.
@@ -39,7 +51,35 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3Config:
-    """Sizes, under the names of Hugging Face's config.json."""
+    """The sizes of a Qwen3, under the names of Hugging Face's config.json; a `ModelConfig`."""
+
+    model_type: ClassVar[str] = 'qwen3'  # not 'qwen3_moe'
+    config_json: ClassVar[ConfigJson] = ConfigJson(
+        architecture='Qwen3ForCausalLM',
+        supported={
+            'hidden_act': 'silu',
+            'attention_bias': False,
+            'attention_dropout': 0.0,
+            'use_sliding_window': False,
+            'quantization_config': None,
+        },
+        required=(
+            'vocab_size',
+            'hidden_size',
+            'intermediate_size',
+            'num_hidden_layers',
+            'num_attention_heads',
+        ),
+        defaults={
+            'head_dim': 128,
+            'max_position_embeddings': 32_768,
+            'rms_norm_eps': 1e-6,
+            'tie_word_embeddings': False,
+            'initializer_range': 0.02,
+        },
+    )
+    # A head that is tied, and the frequencies that older versions of transformers saved.
+    spare_tensors: ClassVar[tuple[str, ...]] = ('lm_head.weight', 'inv_freq')
 
     vocab_size: int
     hidden_size: int
@@ -50,12 +90,12 @@ class Qwen3Config:
     head_dim: int
     rope_theta: float = 1e6
     rope_type: str = 'default'  # or 'yarn', which reads the six fields after it
-    factor: float = 1.0
-    original_max_position_embeddings: int = 32_768
-    attention_factor: float | None = None  # None: by `factor`
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
+    factor: float = YARN['factor']
+    original_max_position_embeddings: int = YARN['original_max_position_embeddings']
+    attention_factor: float | None = YARN['attention_factor']
+    beta_fast: float = YARN['beta_fast']
+    beta_slow: float = YARN['beta_slow']
+    truncate: bool = YARN['truncate']
     max_position_embeddings: int = 32_768  # for config.json; nothing here is as long
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
@@ -63,11 +103,6 @@ class Qwen3Config:
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
     attention: str = 'auto'  # the kernel, one of attention.KINDS; 'auto': the platform's
     remat: str = 'full'  # what the backward pass finds instead of computing it again, see REMAT
-
-    @classmethod
-    def of(cls, model) -> 'Qwen3Config':
-        """From the `model` of a recipe, whose keys these are but for `path`."""
-        return cls(**{key: value for key, value in model.items() if key != 'path'})
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -85,82 +120,92 @@ class Qwen3Config:
         if self.rope_type not in ROPE_TYPES:
             raise ValueError(f'rope_type is {self.rope_type!r}; expected one of {ROPE_TYPES}')
 
+    @classmethod
+    def read_json(cls, found: dict, file: pathlib.Path) -> dict:
+        other = set(found.get('layer_types', ())) - {'full_attention'}
+        if other:
+            raise ValueError(f"{file}: layer_types has {other}; only 'full_attention' is supported")
+        length = found.get(
+            'max_position_embeddings', cls.config_json.defaults['max_position_embeddings']
+        )
+        heads = found.get('num_key_value_heads', found['num_attention_heads'])
+        return {'num_key_value_heads': heads} | read_rope(found, file, length)
 
-_STATES = ('rows', 'tokens', None)  # how activations lie
-_WEIGHTS = {  # a layer's matrices
-    'wq': ('embed', 'heads'),
-    'wk': ('embed', 'kv_heads'),
-    'wv': ('embed', 'kv_heads'),
-    'wo': ('heads', 'embed'),
-    'w_gate': ('embed', 'mlp'),
-    'w_up': ('embed', 'mlp'),
-    'w_down': ('mlp', 'embed'),
-}
+    def write_json(self) -> dict:
+        return {'num_key_value_heads': self.num_key_value_heads} | write_rope(self)
+
+    def axis_sizes(self) -> dict[str, int]:
+        return {
+            'layers': self.num_hidden_layers,
+            'vocab': self.vocab_size,
+            'embed': self.hidden_size,
+            'mlp': self.intermediate_size,
+            'heads': self.num_attention_heads * self.head_dim,
+            'kv_heads': self.num_key_value_heads * self.head_dim,
+            'head_dim': self.head_dim,
+        }
+
+    def arrays(self) -> dict[str, Array]:
+        std = self.initializer_range
+        # As in GPT-2: 2 L matrices add to the residual stream, whose variance stays what it was.
+        into_residual = std * (1 / math.sqrt(2 * self.num_hidden_layers))
+
+        def norm(theirs: str, axis: str) -> Array:
+            theirs = f'model.layers.{{}}.{theirs}.weight'
+            return Array(theirs, ('layers', axis), 'vector', constant=1.0)
+
+        def matrix(theirs: str, *axes: str, std: float = std) -> Array:
+            theirs = f'model.layers.{{}}.{theirs}.weight'
+            return Array(theirs, ('layers', *axes), 'matrix', transposed=True, std=std)
+
+        words = ('vocab', 'embed')
+        tied = self.tie_word_embeddings
+        kind = 'unembedding' if tied else 'lookup'
+        table = {
+            'embedding': Array('model.embed_tokens.weight', words, kind, std=std),
+            'layers/attention_norm': norm('input_layernorm', 'embed'),
+            'layers/wq': matrix('self_attn.q_proj', 'embed', 'heads'),
+            'layers/wk': matrix('self_attn.k_proj', 'embed', 'kv_heads'),
+            'layers/wv': matrix('self_attn.v_proj', 'embed', 'kv_heads'),
+            'layers/q_norm': norm('self_attn.q_norm', 'head_dim'),
+            'layers/k_norm': norm('self_attn.k_norm', 'head_dim'),
+            'layers/wo': matrix('self_attn.o_proj', 'heads', 'embed', std=into_residual),
+            'layers/mlp_norm': norm('post_attention_layernorm', 'embed'),
+            'layers/w_gate': matrix('mlp.gate_proj', 'embed', 'mlp'),
+            'layers/w_up': matrix('mlp.up_proj', 'embed', 'mlp'),
+            'layers/w_down': matrix('mlp.down_proj', 'mlp', 'embed', std=into_residual),
+            'final_norm': Array('model.norm.weight', ('embed',), 'vector', constant=1.0),
+        }
+        head = Array('lm_head.weight', words, 'unembedding', std=std)
+        return table if tied else table | {'head': head}
+
+    def build(self, rngs: nnx.Rngs) -> 'Qwen3':
+        return Qwen3(self, rngs=rngs)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        shape = (batch, self.num_key_value_heads, length, self.head_dim)
+
+        def empty() -> tuple[jax.Array, ...]:
+            return tuple(jnp.zeros(shape, self.dtype) for _ in range(self.num_hidden_layers))
+
+        return Cache(empty(), empty())
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far, one array a layer so that decoding updates in place."""
-
-    keys: tuple[jax.Array, ...]  # L of [B, K, S, H]
-    values: tuple[jax.Array, ...]  # L of [B, K, S, H]
-
-
-def init_cache(config: Qwen3Config, batch: int, length: int) -> Cache:
-    shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    layers = range(config.num_hidden_layers)
-    return Cache(*(tuple(jnp.zeros(shape, config.dtype) for _ in layers) for _ in range(2)))
-
-
-def rms_norm(x, scale, eps):
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """RMSNorm over the last axis in float32, as the reference does, returned in the dtype of x."""
     wide = x.astype(sum_dtype(x))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (normed * scale).astype(x.dtype)
 
 
-class Layers(nnx.Module):
-    """The parameters of all layers, stacked over a leading L."""
-
-    def __init__(self, c: Qwen3Config, *, rngs: nnx.Rngs):
-        L, D, F, H = c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.head_dim
-        N, K = c.num_attention_heads, c.num_key_value_heads
-
-        def ones(*shape, axes):
-            return nnx.Param(jnp.ones((L, *shape)), axes=('layers', *axes))
-
-        def normal(*shape, axes, scale=1.0):
-            draw = jax.random.normal(rngs.params(), (L, *shape)) * (c.initializer_range * scale)
-            return nnx.Param(draw, axes=('layers', *axes))
-
-        into_residual = 1 / math.sqrt(2 * L)  # GPT-2: the residual stream keeps its variance
-        self.attention_norm = ones(D, axes=('embed',))
-        self.wq = normal(D, N * H, axes=_WEIGHTS['wq'])
-        self.wk = normal(D, K * H, axes=_WEIGHTS['wk'])
-        self.wv = normal(D, K * H, axes=_WEIGHTS['wv'])
-        self.q_norm = ones(H, axes=('head_dim',))
-        self.k_norm = ones(H, axes=('head_dim',))
-        self.wo = normal(N * H, D, axes=_WEIGHTS['wo'], scale=into_residual)
-        self.mlp_norm = ones(D, axes=('embed',))
-        self.w_gate = normal(D, F, axes=_WEIGHTS['w_gate'])
-        self.w_up = normal(D, F, axes=_WEIGHTS['w_up'])
-        self.w_down = normal(F, D, axes=_WEIGHTS['w_down'], scale=into_residual)
-
-
 class Qwen3(nnx.Module):
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
         self.config = config
-        V, D = config.vocab_size, config.hidden_size
-        draw = jax.random.normal(rngs.params(), (V, D)) * config.initializer_range
-        self.embedding = nnx.Param(draw, axes=('vocab', 'embed'))
-        self.layers = Layers(config, rngs=rngs)
-        self.final_norm = nnx.Param(jnp.ones(D), axes=('embed',))
-        if not config.tie_word_embeddings:
-            draw = jax.random.normal(rngs.params(), (V, D)) * config.initializer_range
-            self.head = nnx.Param(draw, axes=('vocab', 'embed'))
+        set_params(self, config, rngs)  # embedding, layers, final_norm and, unless tied, head
 
     @property
     def unembedding(self) -> jax.Array:
-        """[V, D] float32; the embedding itself where the head is tied."""
+        """[V, D] float32; the embedding itself if the head is tied."""
         return (self.embedding if self.config.tie_word_embeddings else self.head)[...]
 
     def __call__(self, tokens_BT, positions_BT, segment_ids_BT) -> jax.Array:
@@ -175,6 +220,8 @@ class Qwen3(nnx.Module):
             x_BTD = checkpoint_name(x_BTD, 'layer_input')
             return self._layer(layer, x_BTD, positions_BT, attend), None
 
+        # prevent_cse=False: what it prevents cannot happen across the iterations of a scan, and the
+        # barriers that prevent it would stand between operations that XLA can fuse.
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[self.config.remat])
         x_BTD, _ = jax.lax.scan(body, self._embed(tokens_BT), self._stacked())
         return rms_norm(x_BTD, self.final_norm[...], self.config.rms_norm_eps)
@@ -187,7 +234,9 @@ class Qwen3(nnx.Module):
         """
         keys, values = list(cache.keys), list(cache.values)
         stacked, x_BTD = self._stacked(), self._embed(tokens_BT)
+        # Each row of the batch has its own length, so each writes at its own place.
         write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
+        # No scan: it would copy the cache of all layers into its result at every token.
         for i in range(self.config.num_hidden_layers):
 
             def attend(q, k, v, i=i):
@@ -202,27 +251,28 @@ class Qwen3(nnx.Module):
         return hidden, Cache(tuple(keys), tuple(values))
 
     def _stacked(self) -> dict[str, jax.Array]:
-        return {
-            name: value[...]
-            for name, value in vars(self.layers).items()
-            if isinstance(value, nnx.Param)
-        }
+        return {name: param[...] for name, param in self.layers.items()}
 
     def _embed(self, tokens_BT):
-        """Each device looks all tokens up in its columns; then columns are traded for rows."""
+        """Each device looks all tokens up in its columns; then columns are traded for rows.
+
+        The table is larger than the states of a micro-batch, so these travel and it does not.
+        """
         table_VD = partition.constrain(
             self.embedding[...].astype(self.config.dtype), 'vocab', 'embed'
         )
         x_BTD = table_VD[partition.constrain(tokens_BT, None, None)]
         x_BTD = partition.constrain(x_BTD, None, None, 'embed')
-        return partition.constrain(x_BTD, *_STATES)
+        return partition.constrain(x_BTD, *STATES)
 
     def _layer(self, p, x_BTD, positions_BT, attend):
         """One pre-norm decoder layer; the two uses differ in `attend(q, k, v) -> [B, T, N, H]`."""
         c = self.config
 
+        arrays = c.arrays()
+
         def times(x, name):
-            return partition.matmul(x, p[name], _WEIGHTS[name])
+            return partition.matmul(x, p[name], arrays[f'layers/{name}'].axes[1:])
 
         B, T, _ = x_BTD.shape
         N, K, H = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -235,8 +285,8 @@ class Qwen3(nnx.Module):
         q_BTNH = rope(q_BTNH, positions_BT, *turns)
         k_BTKH = rope(k_BTKH, positions_BT, *turns)
         mixed_BTX = attend(q_BTNH, k_BTKH, v_BTKH).reshape(B, T, N * H)
-        x_BTD = partition.constrain(x_BTD + times(mixed_BTX, 'wo'), *_STATES)
+        x_BTD = partition.constrain(x_BTD + times(mixed_BTX, 'wo'), *STATES)
 
         h_BTD = rms_norm(x_BTD, p['mlp_norm'], c.rms_norm_eps)
         up_BTF = jax.nn.silu(times(h_BTD, 'w_gate')) * times(h_BTD, 'w_up')
-        return partition.constrain(x_BTD + times(up_BTF, 'w_down'), *_STATES)
+        return partition.constrain(x_BTD + times(up_BTF, 'w_down'), *STATES)

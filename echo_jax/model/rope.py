@@ -4,21 +4,33 @@ B rows, T tokens, N heads, H head dimension, h = H // 2 frequencies.
 
 YaRN (arXiv 2309.00071, section 3) stretches a context: slow dimensions turn `factor` times slower,
 fast ones as before, and those between lie on a ramp. No other scaling is here. Frequencies are
-computed on the host, from fields that bear the names of Hugging Face's rope_parameters.
+computed on the host, from fields of a model's config that bear the names of Hugging Face's
+rope_parameters; `read_rope` and `write_rope` take them from a config.json and put them there.
 """
 
 import math
+import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from echo_jax.model.precision import sum_dtype
 
 ROPE_TYPES = ('default', 'yarn')
+# Fields of a config that only YaRN reads, and what it takes for those that config.json lacks.
+YARN = {
+    'factor': 1.0,
+    'original_max_position_embeddings': 32_768,
+    'attention_factor': None,  # by `factor`
+    'beta_fast': 32.0,
+    'beta_slow': 1.0,
+    'truncate': True,
+}
 
 
 def inverse_frequencies(config, dtype=np.float32) -> np.ndarray:
-    """[h] in `dtype`, radians a position, of a `Qwen3Config`.
+    """The frequencies [h] of a model's config, in `dtype`, in radians a position.
 
     Rounded where transformers rounds: one float32 step of a frequency is 0.002 radians at position
     32,768.
@@ -31,7 +43,7 @@ def inverse_frequencies(config, dtype=np.float32) -> np.ndarray:
         return plain_h
 
     def dimension(rotations: float) -> float:
-        """The one that turns so often over the original context."""
+        """The number of the dimension that turns so often over the original context."""
         wavelength = config.original_max_position_embeddings / (2 * math.pi * rotations)
         return H * math.log(wavelength) / (2 * math.log(theta))
 
@@ -45,7 +57,7 @@ def inverse_frequencies(config, dtype=np.float32) -> np.ndarray:
 
 
 def attention_factor(config) -> float:
-    """What sine and cosine are multiplied by: the paper's 0.1 ln(factor) + 1 unless it is given."""
+    """What sine and cosine are multiplied by: YaRN's 0.1 ln(factor) + 1, unless it is given."""
     if config.rope_type == 'default':
         return 1.0
     if config.attention_factor is not None:
@@ -53,10 +65,58 @@ def attention_factor(config) -> float:
     return 0.1 * math.log(max(config.factor, 1.0)) + 1.0
 
 
-def rope(x_BTNH, positions_BT, inverse_frequencies_h, attention_factor: float = 1.0):
-    """Rotary embedding, halves layout (Hugging Face's); not in bfloat16, where 257 is 256."""
+def rope(
+    x_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    inverse_frequencies_h: np.ndarray,
+    attention_factor: float = 1.0,
+) -> jax.Array:
+    """Rotates the pairs (i, i + H / 2) of every head by its position times a frequency.
+
+    These are Hugging Face's pairs; the paper's are (2 i, 2 i + 1).
+    """
+    # Not in bfloat16, in which position 257 is 256, and sin(257) is far from sin(256).
     wide = sum_dtype(x_BTNH)
     angles_BT1h = positions_BT[..., None, None].astype(wide) * inverse_frequencies_h.astype(wide)
     sin, cos = jnp.sin(angles_BT1h) * attention_factor, jnp.cos(angles_BT1h) * attention_factor
     a, b = jnp.split(x_BTNH.astype(wide), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def read_rope(found: dict, file: pathlib.Path, max_position_embeddings: int) -> dict:
+    """`rope_type`, `rope_theta` and YARN's fields, as a config.json `found` in `file` says them.
+
+    It says them as `rope_theta` and `rope_scaling`, or as `rope_parameters`. Raises ValueError for
+    a scaling, or a number of one, that is not supported.
+    """
+    said = found.get('rope_scaling') or found.get('rope_parameters') or {}
+    said = {key: value for key, value in said.items() if value is not None}
+    kind = said.get('rope_type', said.get('type', 'default'))
+    if kind not in ROPE_TYPES:
+        raise ValueError(f'{file}: rope_type is {kind!r}; only {ROPE_TYPES} are supported')
+    unknown = said.keys() - {*YARN, 'type', 'rope_type', 'rope_theta'}
+    if unknown:
+        raise ValueError(f'{file}: {unknown} of RoPE are not supported; only {tuple(YARN)} are')
+    theta = said.get('rope_theta', found.get('rope_theta', 1e4))
+    fields = YARN | {'rope_type': kind, 'rope_theta': theta}
+    if kind == 'yarn':
+        original = said.get('original_max_position_embeddings', max_position_embeddings)
+        fields['original_max_position_embeddings'] = original
+        fields['factor'] = max_position_embeddings / original
+        fields |= {key: said[key] for key in YARN if key in said}
+    return fields
+
+
+def write_rope(config) -> dict:
+    """Those fields as config.json has them, in both forms.
+
+    Given only the new form, transformers 4 takes a theta of 10,000 and says nothing.
+    """
+    rope = {'rope_type': config.rope_type}
+    if config.rope_type != 'default':
+        rope |= {key: getattr(config, key) for key in YARN if getattr(config, key) is not None}
+    return {
+        'rope_parameters': {'rope_theta': config.rope_theta, **rope},
+        'rope_theta': config.rope_theta,
+        'rope_scaling': rope if len(rope) > 1 else None,
+    }

@@ -1,27 +1,38 @@
-"""The safetensors format: a directory's tensors as memory maps, and files written out of order.
+"""The safetensors format: a directory's tensors, read in parts, and files written out of order.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and
-place of every tensor) and the tensors. NumPy reads and writes all of it, bfloat16 too, so there is
-neither torch nor a copy of a file in memory. What the tensors are for is `huggingface.py`'s.
+The safetensors library reads. It does not write what is needed here: its `save_file` (0.8) takes
+all tensors of a file at once, which for a sharded model is gigabytes of host memory. So a file is
+made by hand: the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and
+place of every tensor), and room for the tensors, which come one at a time. What the tensors are for
+is for `huggingface.py` to say.
 """
 
 import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 
 DTYPES = {'BF16': jnp.bfloat16, 'F16': np.float16, 'F32': np.float32}
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 
-def open_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """name: tensor, memory-mapped and read-only, of a single file or of a sharded model.
+class Tensor(Protocol):
+    """A tensor in a file. `tensor[...]` reads the part that is asked for, and no more."""
 
-    Raises ValueError, which names the file, where one is missing, cut or of another format.
+    def get_shape(self) -> list[int]: ...
+
+    def __getitem__(self, index) -> np.ndarray: ...
+
+
+def open_tensors(directory: pathlib.Path) -> dict[str, Tensor]:
+    """{name: tensor} of a single file, or of a model in several.
+
+    Raises ValueError, which names the file, if one is missing, cut or of another format.
     """
     if (directory / SINGLE).exists() or not (directory / INDEX).exists():
         return _open_file(directory / SINGLE)
@@ -41,34 +52,28 @@ def parse(text: bytes, file: pathlib.Path) -> dict:
         raise ValueError(f'{file} is damaged: {error}; download it again') from error
 
 
-def _open_file(file: pathlib.Path) -> dict[str, np.ndarray]:
+def _open_file(file: pathlib.Path) -> dict[str, Tensor]:
     if not file.exists():
         raise ValueError(f'{file} is missing; download or export the model again, whole')
-    size = file.stat().st_size
-    data = np.memmap(file, np.uint8, 'r') if size else np.zeros(0, np.uint8)
-    start = 8 + int.from_bytes(bytes(data[:8]), 'little')
-    if not 8 < start <= size:  # what a Git LFS pointer's text comes to as well
-        raise ValueError(f'{file} is cut short or no safetensors file; download it again')
-    header = parse(bytes(data[8:start]), file)
-    header.pop('__metadata__', None)
-    end = start + max((entry['data_offsets'][1] for entry in header.values()), default=0)
-    if size < end:
-        raise ValueError(f'{file} has {size} bytes, {end} by its header; download it again')
-    tensors = {}
-    for name, entry in header.items():
-        if entry['dtype'] not in DTYPES:
+    try:
+        opened = safetensors.safe_open(file, 'np')
+        names = opened.keys()  # which is all that it has of a dict
+        tensors = {name: opened.get_slice(name) for name in names}
+    except (safetensors.SafetensorError, OSError) as error:  # a Git LFS pointer's text comes here
+        raise ValueError(
+            f'{file} is cut short or no safetensors file ({error}); download it again'
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.get_dtype() not in DTYPES:
             raise ValueError(
-                f'{file}: {name} is {entry["dtype"]}; expected one of {tuple(DTYPES)}, as in a '
+                f'{file}: {name} is {tensor.get_dtype()}; expected one of {tuple(DTYPES)}, as in a '
                 'model that is not quantized'
             )
-        first, last = entry['data_offsets']
-        flat = np.asarray(data[start + first : start + last]).view(DTYPES[entry['dtype']])
-        tensors[name] = flat.reshape(entry['shape'])
     return tensors
 
 
 class Place(NamedTuple):
-    """Where a tensor's bytes go."""
+    """Where the bytes of one tensor go."""
 
     file: pathlib.Path
     offset: int
@@ -88,7 +93,7 @@ def create_files(
     """Makes the files for tensors of these shapes, headers and all; the caller fills each place.
 
     The tensors stand in the order of `shapes`; a file holds as many as `shard_bytes` allow, and at
-    least one. There is an index where there is more than one file.
+    least one. If there is more than one file, there is an index too.
     """
     code = next(code for code, known in DTYPES.items() if np.dtype(known) == np.dtype(dtype))
     sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, shape in shapes.items()}
@@ -104,8 +109,8 @@ def create_files(
             file = directory / f'model-{number:05d}-of-{len(shards):05d}.safetensors'
         header, end = {'__metadata__': {'format': 'pt'}}, 0
         for name in names:
-            offsets = [end, end := end + sizes[name]]
-            header[name] = {'dtype': code, 'shape': shapes[name], 'data_offsets': offsets}
+            start, end = end, end + sizes[name]
+            header[name] = {'dtype': code, 'shape': shapes[name], 'data_offsets': [start, end]}
         text = json.dumps(header, separators=(',', ':')).encode()
         text += b' ' * (-len(text) % 8)  # so that tensors are aligned
         with file.open('wb') as opened:

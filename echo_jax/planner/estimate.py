@@ -1,22 +1,25 @@
-"""Memory, FLOPs and time of a recipe's step on a topology, and how many rollouts a GPU holds.
+"""What a recipe takes: memory, FLOPs and time of its step, and how many rollouts a GPU holds.
 
-How time is estimated: a roofline, so optimistic. Each instruction of the compiled schedule, loops
-counted, takes the longest of its matrix products at the chip's peak, its operands and results once
-through the HBM, and what it sends at the interconnect's rate with all links of the chip busy;
-collectives that run beside the schedule count where all of them together take longer. The matrix
-products of Pallas kernels are added at peak. Recomputed layers count as often as they run; every
-row is taken to be full, of one sequence. Left out: work of the vector units (norms, softmax), what
-a product reads more than once, pipeline fill, latency and contention of the interconnect, the
-data-center network, the host, and everything outside the step (sampling, publishing, checkpoints).
+Nothing is trained or started. Memory is the compiler's word, and this is how the rest is estimated.
 
-`model_flops_per_step` is what the mathematics asks for, whatever is computed again: 6 P T of the P
-parameters that multiply (all but norms and the lookup of an untied embedding) and the T tokens,
-and 6 L N H S^2 a row of S tokens for causal attention. `estimated_mfu` is that over the estimated
-seconds at the peak of all chips.
+Time is a roofline, so it is optimistic. Each instruction of the compiled schedule, loops counted,
+takes the longest of three: its matrix products at the chip's peak; its operands and results once
+through the HBM; what it sends, at the interconnect's rate with all links of the chip busy.
+Collectives that run beside the schedule count if all of them together take longer than it. The
+matrix products of Pallas kernels are added at peak. Recomputed layers count as often as they run,
+and every row is taken to be full, of one sequence. Left out are work of the vector units (norms,
+softmax), what a product reads more than once, pipeline fill, latency and contention of the
+interconnect, the data-center network, the host, and everything outside the step (sampling,
+publishing, checkpoints).
+
+`model_flops_per_step` is what the mathematics asks for, however much is computed again: 6 P T for
+the P parameters that multiply (all but norms and the lookup of an untied embedding) and the T
+tokens, and 6 L N H S^2 for the causal attention of each row of S tokens, with L layers of N heads
+of H. `estimated_mfu` is that over the estimated seconds at the peak of all chips.
 
 The rollout side is arithmetic: bfloat16 weights, keys and values of a whole rollout, and how many
 rollouts one GPU holds at once. It leaves out activations, CUDA graphs, and what prefix caching
-saves. Nothing is trained or started.
+saves.
 """
 
 import itertools
@@ -29,32 +32,27 @@ import ml_collections
 
 from echo_jax.learner.sharding import MESH_AXES
 from echo_jax.model import huggingface
-from echo_jax.model.qwen3 import Qwen3Config
-from echo_jax.planner.topology import CHIPS, Step
+from echo_jax.model.family import ModelConfig, count_params
+from echo_jax.planner.topology import CHIPS, PlannedStep
 
 GIB = 2**30
 # Bytes of memory, as the vendor's data sheets count them, in powers of ten.
 GPUS = {'H100': 80e9, 'H200': 141e9, 'A100': 80e9, 'L4': 24e9, 'B200': 192e9}
-# Of a GPU's memory, what vLLM takes where the recipe has no `policy.gpu_memory_utilization`; its
-# own default.
+# The part of a GPU's memory that vLLM takes by default.
 GPU_UTILIZATION = 0.9
-_GRADIENTS = 4 / 3  # state and the summed gradients, to state: float32 of AdamW's 3 and 1 more
+# Parameters and AdamW's two moments are 3 float32 numbers each; their gradients are a 4th.
+_WITH_GRADIENTS = 4 / 3
 
 
-def parameters(c: Qwen3Config) -> tuple[int, int]:
-    """How many there are, and how many of them multiply: no norm, no lookup of an untied table."""
-    D, H, L = c.hidden_size, c.head_dim, c.num_hidden_layers
-    attention = 2 * D * H * (c.num_attention_heads + c.num_key_value_heads)
-    table = c.vocab_size * D
-    multiply = L * (attention + 3 * D * c.intermediate_size) + table
-    norms = L * (2 * D + 2 * H) + D
-    return multiply + norms + (0 if c.tie_word_embeddings else table), multiply
+def model_flops(c: ModelConfig, rows: int, seq_len: int) -> float:
+    """FLOPs of one step, forward and backward, nothing computed twice; see the module's docstring.
 
-
-def model_flops(c: Qwen3Config, rows: int, seq_len: int) -> float:
-    """Of one step, forward and backward, nothing computed twice; see the module's docstring."""
-    attention = 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seq_len**2
-    return float(rows * (6 * parameters(c)[1] * seq_len + attention))
+    A parameter that multiplies costs a token 2 FLOPs forward and 4 backward. A score and its part
+    of the mixture cost 4 H FLOPs forward and 8 H backward, and causality leaves half of S^2.
+    """
+    sizes, (_, multiply) = c.axis_sizes(), count_params(c)
+    attention = 6 * sizes['layers'] * sizes['heads'] * seq_len**2
+    return float(rows * (6 * multiply * seq_len + attention))
 
 
 def plan(
@@ -67,17 +65,17 @@ def plan(
 ) -> dict:
     """What a step of `rows` rows takes; `compare` compiles it once more, without ECHO's term.
 
-    `fits` is the compiler's verdict; where it is False, what only a compiled program has is None
-    and `hint` says what could be done. Raises ValueError where the sizes do not divide.
+    `fits` is the compiler's verdict. If it is False, what only a compiled step has is None, and
+    `hint` says what could be done. Raises ValueError if the sizes do not divide.
     """
     chip, model = CHIPS[topology.partition(':')[0]], huggingface.recipe_config(config.model)
-    step = Step(config, devices, rows)
+    step = PlannedStep(config, devices, rows)
     env_coef = config.loss.env_coef
     echo = step.compile(env_coef, chip)
-    fits, cost = echo.cost is not None, echo.cost
+    cost = echo.cost
     needed = model_flops(model, rows, config.batch.seq_len)
-    seconds = fits and max(cost.seconds, cost.sent_bytes / chip.ici_bandwidth)
-    grpo = step.compile(0.0, chip) if compare and fits and env_coef else None
+    seconds = cost and max(cost.seconds, cost.sent_bytes / chip.ici_bandwidth)
+    grpo = step.compile(0.0, chip) if compare and cost and env_coef else None
     return {
         'topology': topology,
         'chips': len(devices),
@@ -85,30 +83,30 @@ def plan(
         'rows': rows,
         'micro_rows': config.batch.micro_rows,
         'seq_len': config.batch.seq_len,
-        'params': parameters(model)[0],
+        'params': count_params(model)[0],
         'hbm_gib_per_chip': echo.hbm_bytes / GIB,
         'hbm_limit_gib': limit / GIB,
-        'fits': fits,
-        'hint': None if fits else hint(step, echo.hbm_bytes, limit),
+        'fits': cost is not None,
+        'hint': None if cost else hint(step, echo.hbm_bytes, limit),
         'state_gib_per_chip': step.state_bytes / GIB,
         'tokens_per_step': rows * config.batch.seq_len,
         'model_flops_per_step': needed,
-        'hardware_flops_per_step': len(devices) * cost.flops if fits else None,
-        'estimated_step_seconds': seconds if fits else None,
-        'estimated_mfu': needed / (seconds * len(devices) * chip.peak_flops) if fits else None,
-        'hbm_traffic_gib_per_step': cost.hbm_bytes / GIB if fits else None,
-        'collective_gib_per_step': cost.sent_bytes / GIB if fits else None,
+        'hardware_flops_per_step': cost and len(devices) * cost.flops,
+        'estimated_step_seconds': seconds,
+        'estimated_mfu': cost and needed / (seconds * len(devices) * chip.peak_flops),
+        'hbm_traffic_gib_per_step': cost and cost.hbm_bytes / GIB,
+        'collective_gib_per_step': cost and cost.sent_bytes / GIB,
         'compile_seconds': echo.seconds,
         'echo_over_grpo_flops': cost.flops / grpo.cost.flops if grpo and grpo.cost else None,
         'echo_over_grpo_hbm': echo.hbm_bytes / grpo.hbm_bytes if grpo else None,
     }
 
 
-def hint(step: Step, used: float, limit: int) -> str:
-    """What would make a step fit that does not, in words."""
+def hint(step: PlannedStep, used: float, limit: int) -> str:
+    """Says what would make a step fit that takes `used` bytes a chip, more than the limit."""
     sizes, micro_rows = step.mesh.shape, step.config.batch.micro_rows
     over = f'{(used - limit) / GIB:.1f} GiB a chip too much'
-    kept = _GRADIENTS * step.state_bytes
+    kept = _WITH_GRADIENTS * step.state_bytes
     if kept > limit:
         chips = -(-step.mesh.size * kept // limit)
         return (
@@ -118,7 +116,7 @@ def hint(step: Step, used: float, limit: int) -> str:
     ways, tries = sizes['data'] * sizes['fsdp'], []
     if micro_rows > ways:
         tries.append(f'batch.micro_rows={ways}')
-    if sizes['fsdp'] % 2 == 0:  # half a row on each chip
+    if sizes['fsdp'] % 2 == 0:  # two chips then share the tokens of a row
         halved = dict(sizes) | {'fsdp': sizes['fsdp'] // 2, 'context': 2 * sizes['context']}
         tries.append(f'--mesh={_mesh_text(halved)} with batch.micro_rows={ways // 2}')
     return f'{over}: try {", or ".join([*tries, "more chips"])}; --search tries meshes'
@@ -133,8 +131,9 @@ def rollout_plan(config: ml_collections.ConfigDict, gpu: str) -> dict:
         raise ValueError(f'gpu is {gpu!r}; expected one of {", ".join(GPUS)}')
     model = huggingface.recipe_config(config.model)
     utilization = config.policy.get('gpu_memory_utilization', GPU_UTILIZATION)
-    weights = 2 * parameters(model)[0]
-    per_token = 2 * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    sizes = model.axis_sizes()
+    weights = 2 * count_params(model)[0]
+    per_token = 2 * 2 * sizes['layers'] * sizes['kv_heads']  # a key and a value, bfloat16
     per_rollout = per_token * config.protocol.max_total_tokens
     free = GPUS[gpu] * utilization - weights
     return {
@@ -154,7 +153,10 @@ def rollout_plan(config: ml_collections.ConfigDict, gpu: str) -> dict:
 def candidates(
     config: ml_collections.ConfigDict, chips: int, rows: int
 ) -> Iterator[tuple[dict[str, int], list[int]]]:
-    """(mesh, micro-batch sizes from the smallest) that divide; the least split heads come first."""
+    """(mesh, micro-batch sizes from the smallest) that divide; those that split least come first.
+
+    Splitting the tokens or the heads costs communication in every layer that fsdp alone does not.
+    """
     model = huggingface.recipe_config(config.model)
     powers = [2**n for n in range(chips.bit_length())]
     for tensor, context in sorted(
@@ -178,7 +180,7 @@ def search(
 ) -> list[dict]:
     """The plans of at most `compiles` candidates: those that fit, fastest first, then the rest.
 
-    Each is a line on stderr when it is made. Raises ValueError where no candidate divides.
+    Prints a line on stderr for each as soon as it is made. Raises ValueError if none divides.
     """
     found = []
     for mesh, sizes in candidates(config, len(devices), rows):
@@ -213,6 +215,7 @@ def _mesh_text(sizes: dict[str, int]) -> str:
 
 
 def plan_line(p: dict) -> str:
+    """One line of text for a plan that `search` found."""
     head = f'{_mesh_text(p["mesh"])} micro_rows={p["micro_rows"]}: {p["hbm_gib_per_chip"]:.1f} GiB'
     if not p['fits']:
         return f'{head}, does not fit {p["hbm_limit_gib"]:.1f}'
@@ -220,7 +223,7 @@ def plan_line(p: dict) -> str:
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """'fsdp=8,context=2' as sizes of all axes; one that is not named is 1."""
+    """The sizes of all axes that 'fsdp=8,context=2' asks for; an axis that it leaves out is 1."""
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in text.split(','):
         axis, _, size = part.partition('=')

@@ -1,9 +1,9 @@
-"""What a compiled XLA program does, counted from its text: FLOPs, HBM and collective bytes.
+"""What a compiled XLA module does, counted from its text: FLOPs, HBM and collective bytes.
 
-XLA's own `cost_analysis` counts the body of a loop once; here it counts as often as it runs. All
-numbers are of one chip, since a partitioned program is the program of one chip. Not counted: what a
-Pallas kernel does inside (a custom call is opaque; `tpu.kernel_flops` reads it elsewhere), the
-FLOPs of anything but matrix products, and the padding of tiled layouts.
+By hand, because XLA's own `cost_analysis` counts the body of a loop once; here it counts as often
+as it runs. All numbers are of one chip, since a partitioned module is what one chip runs. Not
+counted: what a Pallas kernel does inside (`topology.kernel_flops` reads that elsewhere), the FLOPs
+of anything but matrix products, and the padding of tiled arrays.
 """
 
 import collections
@@ -19,16 +19,27 @@ _COMPUTATION = re.compile(r'(ENTRY )?%(\S+) .*\{$')
 _CALLED = re.compile(r'\b(?:calls|body|to_apply|true_computation|false_computation)=%([\w.-]+)')
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-# They move nothing: names of other values, buffers without contents, ends of what was counted at
-# its start, and loops and calls, whose insides are counted instead.
+# These move nothing: names of other values, buffers without contents, and loops and calls, whose
+# insides are counted instead.
 _FREE = {
-    *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all'),
-    *('opt-barrier', 'partition-id', 'replica-id', 'while', 'conditional', 'call', 'async-start'),
+    'parameter',
+    'constant',
+    'tuple',
+    'get-tuple-element',
+    'bitcast',
+    'after-all',
+    'opt-barrier',
+    'partition-id',
+    'replica-id',
+    'while',
+    'conditional',
+    'call',
+    'async-start',
 }
 
 
 class Chip(NamedTuple):
-    """Of one chip, as cloud.google.com/tpu/docs/{v5e,v5p,v6e} gives it."""
+    """Rates of one chip, as cloud.google.com/tpu/docs/{v5e,v5p,v6e} gives them."""
 
     peak_flops: float  # bfloat16, 1/s
     hbm_bandwidth: float  # bytes/s
@@ -38,7 +49,7 @@ class Chip(NamedTuple):
 class Shape(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
-    in_hbm: bool  # else in a memory that the layout names: S(1) is VMEM, S(6) SMEM
+    in_hbm: bool  # else in a memory that the type names: S(1) is VMEM, S(6) SMEM
 
     @property
     def bytes(self) -> float:
@@ -50,7 +61,7 @@ class Shape(NamedTuple):
 class Instruction(NamedTuple):
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]  # of the result; several where it is a tuple
+    shapes: tuple[Shape, ...]  # of the result; several if it is a tuple
     operands: tuple[str, ...]
     rest: str  # arguments and attributes, as written
     is_root: bool
@@ -58,12 +69,12 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one chip."""
+    """What one chip does, and the least time that it takes for it."""
 
     flops: float = 0.0  # of matrix products; a multiply and an add are two
     hbm_bytes: float = 0.0  # read and written
     sent_bytes: float = 0.0  # over the interconnect, as rings would
-    seconds: float = 0.0  # see `program_cost`
+    seconds: float = 0.0  # see `module_cost`
 
     def __add__(self, other: 'Cost') -> 'Cost':
         return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
@@ -72,17 +83,17 @@ class Cost:
         return Cost(*(times * value for value in dataclasses.astuple(self)))
 
 
-def program_cost(text: str, chip: Chip, *, devices: int, unknown_trips: int) -> Cost:
+def module_cost(text: str, chip: Chip, *, devices: int, unknown_trips: int) -> Cost:
     """The cost of `compiled.as_text()`, each loop counted as often as it runs.
 
-    A loop runs as often as the constant says that its condition compares with; `unknown_trips`
-    times where there is none. `devices` are those of a collective whose groups are not written out.
+    A loop runs as often as the constant says that its condition compares with, and `unknown_trips`
+    times if there is none. `devices` take part in a collective whose groups are not written out.
     `seconds` sums, over the instructions of the schedule, the longest of an instruction's FLOPs,
     HBM bytes and sent bytes at the chip's rates. What an asynchronous collective sends is not in
     it: the schedule goes on meanwhile.
     """
-    program = _Program(*_parse(text), chip, devices, unknown_trips)
-    return program.cost(program.entry)
+    computations, entry = _parse(text)
+    return _Module(computations, chip, devices, unknown_trips).cost(entry)
 
 
 # ------------------------------------------------------------------------------- reading the text
@@ -92,16 +103,17 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """(computations by name, each its instructions by name; the name of the entry)."""
     computations, entry = {}, ''
     for line in text.splitlines():
-        if (found := _COMPUTATION.match(line)) and ' = ' not in line:
-            current = computations[found[2]] = {}
-            entry = found[2] if found[1] else entry
-        elif found := _INSTRUCTION.match(line):
+        computation, found = _COMPUTATION.match(line), _INSTRUCTION.match(line)
+        if computation and ' = ' not in line:
+            current = computations[computation[2]] = {}
+            entry = computation[2] if computation[1] else entry
+        elif found:
             result, rest = _split(found[3])
             opcode, _, rest = rest.partition('(')
             arguments, _ = _closing('(' + rest)
             shapes = tuple(
-                Shape(dtype, tuple(map(int, filter(None, dims.split(',')))), _in_hbm(layout))
-                for dtype, dims, layout in _SHAPE.findall(result)
+                Shape(dtype, tuple(map(int, filter(None, dims.split(',')))), _in_hbm(tiles))
+                for dtype, dims, tiles in _SHAPE.findall(result)
             )
             names = tuple(re.findall(r'%([\w.-]+)', arguments))
             is_root = bool(found[1])
@@ -109,8 +121,8 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     return computations, entry
 
 
-def _in_hbm(layout: str) -> bool:
-    return not re.search(r'S\([1-9]', layout)
+def _in_hbm(tiles: str) -> bool:
+    return not re.search(r'S\([1-9]', tiles)
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -136,16 +148,15 @@ def _closing(text: str) -> tuple[str, str]:
 
 
 @dataclasses.dataclass(eq=False)
-class _Program:
+class _Module:
     computations: dict[str, dict[str, Instruction]]
-    entry: str
     chip: Chip
     devices: int
     unknown_trips: int
 
-    @functools.cache  # noqa: B019  one program, one parse
+    @functools.cache  # noqa: B019  the cache lives as long as the one count that it is made for
     def cost(self, name: str) -> Cost:
-        """Of a computation that is a schedule: the entry, a loop's body, a branch."""
+        """The cost of a computation that is a schedule: the entry, a loop's body, a branch."""
         return sum(
             (self._instruction(name, i) for i in self.computations[name].values()), start=Cost()
         )
@@ -176,7 +187,8 @@ class _Program:
             return flops, sent / 2 if called.startswith('all-reduce-scatter') else sent
         if i.opcode in ('convolution', 'dot'):
             return _product_flops(i, *(operand.shapes[0] for operand in operands)), 0.0
-        if (kind := i.opcode.removesuffix('-start')) in _COLLECTIVES:
+        kind = i.opcode.removesuffix('-start')
+        if kind in _COLLECTIVES:
             size = sum(shape.bytes for operand in operands for shape in operand.shapes)
             n = self._group(i.rest)
             share = {
@@ -195,15 +207,16 @@ class _Program:
             axes = dict(re.findall(r"'(\w+)'=(\d+)", text))
             used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", text.partition('{')[2])
             return math.prod(int(part or axes[axis]) for axis, part in used)
-        if found := re.match(r'\[\d+,(\d+)\]', text):
-            return int(found[1])
-        if found := re.match(r'\{\{([\d,]+)\}', text):
-            return len(found[1].split(','))
-        return self.devices
+        size = re.match(r'\[\d+,(\d+)\]', text)
+        if size:
+            return int(size[1])
+        members = re.match(r'\{\{([\d,]+)\}', text)
+        return len(members[1].split(',')) if members else self.devices
 
     def _trips(self, name: str, loop: Instruction) -> int:
         """How often a loop runs whose counter grows by a constant to a constant."""
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if known:
             return int(known[1])
         condition = self.computations[re.search(r'condition=%([\w.-]+)', loop.rest)[1]]
         test = _root(condition)
@@ -295,7 +308,7 @@ def _root(computation: dict[str, Instruction]) -> Instruction:
 
 
 def _number(computation: dict[str, Instruction], name: str) -> int | None:
-    """The integer that a value is, where it is a constant."""
+    """The integer that a value is, or None if it is no constant."""
     i = computation[name]
     while i.opcode in ('copy', 'bitcast'):
         i = computation[i.operands[0]]
@@ -304,7 +317,7 @@ def _number(computation: dict[str, Instruction], name: str) -> int | None:
 
 
 def _increment(body: dict[str, Instruction], name: str) -> int:
-    """What a loop's counter, at the end of its body, has grown by; loops unrolled by two add 2."""
+    """By how much a body's end has increased the loop's counter; one unrolled by two adds 2."""
     total, i = 0, body[name]
     while i.opcode in ('add', 'copy', 'bitcast'):
         numbers = [_number(body, operand) for operand in i.operands]
@@ -316,7 +329,7 @@ def _increment(body: dict[str, Instruction], name: str) -> int:
 
 
 def _product_flops(i: Instruction, lhs: Shape, rhs: Shape) -> float:
-    """2 x the elements of the result x the products that each sums."""
+    """FLOPs of a product: 2 x the elements of the result x the products that each sums."""
     if i.opcode == 'dot':
         contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)
         dims = [int(d) for d in contracted[1].split(',') if d] if contracted else []
@@ -333,12 +346,12 @@ def _product_flops(i: Instruction, lhs: Shape, rhs: Shape) -> float:
         for d in out_names
         if d.isdigit()
     )
-    # The kernel's input features and the result's batch are those of one group, where there are.
+    # If the convolution has groups, the kernel's input features are those of one group already.
     return 2.0 * out['b'] * out['f'] * kernel['i'] * pairs
 
 
 def _window(attributes: str) -> dict[int, tuple[int, int, int, int]]:
-    """Of each spatial dimension: stride, padding before, dilation of the input, of the kernel."""
+    """{spatial dimension: (stride, padding before, dilation of the input, and of the kernel)}."""
     text = re.search(r'window=\{([^}]*)\}', attributes)
     if not text:
         return {}
@@ -355,11 +368,7 @@ def _window(attributes: str) -> dict[int, tuple[int, int, int, int]]:
 
 
 def _pairs(size, kernel, out, stride, before, dilation, kernel_dilation) -> int:
-    """Pairs (result position, kernel position) that meet an element of the input."""
+    """How many pairs (result position, kernel position) meet an element of the input."""
     end = (size - 1) * dilation
-    return sum(
-        1
-        for o in range(out)
-        for k in range(kernel)
-        if 0 <= (at := o * stride + k * kernel_dilation - before) <= end and at % dilation == 0
-    )
+    places = (o * stride + k * kernel_dilation - before for o in range(out) for k in range(kernel))
+    return sum(0 <= place <= end and place % dilation == 0 for place in places)

@@ -1,6 +1,6 @@
 """A recipe's step compiled for TPUs that are not there: chips, topologies, memory, cost.
 
-Needs libtpu, which compiles without a TPU. Nothing here can be run, only compiled and read.
+Needs libtpu, which compiles without a TPU. What is compiled here is read, and never run.
 """
 
 import importlib.util
@@ -23,8 +23,8 @@ from echo_jax.planner import hlo
 from echo_jax.planner.hlo import Chip
 from echo_jax.types import Batch
 
-# A device of these is a chip. The interconnect is listed there as 1,600, 4,800 and 3,584 Gbps, of
-# late also as twice that in both directions.
+# All of these have one device a chip. `Chip` names the pages with these numbers; they list the
+# interconnect as 1,600, 4,800 and 3,584 Gbps, of late also as twice that in both directions.
 CHIPS = {
     'v5e': Chip(197e12, 819e9, 1600e9 / 8),
     'v5p': Chip(459e12, 2765e9, 4800e9 / 8),
@@ -33,10 +33,10 @@ CHIPS = {
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
-    """Devices that programs can be compiled for, not run on. Call before JAX starts a backend.
+    """Devices that can be compiled for, but run nothing. Call it before JAX starts a backend.
 
-    Raises ValueError for a topology that is none, or of chips that CHIPS lacks, and where there is
-    no libtpu.
+    Raises ValueError for a topology that does not exist, or of chips that CHIPS lacks, and if there
+    is no libtpu.
     """
     if topology.partition(':')[0] not in CHIPS:
         raise ValueError(
@@ -45,9 +45,9 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         )
     if importlib.util.find_spec('libtpu') is None:
         raise ValueError('no libtpu here, the TPU compiler; pip install "jax[tpu]"')
-    # No TPU is looked for, neither here nor on the cloud's metadata server. libtpu warns where it
-    # is not told what it runs on; the topology overrules what it is told.
-    # Its logs go to a folder of /tmp that belongs to whoever was the first on this machine.
+    # No TPU is looked for, neither here nor on the cloud's metadata server. libtpu warns unless it
+    # is told what it runs on; the topology overrules what it is told. Its logs are off, because
+    # they go to a folder of /tmp that belongs to the first user of the machine who wrote any.
     os.environ.setdefault('TPU_LOG_DIR', 'disabled')
     os.environ.update(
         TPU_SKIP_MDS_QUERY='1',
@@ -61,18 +61,16 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith('INVALID_ARGUMENT'):
             raise
-        raise ValueError(
-            f'topology {topology!r} is none that the compiler knows: {error}'
-        ) from error
+        raise ValueError(f'the compiler knows no topology {topology!r}: {error}') from error
 
 
 class OutOfMemory(NamedTuple):
-    used: int  # bytes of HBM that the program would take
+    used: int  # bytes of HBM that would be taken
     limit: int  # bytes of HBM that there are
 
 
 def read_out_of_memory(message: str) -> OutOfMemory | None:
-    """The two numbers of the compiler's message, or None where it speaks of something else."""
+    """The two numbers of the compiler's message, or None if it speaks of something else."""
     size = r'(\d[\d.]*)([KMGT]?)'
     found = re.search(rf'in memory space hbm. Used {size} of {size}', message) or re.search(
         rf'memory on HBM.*?\({size}\) exceeds available HBM \({size}\)', message, re.DOTALL
@@ -80,22 +78,23 @@ def read_out_of_memory(message: str) -> OutOfMemory | None:
     if not found:
         return None
     scale = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-    used, limit = ((found[1], found[2]), (found[3], found[4]))
-    return OutOfMemory(*(int(float(number) * scale[unit]) for number, unit in (used, limit)))
+    used, used_unit, limit, limit_unit = found.groups()
+    return OutOfMemory(int(float(used) * scale[used_unit]), int(float(limit) * scale[limit_unit]))
 
 
 def hbm_limit(device: jax.Device) -> int:
-    """Bytes of HBM that a program may take, from the compiler's refusal of one that takes 1 TiB."""
+    """Bytes of HBM that may be used, read from the compiler's refusal of an array of 1 TiB."""
     huge = jax.ShapeDtypeStruct(
         (2**40,), np.int8, sharding=jax.sharding.SingleDeviceSharding(device)
     )
     try:
         jax.jit(lambda x: x + 1).lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
-        if refused := read_out_of_memory(str(error)):
+        refused = read_out_of_memory(str(error))
+        if refused:
             return refused.limit
         raise
-    raise RuntimeError(f'{device} takes a program of 1 TiB; no limit can be read')
+    raise RuntimeError(f'{device} takes an array of 1 TiB; no limit can be read')
 
 
 # --------------------------------------------------------------------------- the step, compiled
@@ -103,15 +102,15 @@ def hbm_limit(device: jax.Device) -> int:
 
 class Compiled(NamedTuple):
     hbm_bytes: float  # of one chip
-    cost: hlo.Cost | None  # of one chip; None where the program does not fit
+    cost: hlo.Cost | None  # of one chip; None if the step does not fit
     seconds: float  # of compilation
 
 
-class Step:
-    """The recipe's own step on a mesh of `devices`, with a batch of `rows`, as shapes."""
+class PlannedStep:
+    """The recipe's own step on a mesh of `devices`, for a batch of `rows`; it is only compiled."""
 
     def __init__(self, config: ml_collections.ConfigDict, devices: Sequence[jax.Device], rows: int):
-        """Raises ValueError where the batch or the model does not divide over the mesh."""
+        """Raises ValueError if the batch or the model does not divide over the mesh."""
         if rows % config.batch.micro_rows:
             raise ValueError(
                 f'rows={rows} does not divide by batch.micro_rows={config.batch.micro_rows}; '
@@ -123,7 +122,7 @@ class Step:
 
     @property
     def state_bytes(self) -> int:
-        """Of the parameters and the optimizer's state on one chip."""
+        """Bytes that the parameters and the optimizer's state take on one chip."""
         return sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf in jax.tree.leaves(self.state)
@@ -136,7 +135,8 @@ class Step:
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
-            if refused := read_out_of_memory(str(error)):
+            refused = read_out_of_memory(str(error))
+            if refused:
                 return Compiled(refused.used, None, time.monotonic() - started)
             raise
         seconds = time.monotonic() - started
@@ -149,7 +149,7 @@ class Step:
             + memory.generated_code_size_in_bytes
         )
         micro_batches = self.rows // self.config.batch.micro_rows
-        cost = hlo.program_cost(
+        cost = hlo.module_cost(
             compiled.as_text(), chip, devices=self.mesh.size, unknown_trips=micro_batches
         )
         kernels = kernel_flops(traced.jaxpr.jaxpr, micro_batches)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from echo_jax.model.qwen3 import Cache, Qwen3Config, init_cache
+from echo_jax.model.attention import Cache
+from echo_jax.model.family import ModelConfig
 from echo_jax.policy import Generation
 
 # All four are shapes of compiled functions, so every request is served without another compilation.
@@ -57,10 +58,10 @@ _Busy = tuple[int, _Slot, _Request]  # a slot's number, the slot and its request
 
 
 class JaxPolicy:
-    """Implements `Policy` over a model of model/qwen3.py; `load` gives it weights."""
+    """Implements `Policy` over a model of any family; `load` gives it weights."""
 
     def __init__(
-        self, config: Qwen3Config, graphdef: nnx.GraphDef, *, slots: int, cache_tokens: int
+        self, config: ModelConfig, graphdef: nnx.GraphDef, *, slots: int, cache_tokens: int
     ):
         """Makes `slots` slots, each with a cache for `cache_tokens` tokens, sampled ones included.
 
@@ -70,7 +71,7 @@ class JaxPolicy:
         self._slots = [_Slot() for _ in range(slots)]
         # A prefill always writes C tokens. Without room for one more piece, dynamic_update_slice
         # would move the last piece of a full slot back, over tokens that are needed.
-        self._cache = init_cache(config, slots, cache_tokens + PREFILL_TOKENS)
+        self._cache = config.init_cache(slots, cache_tokens + PREFILL_TOKENS)
         self._prefill = functools.partial(_prefill, graphdef)
         self._decode = functools.partial(_decode, graphdef)
         self._params: nnx.State | None = None

@@ -1,10 +1,11 @@
 """The policy on GPUs: vLLM's asynchronous engine, whose weights are swapped in place and proven.
 
-Tokens in, tokens out; vLLM batches, caches prefixes and decodes. A turn is sampled by one version:
-`load` reads the new weights while the engine goes on, lets the turns that run end, loads, drops
-the prefix cache, and scores a probe whose log-probabilities the learner published with the version.
-That proof is not idle: vLLM has reported success and kept an old head, or served old cache entries.
-It needs vLLM, in an environment of its own, and no JAX; `vllm_rank.py` runs inside vLLM.
+It takes tokens and gives tokens; vLLM batches, caches prefixes and decodes. A turn is sampled by
+one version: `load` reads the new weights while the engine goes on, waits for the running turns to
+end, loads, drops the prefix cache, and scores a probe whose log-probabilities the learner published
+with the version. The probe is needed: vLLM has reported success when it had kept an old head, and
+when it served old entries of its cache. This module needs vLLM, in an environment of its own, and
+no JAX; `vllm_rank.py` runs inside vLLM.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from echo_jax.policy import Generation, PolicyError, vllm_rank
 from echo_jax.store.kvstore import CorruptError, MissingError
 from echo_jax.store.weights import WeightStore
 
-# vLLM reads them when it is imported. The KV cache of a CPU is in GiB.
+# vLLM reads these when it is imported. VLLM_CPU_KVCACHE_SPACE is in GiB.
 _ENVIRONMENT = {
     'VLLM_NO_USAGE_STATS': '1',
     'DO_NOT_TRACK': '1',
@@ -32,17 +33,17 @@ _ENVIRONMENT = {
     'VLLM_LOGGING_STREAM': 'ext://sys.stderr',  # stdout is the program's own
     'VLLM_CPU_KVCACHE_SPACE': '1',
 }
-# Mean absolute gap of the probe, in nats, that rounding explains.
+# The mean absolute gap of the probe, in nats, that rounding alone can explain.
 PROBE_TOLERANCE = {'float32': 1e-3, 'bfloat16': 0.05, 'float16': 0.01}
-_SAME = 1e-6  # nats: log-probabilities that differ by less may be of the same weights
+_SAME = 1e-6  # nats; log-probabilities that differ by less may be those of the same weights
 _POLL_SECONDS = 0.05
-_CPU_BATCH_TOKENS = 2048  # of one step
-_CACHE_SECONDS = 5.0  # until the blocks of requests that were aborted must be free
+_CPU_BATCH_TOKENS = 2048  # at least; tokens that the engine prefills at one time
+_CACHE_SECONDS = 5.0  # within which the blocks of aborted requests must be free
 _STORE_ERRORS = {error.__name__: error for error in (CorruptError, MissingError, ValueError)}
 
 
 class Swap(NamedTuple):
-    """What the last `load` took."""
+    """How long the last `load` took, and how well its probe agreed."""
 
     version: int
     probe_gap: float  # nats, mean over the probe's tokens of |engine - learner|
@@ -58,7 +59,10 @@ class _Probe(NamedTuple):
 
 
 class VllmPolicy:
-    """Implements `Policy` over one engine; made by `start`, and of use after the first `load`."""
+    """Implements `Policy` over one engine; `start` makes it, and the first `load` gives it weights.
+
+    docs/design.md#policy-and-sandbox
+    """
 
     def __init__(self, engine, store: WeightStore, max_model_len: int, probe_tolerance: float):
         self._engine, self._store = engine, store
@@ -94,8 +98,8 @@ class VllmPolicy:
         model_dir: a Hugging Face directory; config.json is all that is read of it. dtype: of the
         engine's weights and activations. max_model_len: tokens of a context and what follows.
         max_num_seqs: turns that decode together. probe_tolerance: nats, else PROBE_TOLERANCE.
-        engine_args: any other of vLLM's AsyncEngineArgs. Raises PolicyError where vLLM is missing
-        or refuses the model.
+        engine_args: any other of vLLM's AsyncEngineArgs. Raises PolicyError if vLLM is missing or
+        refuses the model.
         """
         if probe_tolerance is None and dtype not in PROBE_TOLERANCE:
             raise ValueError(f'policy.dtype is {dtype!r}; expected one of {list(PROBE_TOLERANCE)}')
@@ -133,7 +137,7 @@ class VllmPolicy:
 
         Temperature 0 is greedy, with the log-probabilities of temperature 1. Cancelling it frees
         the engine's request. Raises ValueError for a context that is empty or does not fit, and
-        PolicyError where the engine died or its weights are not proven.
+        PolicyError if the engine died or its weights are not proven.
         """
         context = np.asarray(token_ids).tolist()
         if not 0 < len(context) <= len(context) + max_tokens <= self._max_model_len:
@@ -149,7 +153,7 @@ class VllmPolicy:
                 temperature=temperature,
                 seed=seed,
                 stop_token_ids=list(stop_token_ids),
-                ignore_eos=True,  # the model's own end is one only where the caller says so
+                ignore_eos=True,  # only the caller says what ends a turn
                 logprobs=0,  # of the sampled token
             )
         completion = output.outputs[0]
@@ -166,17 +170,18 @@ class VllmPolicy:
     async def load(self, version: int) -> None:
         """Swaps to a published version; turns that begin meanwhile wait, those that run end first.
 
-        The version's `about` holds 'tensors', {our name: Hugging Face name with {} for the layer},
-        and 'probe': 'tokens', and their 'logprobs' by the published values at temperature 1, the
-        first 0. A swap that did not take is done once more, then PolicyError: `generate` raises it
-        too, until a later `load` succeeds. MissingError and CorruptError come before anything has
-        changed, and the version that was there samples on.
+        The version's `about` holds 'arrays', which `vllm_rank.read_published` reads, and 'probe':
+        'tokens', and their 'logprobs' by the published values at temperature 1, the first 0. A swap
+        that did not take is done once more. If that does not take either, PolicyError is raised,
+        and by `generate` too until a later `load` succeeds. MissingError, CorruptError and the
+        ValueError for an `about` that is not understood come before anything has changed, and the
+        version that was there goes on sampling.
         """
         async with self._loading, _engine_errors():
             about = await asyncio.to_thread(self._store.about, version)
             _check(about, version)
             started = time.monotonic()
-            await self._fetch(version, about['tensors'])
+            await self._fetch(version, about['arrays'])
             read = time.monotonic()
             self._open.clear()
             try:
@@ -226,9 +231,9 @@ class VllmPolicy:
                 final = output
         return final
 
-    async def _fetch(self, version: int, tensors: dict[str, str]) -> None:
-        """Every rank reads its part; raises the store's errors as the store does."""
-        await self._call('begin_fetch', self._store.url, version, tensors)
+    async def _fetch(self, version: int, arrays: dict[str, dict]) -> None:
+        """Has every rank read its part; raises the store's errors as the store does."""
+        await self._call('begin_fetch', self._store.url, version, arrays)
         while any(state == vllm_rank.READING for state, _ in await self._call('fetch_state')):
             await asyncio.sleep(_POLL_SECONDS)
         for error, message in await self._call('fetch_state'):
@@ -237,13 +242,13 @@ class VllmPolicy:
 
     async def _swap(self, version: int, about: dict) -> float:
         """Loads what was fetched until it is proven, at most twice; returns the probe's gap."""
-        # What is in the engine from here on is no version, until the probe says that it is.
+        # From here on the engine's weights are of no version, until the probe says that they are.
         self._refusal = f'version {version} was not loaded to its end; load a version again'
         gap, problem = await self._try(version, about['probe'])
         if problem:
             logging.warning('version %d: %s; loading it once more', version, problem)
-            # All of it: half an update leaves vLLM in a state that only a whole one mends.
-            await self._fetch(version, about['tensors'])
+            # It is fetched again too, and loaded as a whole: that alone mends half an update.
+            await self._fetch(version, about['arrays'])
             gap, problem = await self._try(version, about['probe'])
         if problem:
             self._refusal = f'version {version} of {self._store.url} did not take: {problem}'
@@ -253,10 +258,10 @@ class VllmPolicy:
 
     async def _try(self, version: int, probe: dict) -> tuple[float, str]:
         """Loads what was fetched and scores the probe: (its gap, what is wrong with it)."""
-        # vLLM raises a bare Exception for whatever went wrong in a rank.
-        (loaded,) = await asyncio.gather(self._call('load_fetched'), return_exceptions=True)
-        if isinstance(loaded, BaseException):
-            return np.inf, f'loading failed with {loaded}'
+        try:
+            await self._call('load_fetched')
+        except Exception as error:  # vLLM raises a bare one for whatever went wrong in a rank
+            return np.inf, f'loading failed with {error}'
         if not await self._drop_prefixes():
             return np.inf, 'the prefix cache of the version before could not be dropped'
         tokens, learner = probe['tokens'], np.asarray(probe['logprobs'], np.float32)[1:]
@@ -279,7 +284,7 @@ class VllmPolicy:
         return gap, ''
 
     async def _drop_prefixes(self) -> bool:
-        """False where blocks stay in use; those of an aborted request do so for some steps."""
+        """False if blocks stay in use, as those of an aborted request do for a little while."""
         deadline = time.monotonic() + _CACHE_SECONDS
         while not await self._engine.reset_prefix_cache():
             if time.monotonic() > deadline:
@@ -293,7 +298,7 @@ class VllmPolicy:
         return np.array(output.prompt_logprobs.logprobs, np.float32)
 
     async def _call(self, method: str, *args) -> list:
-        """What every rank's `method` of `WeightLoader` returns."""
+        """Calls a method of `WeightLoader` in every rank, and returns what each returned."""
         return await self._engine.collective_rpc(method, args=args)
 
 
@@ -310,8 +315,8 @@ def _start_engine(arguments: dict):
             'run `make rollout`, and start the worker in that environment'
         ) from error
     if current_platform.is_cpu():
-        # A prompt that is prefilled in parts kills the engine (0.32): it then turns the generator
-        # of the request's seed back, which PyTorch's for CPUs cannot.
+        # On a CPU a prompt that is prefilled in parts kills the engine (0.32): vLLM then sets the
+        # random generator of the request's seed back, which PyTorch's for CPUs cannot do.
         batch = max(arguments['max_model_len'], _CPU_BATCH_TOKENS)
         arguments = dict(enable_chunked_prefill=False, max_num_batched_tokens=batch) | arguments
     try:
@@ -334,11 +339,12 @@ async def _engine_errors() -> AsyncIterator[None]:
 def _check(about: dict, version: int) -> None:
     probe = about.get('probe', {})
     tokens, logprobs = probe.get('tokens', ()), probe.get('logprobs', ())
-    if not about.get('tensors') or not 1 < len(tokens) == len(logprobs):
+    if not about.get('arrays') or not 1 < len(tokens) == len(logprobs):
         raise ValueError(
-            f'version {version} says {sorted(about)} of itself; a swap needs tensors, and a probe '
+            f'version {version} says {sorted(about)} of itself; a swap needs arrays, and a probe '
             f'with as many logprobs ({len(logprobs)}) as tokens ({len(tokens)})'
         )
+    vllm_rank.read_published(about['arrays'])  # refuses what a rank would not understand
     if probe.get('temperature', 1.0) != 1.0:
         raise ValueError(
             f"version {version}'s probe is at temperature {probe['temperature']}, not 1"

@@ -1,8 +1,9 @@
 """What runs inside vLLM's worker processes: reads a rank's part of published weights, loads it.
 
-vLLM mixes `WeightLoader` into its worker class; `vllm.py` calls its methods by collective_rpc. It
+vLLM mixes `WeightLoader` into its worker class; `vllm.py` calls its methods by collective_rpc. What
+each array is, the published version says itself, in the `arrays` of its `about` record. This module
 decides nothing: whether a load took is for the probe to say. Its imports of torch and vLLM are in
-functions, since `echo_jax.agent` is imported where they are not installed.
+functions, since `vllm.py` is imported where they are not installed.
 """
 
 import concurrent.futures
@@ -19,6 +20,24 @@ from echo_jax.store.weights import WeightReader, WeightStore
 READING = 'reading'
 
 
+class Split(NamedTuple):
+    """How tensor parallelism splits a Hugging Face tensor."""
+
+    axis: int
+    length: int  # of that axis
+    units: int  # what the axis consists of, none of which is cut: heads, or single numbers
+    padded: bool  # whether vLLM rounds the length up before it splits, as that of a vocabulary
+
+
+class Published(NamedTuple):
+    """What a version says of one of its arrays; model/family.py's `published_arrays` writes it."""
+
+    name: str  # Hugging Face's, with {} for the number of the layer
+    stacked: bool  # over the layers, on a first axis of its own
+    transposed: bool  # the last two axes are the other way round in the Hugging Face tensor
+    split: Split | None
+
+
 class Share(NamedTuple):
     """The part of a Hugging Face tensor that a rank holds: `start` to `stop` of `length`."""
 
@@ -28,55 +47,61 @@ class Share(NamedTuple):
     length: int
 
 
-def share(name: str, config, rank: int, size: int) -> Share | None:
-    """What rank `rank` of `size` holds of the tensor `name` of a Qwen3; None where it is all.
+def read_published(arrays: Mapping[str, dict]) -> dict[str, Published]:
+    """The `arrays` of a version's `about`; raises ValueError if this code does not know their form.
 
-    As vLLM's layers split them: heads and the MLP's inner axis evenly, where ranks outnumber
-    key-value heads several share one, the vocabulary after it is padded. `config` is the model's
-    Hugging Face config.
+    Ignoring what is not known could load a tensor the wrong way round.
     """
-    from vllm.model_executor.layers.vocab_parallel_embedding import (
-        DEFAULT_VOCAB_PADDING_SIZE,
-        pad_vocab_size,
-    )
+    found = {}
+    for ours, said in arrays.items():
+        try:
+            split = said['split'] and Split(**said['split'])
+            found[ours] = Published(**(dict(said) | {'split': split}))
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f'the published array {ours} is described by {said!r}; expected '
+                f'{Published._fields} with a split that is null or {Split._fields}: publish and '
+                'load with one version of echo_jax'
+            ) from error
+    return found
 
-    if size == 1:
+
+def share(split: Split | None, rank: int, size: int) -> Share | None:
+    """What rank `rank` of `size` holds of a tensor; None if it is all of it.
+
+    These are the rules of vLLM's layers: units are split evenly; if ranks outnumber them, as they
+    may the key-value heads, several ranks hold the same one; a vocabulary is split after it is
+    padded, so the last ranks may hold less of it.
+    """
+    if split is None or size == 1:
         return None
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    kv_size, kv_rank = min(size, kv_heads), rank * min(size, kv_heads) // size
-    match name.split('.')[-2]:
-        case 'q_proj':
-            return _even(0, heads * config.head_dim, rank, size)
-        case 'k_proj' | 'v_proj':
-            return _even(0, kv_heads * config.head_dim, kv_rank, kv_size)
-        case 'o_proj':
-            return _even(1, heads * config.head_dim, rank, size)
-        case 'gate_proj' | 'up_proj':
-            return _even(0, config.intermediate_size, rank, size)
-        case 'down_proj':
-            return _even(1, config.intermediate_size, rank, size)
-        case 'embed_tokens' | 'lm_head':
-            length = config.vocab_size
-            rows = pad_vocab_size(length, DEFAULT_VOCAB_PADDING_SIZE) // size
-            return Share(0, min(rank * rows, length), min((rank + 1) * rows, length), length)
-    return None  # norms
+    axis, length, units, padded = split
+    if padded:
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            DEFAULT_VOCAB_PADDING_SIZE,
+            pad_vocab_size,
+        )
 
-
-def _even(axis: int, length: int, rank: int, size: int) -> Share:
-    part = length // size
-    return Share(axis, rank * part, (rank + 1) * part, length)
+        rows = pad_vocab_size(length, DEFAULT_VOCAB_PADDING_SIZE) // size
+        return Share(axis, min(rank * rows, length), min((rank + 1) * rows, length), length)
+    parts = min(size, units)
+    part = rank * parts // size
+    return Share(axis, part * length // parts, (part + 1) * length // parts, length)
 
 
 class WeightLoader:
-    """A worker's part of a swap: `begin_fetch`, `fetch_state` until it is '', `load_fetched`."""
+    """A rank's part of a swap: `begin_fetch`, `fetch_state` until it is '', `load_fetched`."""
 
-    # What the reader reads. It stays, and this rank's part with it in host memory, since the next
-    # version is a small difference.
-    _source: tuple[str, Mapping[str, str]] | None = None
+    # What the reader reads. It stays, and with it this rank's part in host memory, because the next
+    # version is published as a small difference to this one.
+    _source: tuple[str, Mapping[str, dict]] | None = None
     _fetch: concurrent.futures.Future | None = None
 
     def end_with(self, pid: int) -> None:
-        """Ends this process when process `pid` ends: vLLM's outlive it, and hold their GPUs."""
+        """Ends this process when process `pid` ends.
+
+        By themselves vLLM's processes outlive the worker that started them, and keep their GPUs.
+        """
         descriptor = os.pidfd_open(pid)
 
         def wait() -> None:
@@ -85,35 +110,31 @@ class WeightLoader:
 
         threading.Thread(target=wait, daemon=True).start()
 
-    def begin_fetch(self, weights_url: str, version: int, tensors: Mapping[str, str]) -> None:
+    def begin_fetch(self, weights_url: str, version: int, arrays: Mapping[str, dict]) -> None:
         """Reads this rank's part of a version in a thread of its own, while the engine goes on.
 
-        `tensors` is {our name: Hugging Face name, with {} for the number of the layer}.
+        `arrays` is what the version says of them: {our name: the fields of `Published`}.
         """
-        if self._source != (weights_url, tensors):
-            self._source = weights_url, tensors
-            self._reader = self._open(weights_url, tensors)
+        if self._source != (weights_url, arrays):
+            self._source = weights_url, arrays
+            self._reader = self._open(weights_url, read_published(arrays))
         pool = concurrent.futures.ThreadPoolExecutor(1)
         self._fetch = pool.submit(self._reader.read, version)
         pool.shutdown(wait=False)
 
-    def _open(self, weights_url: str, tensors: Mapping[str, str]) -> WeightReader:
-        config, size = self.model_config.hf_text_config, self.parallel_config.tensor_parallel_size
-        # A tied head may be published too: vLLM takes it from the embedding.
-        self._tensors = {
-            ours: theirs
-            for ours, theirs in tensors.items()
-            if not (config.tie_word_embeddings and theirs == 'lm_head.weight')
-        }
+    def _open(self, weights_url: str, arrays: dict[str, Published]) -> WeightReader:
+        size = self.parallel_config.tensor_parallel_size
+        self._arrays = arrays
         self._shares = {
-            ours: share(theirs, config, self.rank % size, size)
-            for ours, theirs in self._tensors.items()
+            ours: share(array.split, self.rank % size, size) for ours, array in arrays.items()
         }
-        slices = {ours: _slices(ours, part) for ours, part in self._shares.items() if part}
-        return WeightStore(weights_url).reader(list(self._tensors), slices)
+        slices = {
+            ours: our_slices(arrays[ours], part) for ours, part in self._shares.items() if part
+        }
+        return WeightStore(weights_url).reader(list(arrays), slices)
 
     def fetch_state(self) -> tuple[str, str]:
-        """READING, or '' once the part is here; else the error's class, and what it says."""
+        """(READING, ''), or ('', '') once the part is here, or an error's class and its text."""
         if not self._fetch.done():
             return READING, ''
         error = self._fetch.exception()
@@ -129,26 +150,30 @@ class WeightLoader:
             reload.initialize_layerwise_reload(model)
             try:
                 model.load_weights(self._their_tensors(arrays))
-            finally:  # half an update must be closed too, or the next one is added to it
+            finally:  # half an update must be ended too, or the next one is added to it
                 reload.finalize_layerwise_reload(model, self.model_config)
             self._pack_head(model)
 
     def _their_tensors(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, object]]:
         """(name, tensor) of Hugging Face, layer by layer, so that vLLM buffers one at a time."""
-        layers = max((len(array) for name, array in arrays.items() if '/' in name), default=0)
-        for name, array in arrays.items():
-            if '/' not in name:
-                yield self._tensors[name], _whole(array, self._shares[name])
+        stacked = [name for name in arrays if self._arrays[name].stacked]
+        for name in arrays:
+            if name not in stacked:
+                yield self._arrays[name].name, self._tensor(name, arrays[name])
+        layers = len(arrays[stacked[0]]) if stacked else 0
         for layer in range(layers):
-            for name, array in arrays.items():
-                if '/' in name:
-                    tensor = _whole(array[layer].T, self._shares[name])
-                    yield self._tensors[name].format(layer), tensor
+            for name in stacked:
+                yield self._arrays[name].name.format(layer), self._tensor(name, arrays[name][layer])
+
+    def _tensor(self, name: str, array: np.ndarray):
+        turned = np.swapaxes(array, -1, -2) if self._arrays[name].transposed else array
+        return _whole(turned, self._shares[name])
 
     def _pack_head(self, model) -> None:
-        """On a CPU the head has a packed copy for its kernel; a reload forgets that of a tied one.
+        """Packs the head again, of which vLLM keeps a copy for its kernel on a CPU.
 
-        Without it log-probabilities are those of the new layers under the old head.
+        A reload forgets to, if the head is tied. The log-probabilities would be those of the new
+        layers under the old head.
         """
         from vllm.platforms import current_platform
 
@@ -157,18 +182,17 @@ class WeightLoader:
             head.quant_method.process_weights_after_loading(head)
 
 
-def _slices(name: str, part: Share) -> tuple[slice, ...]:
-    """Of our array: a matrix of the layers is transposed and has the layers in front."""
-    chosen = slice(part.start, part.stop)
-    if '/' not in name:
-        return (chosen,)
-    return (slice(None), slice(None), chosen) if part.axis == 0 else (slice(None), chosen)
+def our_slices(array: Published, part: Share) -> tuple[slice, ...]:
+    """The same part of our array; the axes after the last slice are whole."""
+    axis = 1 - part.axis if array.transposed else part.axis
+    before = axis + 1 if array.stacked else axis
+    return (slice(None),) * before + (slice(part.start, part.stop),)
 
 
 def _whole(array: np.ndarray, part: Share | None):
-    """The torch tensor that vLLM's loaders expect: of the full shape, this rank's part filled.
+    """The torch tensor that vLLM's loaders expect: of the full shape, with this rank's part in it.
 
-    The loaders read that part and nothing else, and memory never touched is never taken.
+    The loaders read that part and nothing else, and memory that is never touched is never taken.
     """
     import torch
 

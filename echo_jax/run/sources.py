@@ -23,6 +23,7 @@ from echo_jax.learner import batching, distributed
 from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
+from echo_jax.model.family import published_arrays
 from echo_jax.policy.jax import JaxPolicy
 from echo_jax.run import report
 from echo_jax.run.entry import Stop, Stopped
@@ -167,7 +168,7 @@ class WorkerSource:
         served = self._serving(params)
         logprobs = np.asarray(self._score(served, self._probe_batch))[0, : len(self._probe)]
         about = {
-            'tensors': huggingface.tensor_names(model_params.flatten(params)),
+            'arrays': published_arrays(self._sharded.model),
             'probe': {'tokens': self._probe.tolist(), 'logprobs': logprobs.tolist()},
         }
         self._weights.publish(

@@ -44,8 +44,11 @@ TINY = dict(
 )
 
 
-def random_weights(config: dict) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """A Qwen3's arrays, stacked over the layers, and {our name: Hugging Face name}."""
+def random_weights(config: dict) -> tuple[dict[str, np.ndarray], dict[str, dict]]:
+    """A Qwen3's arrays, stacked over the layers, and what vllm_rank.py must know of each.
+
+    One engine has one rank here, so nothing is split.
+    """
     layers, width = config['num_hidden_layers'], config['hidden_size']
     heads = config['num_attention_heads'] * config['head_dim']
     kv_heads = config['num_key_value_heads'] * config['head_dim']
@@ -67,15 +70,20 @@ def random_weights(config: dict) -> tuple[dict[str, np.ndarray], dict[str, str]]
     }
     if not config['tie_word_embeddings']:
         shapes['lm_head'] = (vocab, width)
-    rng, arrays, tensors = np.random.default_rng(0), {}, {}
+    rng, arrays, about = np.random.default_rng(0), {}, {}
     for name, shape in shapes.items():
         whole = name.startswith(('model.', 'lm_head'))
         ours = name if whole else f'layers/{name}'
         shape = shape if whole else (layers, *shape)
-        tensors[ours] = f'{name}.weight' if whole else f'model.layers.{{}}.{name}.weight'
+        about[ours] = {
+            'name': f'{name}.weight' if whole else f'model.layers.{{}}.{name}.weight',
+            'stacked': not whole,
+            'transposed': len(shape) == 3,
+            'split': None,
+        }
         values = rng.standard_normal(shape, np.float32) * np.float32(0.05)
         arrays[ours] = values + 1 if 'norm' in name else values
-    return arrays, tensors
+    return arrays, about
 
 
 async def episode(policy: VllmPolicy, args, vocab_size: int, latency: float, number: int) -> list:
@@ -118,11 +126,11 @@ async def measure(args) -> dict:
         else:
             model_dir.mkdir()
             (model_dir / 'config.json').write_text(json.dumps(config))
-        arrays, tensors = random_weights(config)
+        arrays, about = random_weights(config)
         # Nobody scored these weights: whatever the engine says of the probe is taken.
         probe = {'tokens': [1, 2, 3], 'logprobs': [0.0, 0.0, 0.0], 'temperature': 1.0}
         store = WeightStore(f'{folder}/weights')
-        store.publish(arrays, 0, about={'tensors': tensors, 'probe': probe})
+        store.publish(arrays, 0, about={'arrays': about, 'probe': probe})
         context = args.prompt_tokens + args.turns * (args.turn_tokens + args.observation_tokens)
         policy = await VllmPolicy.start(
             model_dir,

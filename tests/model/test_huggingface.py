@@ -113,7 +113,7 @@ def reference_logprobs(path, tokens, temperature=1.0, dtype='float32'):
 
 
 def tensors(path):
-    return {name: np.array(array) for name, array in safetensors.open_tensors(path).items()}
+    return {name: tensor[...] for name, tensor in safetensors.open_tensors(path).items()}
 
 
 def edit(path, **changes):
@@ -286,7 +286,7 @@ def test_files_that_are_damaged(models, tmp_path):
     second = sorted(path.glob('*.safetensors'))[1]
     data = second.read_bytes()
     second.write_bytes(data[:-1])
-    refused(path, f'{second.name} has {len(data) - 1} bytes, {len(data)} by its header')
+    refused(path, f'{second.name} is cut short or no safetensors file')
     second.write_bytes(data[:100])
     refused(path, f'{second.name} is cut short or no safetensors file')
     second.write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 512\n')
@@ -298,7 +298,7 @@ def test_files_that_are_damaged(models, tmp_path):
     second.write_bytes(data.replace(b'.weight"', b'.weighs"', 1))
     refused(path, f'{second.name} lacks model.')
     second.write_bytes(data[:8] + b'?' + data[9:])
-    refused(path, f'{second.name} is damaged: Expecting value')
+    refused(path, f'{second.name} is cut short or no safetensors file')
     second.unlink()
     refused(path, f'{second.name} is missing')
     (path / 'model.safetensors.index.json').write_text('{"weight_map"')

@@ -11,7 +11,7 @@ from flax import nnx
 
 from echo_jax.model.attention import BLOCK
 from echo_jax.model.logprobs import token_logprobs
-from echo_jax.model.qwen3 import Qwen3, Qwen3Config, init_cache, rms_norm
+from echo_jax.model.qwen3 import Qwen3, Qwen3Config, rms_norm
 from echo_jax.model.rope import rope
 
 # No two axes are alike, so none can stand in for another; head_dim is not D / N, as in Qwen3.
@@ -133,7 +133,7 @@ def test_hidden_states_and_logprobs_are_those_of_qwen3(tied):
     expected, logits = written_out(params, tokens, nnx.merge(graphdef, params).config)
     np.testing.assert_allclose(hidden[0], expected, rtol=1e-9, atol=1e-11)
     head = nnx.merge(graphdef, params).unembedding
-    logp, _ = jit(token_logprobs)(hidden[0, :-1], head, tokens[1:])
+    logp = jit(token_logprobs)(hidden[:, :-1], head, tokens[None, 1:]).logprobs[0]
     logits = logits[:-1] - logits[:-1].max(-1, keepdims=True)
     picked = logits[np.arange(11), tokens[1:]] - np.log(np.exp(logits).sum(-1))
     np.testing.assert_allclose(logp, picked, rtol=1e-9)
@@ -170,7 +170,7 @@ def test_extending_a_cache_is_the_whole_pass(pieces):
     rows = np.stack([draw(12, seed=3), draw(12, seed=4)])
     # The second row is two tokens ahead: its first two are in the cache to begin with.
     ahead = np.array([0, 2])
-    cache = init_cache(nnx.merge(graphdef, params).config, 2, 16)
+    cache = CONFIG.init_cache(2, 16)
     _, cache = extended(graphdef, params, rows[:, :2], np.tile(np.arange(2), (2, 1)), cache)
     done, hidden = 0, []
     longer = np.concatenate([rows, draw((2, 2), seed=5)], axis=1)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from echo_jax.planner.hlo import Chip, program_cost
+from echo_jax.planner.hlo import Chip, module_cost
 
 # FLOPs, HBM bytes and sent bytes a second: products take 1 s a thousand, and so on.
 CHIP = Chip(1000.0, 100.0, 10.0)
@@ -97,7 +97,7 @@ ENTRY %main (x: f32[20], y: f32[40], n: s32[]) -> f32[20] {
 
 
 def test_a_program_by_hand():
-    cost = program_cost(PROGRAM, CHIP, devices=8, unknown_trips=7)
+    cost = module_cost(PROGRAM, CHIP, devices=8, unknown_trips=7)
     # The product of [4, 8] and [8, 16]: 2 x 4 x 16 x 8 = 1,024 FLOPs, 5 times in each of 3 passes.
     assert cost.flops == 3 * 5 * 1024
     # The product reads its slice of 4 x 8 bfloat16 (64 bytes), not the 7; the matrix is in VMEM;
@@ -126,7 +126,7 @@ ENTRY %main (a: {lhs}, b: {rhs}) -> f32[] {{
   ROOT {line}
 }}
 """
-    return program_cost(program, CHIP, devices=1, unknown_trips=1).flops
+    return module_cost(program, CHIP, devices=1, unknown_trips=1).flops
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_what_xla_makes_of_nested_loops():
 
     shapes = jnp.zeros((5, 64, 64)), jnp.zeros((32, 64))
     compiled = jax.jit(lambda w, x: jax.lax.scan(layer, x, w)[0]).lower(*shapes).compile()
-    cost = program_cost(compiled.as_text(), CHIP, devices=1, unknown_trips=1)
+    cost = module_cost(compiled.as_text(), CHIP, devices=1, unknown_trips=1)
     assert cost.flops == 15 * 2 * 32 * 64 * 64
     # Every pass reads a matrix and the rows and writes the rows; tanh moves them once more.
     assert cost.hbm_bytes >= 15 * 4 * (64 * 64 + 4 * 32 * 64)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.qwen3_8b import get_config
 from echo_jax.planner import topology
-from echo_jax.planner.hlo import program_cost
+from echo_jax.planner.hlo import module_cost
 
 GIB = 2**30
 
@@ -89,7 +89,7 @@ def test_counts_of_a_program_for_four_chips(libtpu):
         )
         .compile()
     )
-    cost = program_cost(compiled.as_text(), topology.CHIPS['v5e'], devices=4, unknown_trips=5)
+    cost = module_cost(compiled.as_text(), topology.CHIPS['v5e'], devices=4, unknown_trips=5)
     assert cost.flops == 5 * 3 * 2 * 256 * 512 * 512
     # A quarter of a matrix of 512 x 512 x 2 bytes goes to three others.
     assert cost.sent_bytes == 5 * 3 * 3 / 4 * 512 * 512 * 2
@@ -165,12 +165,12 @@ def test_what_does_not_divide(libtpu, change, rows, says):
     config = small_config()
     config.update(change)
     with pytest.raises(ValueError, match=says):
-        topology.Step(config, topology.tpu_devices('v5e:2x2'), rows)
+        topology.PlannedStep(config, topology.tpu_devices('v5e:2x2'), rows)
 
 
 def test_bytes_of_the_state(libtpu):
     """Parameters and AdamW's two moments, float32, a fourth of all on each of four chips."""
-    step = topology.Step(small_config(), topology.tpu_devices('v5e:2x2'), 8)
+    step = topology.PlannedStep(small_config(), topology.tpu_devices('v5e:2x2'), 8)
     attention = 256 * 128 * (4 + 2 + 2 + 4)  # queries, keys, values, output
     layer = attention + 3 * 256 * 512 + 2 * 256  # and the two norms
     split = 2 * layer + 2 * 2048 * 256 + 256

@@ -4,7 +4,6 @@ import asyncio
 import multiprocessing
 import subprocess
 import time
-import types
 
 import numpy as np
 import pytest
@@ -15,9 +14,9 @@ import psutil
 
 from echo_jax.policy import Generation, PolicyError
 from echo_jax.policy.vllm import VllmPolicy
-from echo_jax.policy.vllm_rank import share
+from echo_jax.policy.vllm_rank import read_published, share
 from echo_jax.store.kvstore import CorruptError, MissingError
-from tests.support.qwen3_learner import EOS, VOCAB, Learner
+from tests.support.qwen3_learner import EOS, VOCAB, Learner, published
 
 pytestmark = pytest.mark.timeout(900)  # an engine starts in half a minute, on an idle machine
 MAX_MODEL_LEN = 512
@@ -291,23 +290,20 @@ def test_a_damaged_or_absent_version_changes_nothing(rig):
 
 def test_shares_by_hand():
     """4 heads of 32 over 2 key-value heads, an inner axis of 128, 500 rows padded to 512."""
-    config = types.SimpleNamespace(
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=128,
-        vocab_size=500,
-    )
-    layer = 'model.layers.{}.'
+    arrays = read_published(published(kv_heads=2, tied=False))
+
+    def of(name, rank, size):
+        return share(arrays[name].split, rank, size)
+
     shares = [
-        share(layer + 'self_attn.q_proj.weight', config, 1, 2),
-        share(layer + 'self_attn.k_proj.weight', config, 1, 2),
-        share(layer + 'self_attn.v_proj.weight', config, 1, 4),  # ranks 0 and 1 share head 0
-        share(layer + 'self_attn.v_proj.weight', config, 2, 4),
-        share(layer + 'self_attn.o_proj.weight', config, 1, 2),
-        share(layer + 'mlp.up_proj.weight', config, 3, 4),
-        share(layer + 'mlp.down_proj.weight', config, 0, 4),
-        share('lm_head.weight', config, 1, 2),
+        of('layers/wq', 1, 2),
+        of('layers/wk', 1, 2),
+        of('layers/wv', 1, 4),  # ranks 0 and 1 share head 0
+        of('layers/wv', 2, 4),
+        of('layers/wo', 1, 2),
+        of('layers/w_up', 3, 4),
+        of('layers/w_down', 0, 4),
+        of('head', 1, 2),
     ]
     assert shares == [
         (0, 64, 128, 128),
@@ -319,9 +315,9 @@ def test_shares_by_hand():
         (1, 0, 32, 128),
         (0, 256, 500, 500),
     ]
-    assert share(layer + 'input_layernorm.weight', config, 1, 2) is None
-    assert share('model.norm.weight', config, 1, 2) is None
-    assert share(layer + 'mlp.up_proj.weight', config, 0, 1) is None
+    assert of('layers/attention_norm', 1, 2) is None
+    assert of('final_norm', 1, 2) is None
+    assert of('layers/w_up', 0, 1) is None
 
 
 def test_a_model_that_vllm_refuses_is_one_line(tmp_path):

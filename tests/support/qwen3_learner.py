@@ -10,23 +10,43 @@ import transformers
 from echo_jax.store.weights import WeightStore
 
 VOCAB, EOS = 500, 7  # no multiple of 64, to which vLLM pads
-_LAYER = 'model.layers.{}.'
-TENSORS = {
-    'embedding': 'model.embed_tokens.weight',
-    'layers/attention_norm': _LAYER + 'input_layernorm.weight',
-    'layers/wq': _LAYER + 'self_attn.q_proj.weight',
-    'layers/wk': _LAYER + 'self_attn.k_proj.weight',
-    'layers/wv': _LAYER + 'self_attn.v_proj.weight',
-    'layers/q_norm': _LAYER + 'self_attn.q_norm.weight',
-    'layers/k_norm': _LAYER + 'self_attn.k_norm.weight',
-    'layers/wo': _LAYER + 'self_attn.o_proj.weight',
-    'layers/mlp_norm': _LAYER + 'post_attention_layernorm.weight',
-    'layers/w_gate': _LAYER + 'mlp.gate_proj.weight',
-    'layers/w_up': _LAYER + 'mlp.up_proj.weight',
-    'layers/w_down': _LAYER + 'mlp.down_proj.weight',
-    'final_norm': 'model.norm.weight',
-    'head': 'lm_head.weight',
-}
+
+
+def published(kv_heads: int, tied: bool) -> dict[str, dict]:
+    """What the learner says of the arrays of `Learner`'s model, written out.
+
+    4 heads of 32 over `kv_heads`, an inner axis of 128.
+    """
+
+    def matrix(name, axis, length, units):
+        split = {'axis': axis, 'length': length, 'units': units, 'padded': False}
+        name = f'model.layers.{{}}.{name}.weight'
+        return {'name': name, 'stacked': True, 'transposed': True, 'split': split}
+
+    def norm(name, stacked=True):
+        name = f'model.layers.{{}}.{name}.weight' if stacked else name
+        return {'name': name, 'stacked': stacked, 'transposed': False, 'split': None}
+
+    def words(name):
+        split = {'axis': 0, 'length': VOCAB, 'units': VOCAB, 'padded': True}
+        return {'name': name, 'stacked': False, 'transposed': False, 'split': split}
+
+    arrays = {
+        'embedding': words('model.embed_tokens.weight'),
+        'layers/attention_norm': norm('input_layernorm'),
+        'layers/wq': matrix('self_attn.q_proj', 0, 128, 4),
+        'layers/wk': matrix('self_attn.k_proj', 0, 32 * kv_heads, kv_heads),
+        'layers/wv': matrix('self_attn.v_proj', 0, 32 * kv_heads, kv_heads),
+        'layers/q_norm': norm('self_attn.q_norm'),
+        'layers/k_norm': norm('self_attn.k_norm'),
+        'layers/wo': matrix('self_attn.o_proj', 1, 128, 4),
+        'layers/mlp_norm': norm('post_attention_layernorm'),
+        'layers/w_gate': matrix('mlp.gate_proj', 0, 128, 128),
+        'layers/w_up': matrix('mlp.up_proj', 0, 128, 128),
+        'layers/w_down': matrix('mlp.down_proj', 1, 128, 128),
+        'final_norm': norm('model.norm.weight', stacked=False),
+    }
+    return arrays if tied else arrays | {'head': words('lm_head.weight')}
 
 
 class Learner:
@@ -62,12 +82,12 @@ class Learner:
 
     def publish(self, version: int, probe_error: float = 0.0) -> None:
         state = self.model.state_dict()
-        tensors = {k: v for k, v in TENSORS.items() if k != 'head' or not self.tied}
+        about = published(self.model.config.num_key_value_heads, self.tied)
         self.versions[version] = copy.deepcopy(state)
         logprobs = self.logprobs(self.probe) + probe_error
-        arrays = {name: _ours(state, theirs) for name, theirs in tensors.items()}
+        arrays = {name: _ours(state, said['name']) for name, said in about.items()}
         probe = {'tokens': self.probe, 'logprobs': logprobs.tolist(), 'temperature': 1.0}
-        self.store.publish(arrays, version, about={'tensors': tensors, 'probe': probe})
+        self.store.publish(arrays, version, about={'arrays': about, 'probe': probe})
 
     @property
     def tied(self) -> bool:

@@ -24,14 +24,21 @@ mesh = jax.sharding.Mesh(np.array(jax.devices()), ['tensor'])
 layout = Layout(mesh, dict.fromkeys(['heads', 'kv_heads', 'mlp', 'vocab'], ('tensor',)))
 _, abstract = model_params.abstract(huggingface.read_config(model))
 kept, really_open = [], safetensors.open_tensors
-# The maps would be gone when load_params returns, and with them what was read.
-safetensors.open_tensors = lambda path: kept.append(really_open(path)) or kept[0]
+
+
+def open_and_keep(path):
+    """The maps would be gone when load_params returns, and with them what was read."""
+    kept.append(really_open(path))
+    return kept[0]
+
+
+safetensors.open_tensors = open_and_keep
 params = huggingface.load_params(model, abstract, sharding.param_shardings(abstract, layout))
 smaps = pathlib.Path('/proc/self/smaps').read_text()
 mapped = re.findall(r'\.safetensors\nSize: +(\d+) kB\n(?:.*\n)*?Rss: +(\d+) kB', smaps)
 size, resident = np.array(mapped, int).sum(axis=0)
 
-whole = really_open(pathlib.Path(model))
+whole = {name: tensor[...] for name, tensor in really_open(pathlib.Path(model)).items()}
 names = {'wq': 'self_attn.q_proj', 'wo': 'self_attn.o_proj', 'w_up': 'mlp.up_proj'}
 expected = {'embedding': whole['model.embed_tokens.weight']} | {
     f'layers/{ours}': np.stack([whole[f'model.layers.{i}.{theirs}.weight'].T for i in range(2)])
