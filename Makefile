@@ -43,7 +43,7 @@ test: develop  ## all tests; those of vLLM and the fleet where .venv-rollout is 
 lint: develop  ## ruff, check and format; shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/shellcheck --external-sources launch/*.sh launch/*/*.sh .ci/run
+	$(VENV)/bin/shellcheck --external-sources launch/*.sh launch/*/*.sh echo_jax/sandbox/scripts/*.sh .ci/run
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) $(ROLLOUT) .pytest_cache .ruff_cache .hypothesis
