@@ -73,7 +73,7 @@ def recipe_config(model: ml_collections.ConfigDict) -> Qwen3Config:
     """Of a recipe's `model`: at its own sizes, or those of the directory `path`."""
     if not model.path:
         return Qwen3Config.of(model)
-    return read_config(model.path, **{key: model[key] for key in model if key != 'path'})
+    return read_config(model.path, **Qwen3Config.given(model))
 
 
 def read_config(path: str | os.PathLike, **options) -> Qwen3Config:

@@ -66,8 +66,13 @@ class Qwen3Config:
 
     @classmethod
     def of(cls, model) -> 'Qwen3Config':
-        """From the `model` of a recipe, whose keys these are but for `path`."""
-        return cls(**{key: value for key, value in model.items() if key != 'path'})
+        """The config that the `model` of a recipe asks for, by all of its keys but `path`."""
+        return cls(**cls.given(model))
+
+    @staticmethod
+    def given(model) -> dict:
+        """The fields that the `model` of a recipe gives; one that is None is left to others."""
+        return {key: value for key, value in model.items() if key != 'path' and value is not None}
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:

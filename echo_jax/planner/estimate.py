@@ -35,9 +35,6 @@ from echo_jax.planner.topology import CHIPS, Step
 GIB = 2**30
 # Bytes of memory, as the vendor's data sheets count them, in powers of ten.
 GPUS = {'H100': 80e9, 'H200': 141e9, 'A100': 80e9, 'L4': 24e9, 'B200': 192e9}
-# Of a GPU's memory, what vLLM takes where the recipe has no `policy.gpu_memory_utilization`; its
-# own default.
-GPU_UTILIZATION = 0.9
 _GRADIENTS = 4 / 3  # state and the summed gradients, to state: float32 of AdamW's 3 and 1 more
 
 
@@ -132,7 +129,7 @@ def rollout_plan(config: ml_collections.ConfigDict, gpu: str) -> dict:
     if gpu not in GPUS:
         raise ValueError(f'gpu is {gpu!r}; expected one of {", ".join(GPUS)}')
     model = huggingface.recipe_config(config.model)
-    utilization = config.policy.get('gpu_memory_utilization', GPU_UTILIZATION)
+    utilization = config.policy.gpu_memory_utilization
     weights = 2 * parameters(model)[0]
     per_token = 2 * 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     per_rollout = per_token * config.protocol.max_total_tokens
