@@ -15,7 +15,7 @@ import pytest
 from echo_jax.store.due import DueStore
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import Status
-from tests.support.small_run import ROOT, SETTINGS, metrics, wait_for
+from tests.support.small_run import NO_WARM_START, ROOT, SETTINGS, metrics, wait_for
 
 ROLLOUT_PYTHON = pathlib.Path(
     os.environ.get('ECHO_ROLLOUT_PYTHON', ROOT / '.venv-rollout/bin/python')
@@ -36,7 +36,8 @@ class Fleet:
 
     def __init__(self, programs, folder: pathlib.Path, *flags: str):
         self.workdir, self._folder, self._programs = folder / 'run', folder, programs
-        self._flags = programs.train_flags(self.workdir, *VLLM, *flags)
+        without = ['warm_start'] if set(NO_WARM_START) <= set(flags) else []
+        self._flags = programs.train_flags(self.workdir, *VLLM, *flags, without=without)
         self.environment: dict[str, str] = {}
         self._started: list[subprocess.Popen] = []
 
@@ -138,9 +139,7 @@ def test_workers_and_learners_end_and_start_again(fleet):
         assert 0 < row['train/logprob_gap'] <= 1e-3 and row['rollout/staleness'] == 0
 
 
-@pytest.mark.parametrize(
-    'fleet', [('--config.warm_start.steps=0', '--config.warm_start.explore_steps=0')], indirect=True
-)
+@pytest.mark.parametrize('fleet', [NO_WARM_START], indirect=True)
 def test_a_learner_of_two_processes(fleet):
     """Each publishes its shards and reads all groups. They stop and resume together."""
     worker = fleet.worker()

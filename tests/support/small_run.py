@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,6 +41,7 @@ SETTINGS = dict(
     eval=dict(every=2),
     checkpoint=dict(every=2),
 )
+NO_WARM_START = ('--config.warm_start.steps=0', '--config.warm_start.explore_steps=0')
 SUMMARY = (
     *('solve_rate_before', 'solve_rate_after', 'env_ce_before', 'env_ce_after'),
     *('steps', 'rollouts', 'train_minutes'),
@@ -98,13 +99,21 @@ class Programs:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
-    def train_flags(self, workdir: pathlib.Path, *flags: str, variant: str = '') -> list[str]:
+    def train_flags(
+        self, workdir: pathlib.Path, *flags: str, variant: str = '', without: Sequence[str] = ()
+    ) -> list[str]:
+        """`without`: keys of SETTINGS, or sections, that `flags` leave without an effect."""
         config = f'--config=configs/tiny.py{variant}'
-        return [config, f'--workdir={workdir}', *config_flags(SETTINGS), *flags]
+        inert = tuple(f'--config.{key}' for key in without)
+        settings = [flag for flag in config_flags(SETTINGS) if not flag.startswith(inert)]
+        return [config, f'--workdir={workdir}', *settings, *flags]
 
-    def train(self, workdir: pathlib.Path, *flags: str, variant: str = '') -> None:
-        """Trains to the end of the run. Raises AssertionError if it does not get there."""
-        done = self.run('train', *self.train_flags(workdir, *flags, variant=variant))
+    def train(
+        self, workdir: pathlib.Path, *flags: str, variant: str = '', without: Sequence[str] = ()
+    ) -> None:
+        """A run to its end; raises if it does not get there."""
+        flags = self.train_flags(workdir, *flags, variant=variant, without=without)
+        done = self.run('train', *flags)
         assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr)
 
     def fails(self, program: str, *flags: str, **environment: str) -> str:
