@@ -190,7 +190,7 @@ def test_counts_of_tasks_are_read_only_if_they_are_generated(tmp_path):
     work = Workdir(tmp_path / 'named', without(config, 'tasks.train_count'))
     assert len(work.tasks('train')) == 3
     generated = Workdir(tmp_path / 'generated', without(base.get_config(), 'tasks.train_count'))
-    with pytest.raises(KeyError, match='train_count'):
+    with pytest.raises((KeyError, AttributeError), match='train_count'):
         generated.tasks('train')
 
 
@@ -199,7 +199,7 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
     foreign = ('user', 'build_network', 'runtime', 'harbor_environment')
     keys = [f'sandbox.{name}' for name in foreign]
     sandbox_maker(without(base.get_config(), *keys), 'local').close()
-    with pytest.raises(KeyError, match='processes'):
+    with pytest.raises((KeyError, AttributeError), match='processes'):
         sandbox_maker(without(base.get_config(), 'sandbox.processes'), 'local')
 
 
