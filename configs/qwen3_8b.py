@@ -123,6 +123,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.sandbox.memory_mb = 1024
     c.sandbox.disk_mb = 4096
     c.sandbox.user = 0  # the agent's, in a container; 0: root without capabilities
+    c.sandbox.runtime = ml_collections.config_dict.placeholder(str)  # Docker's; None: its default
     c.sandbox.build_network = True  # whether image builds reach the network
     c.sandbox.harbor_environment = 'docker'  # of Harbor's, where the backend is 'harbor'
 

@@ -106,6 +106,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.sandbox.memory_mb = 512  # of a process
     c.sandbox.disk_mb = 32
     c.sandbox.user = 1000  # the agent's, in a container; 0: root without capabilities
+    c.sandbox.runtime = ml_collections.config_dict.placeholder(str)  # Docker's; None: its default
     c.sandbox.build_network = True  # whether image builds reach the network
     c.sandbox.harbor_environment = 'docker'  # of Harbor's, where the backend is 'harbor'
 
