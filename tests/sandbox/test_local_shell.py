@@ -1,4 +1,4 @@
-"""The shell of a local sandbox on both backends, and its limits of time and quantity. Linux only."""
+"""The shell of a local sandbox on both backends, and its limits in time and size. Linux only."""
 
 import asyncio
 import os

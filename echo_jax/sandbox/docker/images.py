@@ -28,11 +28,14 @@ from echo_jax.types import Task
 log = logging.getLogger(__name__)
 
 HOME = '/usr/lib/echo_jax'  # ours, in every image
-# The agent's, besides the workdir and what the image calls a VOLUME. Harbor's paths among them.
+# What the agent may write to, besides the workdir and each VOLUME of the image. Among them are
+# the paths of Harbor's tasks.
 _WRITABLE = ('/app', '/logs', '/root', '/run', '/solution', '/tests', '/tmp', '/var/tmp')
 
 
 class Image(NamedTuple):
+    """A fitted image, and what a sandbox has to know of it."""
+
     name: str
     user: int  # the agent's uid
     workdir: str
@@ -107,7 +110,7 @@ class Images:
         return failures
 
     def forget(self, task: Task) -> None:
-        """Looks again the next time: the engine no longer has the image."""
+        """Has the image looked for again the next time, since the engine no longer has it."""
         with self._lock:
             self._made.pop(_key(task), None)
 
@@ -115,7 +118,7 @@ class Images:
         """Drops what has not begun, waits for what has."""
         self._pool.shutdown(cancel_futures=True)
 
-    # In a thread of the pool from here on.
+    # From here on all runs in a thread of the pool.
 
     def _make(self, task: Task, key: tuple) -> Image:
         try:
@@ -135,9 +138,11 @@ class Images:
             with self._lock:
                 self._failed[key] = time.monotonic() + self._remember_sec
             raise
-        own = dict(line.partition('=')[::2] for line in base['Config'].get('Env') or ())
-        env = ENVIRONMENT | own | task.env
-        return Image(name, self.user, workdir, env, writable)
+        env = dict(ENVIRONMENT)
+        for line in base['Config'].get('Env') or ():
+            variable, _, value = line.partition('=')
+            env[variable] = value
+        return Image(name, self.user, workdir, env | task.env, writable)
 
     def _base(self, task: Task) -> dict:
         """The engine's description of the image that the task asks for."""

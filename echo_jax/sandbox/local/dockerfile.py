@@ -128,11 +128,13 @@ def _env(text: str, env: dict[str, str], where: str) -> dict[str, str]:
     words = _words(text, where)
     if words and '=' not in words[0]:  # the old form: ENV NAME the whole rest
         words = [f'{words[0]}={text.partition(" ")[2].strip()}']
-    pairs = dict(word.partition('=')[::2] for word in words)
-    for name in pairs:
+    found = {}
+    for word in words:
+        name, _, value = word.partition('=')
         if not re.fullmatch(r'[A-Za-z_]\w*', name):
             raise ValueError(f'{where}: {name!r} is no variable name')
-    return {name: _expand(value, env) for name, value in pairs.items()}
+        found[name] = _expand(value, env)
+    return found
 
 
 def _expand(text: str, env: dict[str, str]) -> str:
