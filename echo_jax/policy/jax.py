@@ -81,8 +81,7 @@ class JaxPolicy:
         """Takes new weights once the running generations have ended, and drops every cache."""
         self._next_weights = (params, version)
         while self._next_weights is not None:
-            self._start_runner()
-            await self._runner
+            await self._running()
 
     async def generate(
         self,
@@ -116,7 +115,7 @@ class JaxPolicy:
         future = asyncio.get_running_loop().create_future()
         request = _Request(context, max_tokens, temperature, key, stop, future)
         self._waiting.append(request)
-        self._start_runner()
+        self._running()
         await future
         return Generation(
             np.array(request.tokens, np.int32),
@@ -125,9 +124,11 @@ class JaxPolicy:
             request.finish_reason,
         )
 
-    def _start_runner(self) -> None:
+    def _running(self) -> asyncio.Task[None]:
+        """The task that serves requests, started if it has ended."""
         if self._runner is None or self._runner.done():
             self._runner = asyncio.get_running_loop().create_task(self._run())
+        return self._runner
 
     async def _run(self) -> None:
         """Serves requests until none is left. If it fails, every request gets an error."""

@@ -110,7 +110,7 @@ def _check(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
     for name, member in named:
         if name in ('.', lead):
             if not member.isdir():
-                raise ValueError(f'{member.name!r} stands where the task directory should')
+                raise ValueError(f'{member.name!r} stands in the place of the task directory')
             continue
         name = name.removeprefix(f'{lead}/')
         parents = [str(parent) for parent in pathlib.PurePosixPath(name).parents]
