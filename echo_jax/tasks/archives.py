@@ -183,5 +183,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: pathlib.Path) ->
     elif member.issym():
         path.symlink_to(member.linkname)
     else:
-        path.write_bytes(tar.extractfile(member).read())
+        content = tar.extractfile(member)
+        assert content is not None  # which it is for directories and links alone
+        path.write_bytes(content.read())
         path.chmod(0o755 if member.mode & 0o100 else 0o644)

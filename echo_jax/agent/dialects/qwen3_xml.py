@@ -12,9 +12,9 @@ from typing import Any
 
 from echo_jax.agent.dialects.dialect import Command, ParsedResponse
 
-THINK_TAGS = ('<think>', '</think>')
-THINK_OPEN = '<think>\n'
-TAGS = (*THINK_TAGS, '<tool_call>', '</tool_call>')
+THINK_TAGS: tuple[str, str] = ('<think>', '</think>')
+THINK_OPEN: str = '<think>\n'
+TAGS: tuple[str, ...] = (*THINK_TAGS, '<tool_call>', '</tool_call>')
 
 _NAMES = ('think', 'tool_call')
 _TAG = re.compile(r'<(/?)(think|tool_call)>')
