@@ -124,6 +124,7 @@ def test_extra_must_be_json(tmp_path):
     checkpointer.close()
 
 
+@pytest.mark.slow
 @damages_files
 def test_every_damaged_file_is_noticed_or_harmless(saved, tmp_path):
     """Each file of the step cut, removed, or with a bit flipped at five places."""
@@ -200,6 +201,7 @@ for step in itertools.count(1):
 """
 
 
+@pytest.mark.slow
 def test_killed_in_mid_save(tmp_path):
     """SIGKILL while a step is being written, after a few are whole; then the next run goes on."""
     process = run_python(SAVE_FOREVER, tmp_path)
@@ -288,6 +290,7 @@ for step in range(1, 52):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_fifty_saves_take_no_memory(tmp_path):
     """If freed copies were not given back, 256 MiB of state would end 430 to 920 MiB higher."""

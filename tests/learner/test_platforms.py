@@ -19,6 +19,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['full', 'attention', 'offload'])
 @pytest.mark.parametrize('platform, kernel', KERNELS)
 def test_the_step_lowers(platform, kernel, remat):

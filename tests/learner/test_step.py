@@ -207,6 +207,7 @@ def test_gradients_are_the_slopes_of_the_loss(options):
         np.testing.assert_allclose(np.sum(grad * along), slope, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_env_coef_0_is_grpo_bit_for_bit():
     """A step without the term, the term times 0, and a batch without targets; float32."""
     config = recipe()

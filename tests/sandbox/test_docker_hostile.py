@@ -48,6 +48,7 @@ def test_endless_output_is_cut_and_ended(in_container):
     assert kept.stdout == 'kept\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('user', [1000, 0])
 def test_fork_bomb_stays_inside(task, made, user):
     async def main():

@@ -174,6 +174,7 @@ def test_endless_output_ends(session, monkeypatch):
     assert result.stdout == 'y\n' * (1 << 17)  # output_bytes of it
 
 
+@pytest.mark.slow
 def test_hostile_commands(session):
     results = session(
         'rm -rf /tmp/.echo_jax-*; echo gone',

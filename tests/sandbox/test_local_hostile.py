@@ -16,6 +16,7 @@ from tests.support.sandboxes import SEC, opened
 # Out of bounds.
 
 
+@pytest.mark.slow
 def test_rm_rf_root_spares_the_host(session, tmp_path):
     (tmp_path / 'mine').write_text('here')
     (result, here) = session(

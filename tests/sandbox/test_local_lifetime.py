@@ -172,6 +172,7 @@ _SUICIDE = _PARENT.replace(
 ).replace('import asyncio', 'import asyncio, os')
 
 
+@pytest.mark.slow
 def test_parent_killed_during_start_leaves_nothing(backend, tmp_path):
     environment = os.environ | {'PATH': f'{os.environ["PATH"]}:{tmp_path}/mark'}
     for delay in ('0', '0.002', '0.005', '0.01', '0.03', '0.06'):

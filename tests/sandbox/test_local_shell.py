@@ -140,6 +140,7 @@ def test_endless_output_is_cut_and_ended(session):
     assert huge.stdout == 'kept\n'
 
 
+@pytest.mark.slow
 def test_fork_bomb_stays_inside(task, backend):
     async def main():
         async with (

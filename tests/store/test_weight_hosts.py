@@ -121,6 +121,7 @@ class Learner:
         assert results == dict.fromkeys(range(hosts), True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('restarted', [[0], [1], [2], [1, 2], [0, 1, 2]])
 def test_a_host_that_restarts_makes_the_next_version_a_key_frame(tmp_path, restarted):
     learner, reader = Learner(tmp_path, 3), WeightStore(tmp_path).reader()

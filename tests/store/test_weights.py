@@ -176,6 +176,7 @@ def publish_forever(url, first, life, ready):
         store.publish(constant_params(version, life), version)
 
 
+@pytest.mark.slow
 def test_killed_learner_leaves_whole_versions_or_none(tmp_path):
     store, seen = WeightStore(tmp_path), {}
     reads = itertools.cycle([store.read, store.reader().read])
