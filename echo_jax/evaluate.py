@@ -9,7 +9,6 @@ results are written. The exit code is 1 if one of them is an INFRA_ERROR, which 
 the agent.
 """
 
-import contextlib
 import json
 import pathlib
 import sys
@@ -94,8 +93,8 @@ def evaluate_policy(
             on_group=on_group,
         )
 
-    sandboxes = contextlib.closing(sandbox_maker(config))
-    with Progress('policy', len(tasks) * samples) as bar, sandboxes as make_sandbox:
+    total = len(tasks) * samples
+    with Progress('policy', total) as bar, sandbox_maker(config) as make_sandbox:
         stop.run(draw())
     rollouts = [r for group in store.read_groups(range(len(tasks))) for r in group]
     score = jax.jit(make_score(graphdef, config.batch.micro_rows))

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import zlib
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,14 @@ class Checkpointer:
         )
         self._manager.save(step, args=args, force=True)
         self._saved = step
+
+    @overload
+    def restore(
+        self, abstract_state: Any, step: int, partial: bool = False
+    ) -> tuple[Any, dict, int]: ...
+
+    @overload
+    def restore(self, abstract_state: Any) -> tuple[Any, dict, int] | None: ...
 
     def restore(
         self, abstract_state: Any, step: int | None = None, partial: bool = False

@@ -4,7 +4,6 @@ The oracle must earn the reward and the nop must not, or something is wrong with
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -126,8 +125,8 @@ def run_agent(
         )
         outcomes[:] = ordered
 
-    sandboxes = contextlib.closing(sandbox_maker(config))
-    with Progress(agent, len(tasks) * samples) as progress, sandboxes as make_sandbox:
+    total = len(tasks) * samples
+    with Progress(agent, total) as progress, sandbox_maker(config) as make_sandbox:
         stop.run(run())
     return outcomes
 

@@ -168,7 +168,7 @@ class WorkerSource:
         served = self._serving(params)
         logprobs = np.asarray(self._score(served, self._probe_batch))[0, : len(self._probe)]
         about = {
-            'arrays': published_arrays(self._sharded.model),
+            'arrays': published_arrays(self._model.model),
             'probe': {'tokens': self._probe.tolist(), 'logprobs': logprobs.tolist()},
         }
         self._weights.publish(

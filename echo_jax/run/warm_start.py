@@ -4,7 +4,6 @@ The warm start trains on rollouts as the learner's program does, through the sam
 step. A scripted policy wrote them through the protocol, in real sandboxes.
 """
 
-import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -143,7 +142,7 @@ def write_transcripts(
     }
     habits = {'explore': ['solve'], 'practice': options.habits}
     transcripts = {}
-    with contextlib.closing(sandbox_maker(config, options.sandbox)) as make_sandbox:
+    with sandbox_maker(config, options.sandbox) as make_sandbox:
         for name in tasks:
             draw = functools.partial(
                 collect,
