@@ -81,10 +81,11 @@ def packed(path: pathlib.Path, target: str) -> tuple[str, bytes]:
 def pipe() -> tuple[int, int]:
     """(read end, write end), with numbers above those that bash scripts redirect by hand."""
     reader, writer = os.pipe()
-    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 64) for end in (reader, writer))
+    high_reader = fcntl.fcntl(reader, fcntl.F_DUPFD_CLOEXEC, 64)
+    high_writer = fcntl.fcntl(writer, fcntl.F_DUPFD_CLOEXEC, 64)
     os.close(reader)
     os.close(writer)
-    return high
+    return high_reader, high_writer
 
 
 def status_pair() -> tuple[socket.socket, int]:

@@ -113,7 +113,7 @@ class HarborSandbox(shell.ShellSandbox):
 
     startup_sec = 3 * _SETUP_SEC  # more than Harbor gets for one script, below
     _environment: Any  # of Harbor's
-    _trial: tempfile.TemporaryDirectory  # for what Harbor writes
+    _trial: Any  # a TemporaryDirectory, for what Harbor writes
 
     def __init__(
         self,

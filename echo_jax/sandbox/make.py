@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import ml_collections
 
@@ -13,14 +13,19 @@ if TYPE_CHECKING:
     from echo_jax.sandbox.docker.images import Images
 
 
-class SandboxMaker(NamedTuple):
+class SandboxMaker:
     """Makes the sandbox of a task; `close` it when the last one has stopped."""
 
-    make: Callable[[Task], Sandbox]
-    close: Callable[[], object] = lambda: None
+    def __init__(
+        self, make: Callable[[Task], Sandbox], on_close: Callable[[], None] = lambda: None
+    ):
+        self._make, self._on_close = make, on_close
 
     def __call__(self, task: Task) -> Sandbox:
-        return self.make(task)
+        return self._make(task)
+
+    def close(self) -> None:
+        self._on_close()
 
 
 def sandbox_maker(

@@ -40,6 +40,10 @@ class Engine:
         self.run, self.worker = run, worker
         self._pool = concurrent.futures.ThreadPoolExecutor(_CALLS_AT_ONCE, 'docker')
         try:
+            if self.url.startswith('unix://'):
+                # The SDK would leave a socket open that it cannot connect.
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.connect(self.url.removeprefix('unix://'))
             options = docker.utils.kwargs_from_env() | {'base_url': self.url}
             self.client = docker.DockerClient(**options, timeout=timeout)
             self.info = self.client.info()

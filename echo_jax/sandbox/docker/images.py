@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import tarfile
 import threading
 import time
@@ -177,13 +178,14 @@ class Images:
         """`make(...)`, tried again after a growing pause if it fails; a network may be slow."""
 
         def warn(state: tenacity.RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
             log.warning(
                 '%s: image not %s: %s; attempt %d follows in %.1f s',
                 task.task_id,
                 done,
-                state.outcome.exception(),
+                error,
                 state.attempt_number + 1,
-                state.next_action.sleep,
+                state.upcoming_sleep,
             )
 
         pause = tenacity.wait_exponential(self._backoff_sec)
@@ -223,7 +225,7 @@ class Images:
             decode=True,
             network_mode=None if self._network else 'none',
             labels=self.engine.labels() | {'echo_jax.task': task.task_id},
-            timeout=task.build_timeout_sec,  # of silence
+            timeout=math.ceil(task.build_timeout_sec),  # of silence
         )
         for event in events:
             output.extend(event.get('stream', '').splitlines())
@@ -254,6 +256,7 @@ def _fingerprint(context: bytes) -> str:
     lines = []
     with tarfile.open(fileobj=io.BytesIO(context)) as tar:
         for member in tar:
-            content = _hash(tar.extractfile(member).read()) if member.isfile() else ''
+            file = tar.extractfile(member) if member.isfile() else None
+            content = _hash(file.read()) if file else ''
             lines.append(repr((member.name, member.mode, member.type, member.linkname, content)))
     return _hash('\n'.join(lines).encode())

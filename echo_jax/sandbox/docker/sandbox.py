@@ -185,7 +185,7 @@ class DockerSandbox(shell.ShellSandbox):
         except TimeoutError:
             return Ending.TIMEOUT, -1
         if ending is Ending.REPORTED:
-            self._cwd = self._out.report[2].decode(errors='surrogateescape')
+            self._cwd = self._out.directory()
             self._unread = (self._out.after, self._err.after)
         return ending, exit_code
 
@@ -284,6 +284,10 @@ class _Output:
             self.after = bytes(self._recent[self.report.end() :])
         self._kept += self._recent[: min(sure, self._limit - len(self._kept))]
         del self._recent[: len(self._recent) if self.report else sure]
+
+    def directory(self) -> str:
+        """The shell's directory, quoted for bash, of stdout's report; '' without one."""
+        return self.report[2].decode(errors='surrogateescape') if self.report else ''
 
     def kept(self) -> bytes:
         return bytes(self._kept + self._recent)
