@@ -1,5 +1,6 @@
 """Makes sandboxes by the recipe: the one place that knows the three backends by name."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from echo_jax.sandbox.docker.images import Images
 
 
-class SandboxMaker:
-    """Makes the sandbox of a task; `close` it when the last one has stopped."""
+class SandboxMaker(contextlib.AbstractContextManager):
+    """Makes the sandbox of a task; `close` it, or leave its `with`, when the last one has stopped."""
 
     def __init__(
         self, make: Callable[[Task], Sandbox], on_close: Callable[[], None] = lambda: None
@@ -26,6 +27,9 @@ class SandboxMaker:
 
     def close(self) -> None:
         self._on_close()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def sandbox_maker(
