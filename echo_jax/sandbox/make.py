@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class SandboxMaker(contextlib.AbstractContextManager):
-    """Makes the sandbox of a task; `close` it, or leave its `with`, when the last one has stopped."""
+    """Makes the sandbox of a task. Close it, or leave its `with`, when the last one has stopped."""
 
     def __init__(
         self, make: Callable[[Task], Sandbox], on_close: Callable[[], None] = lambda: None
