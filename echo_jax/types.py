@@ -27,10 +27,7 @@ class Role(enum.IntEnum):
 
 
 # Roles that the environment loss may train on, by `loss.targets`: docs/design.md#token-roles
-ENV_TARGETS = {
-    'released': (Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT),
-    'output': (Role.OUTPUT,),
-}
+ENV_TARGETS = {'released': (Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT), 'output': (Role.OUTPUT,)}
 # Roles counted as the observation: the denominator O_i of `full_observation`.
 OBSERVATION_ROLES = (Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT)
 # A rollout with this reward or more is correct, its task solved: docs/protocol.md#reward

@@ -153,10 +153,7 @@ def test_a_process_is_started_once_and_stopped_gently(checkout):
 def test_a_process_that_saves_for_too_long_is_left_to_it(checkout):
     pid = start_sleeper(checkout, 'learner', 30)[2]
     code, said = sh('launch/process.sh stop 1 learner', checkout)
-    assert (code, said) == (
-        1,
-        'learner still runs 1 s after SIGTERM; wait with the same command\n',
-    )
+    assert (code, said) == (1, 'learner still runs 1 s after SIGTERM; wait with the same command\n')
     os.kill(pid, 0)
 
 

@@ -74,10 +74,7 @@ def seconds(text: str) -> float:
 
 
 async def execute(
-    commands: list[Command],
-    sandbox: Sandbox,
-    config: ml_collections.ConfigDict,
-    deadline: float,
+    commands: list[Command], sandbox: Sandbox, config: ml_collections.ConfigDict, deadline: float
 ) -> tuple[list[Span], int]:
     """Runs a turn's commands in order: (their observations, how many a shell has really run).
 

@@ -156,11 +156,7 @@ def per_device(f: Callable, in_axes: tuple, out_axes) -> Callable:
     # check_vma=False: JAX takes an input that is whole on several devices for a copy on each, and
     # sums the gradients of the copies.
     return jax.shard_map(
-        f,
-        mesh=layout.mesh,
-        in_specs=specs(in_axes),
-        out_specs=specs(out_axes),
-        check_vma=False,
+        f, mesh=layout.mesh, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False
     )
 
 

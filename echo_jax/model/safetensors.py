@@ -85,10 +85,7 @@ class Place(NamedTuple):
 
 
 def create_files(
-    directory: pathlib.Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
-    shard_bytes: int,
+    directory: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, shard_bytes: int
 ) -> dict[str, Place]:
     """Makes the files for tensors of these shapes, headers and all; the caller fills each place.
 

@@ -181,12 +181,7 @@ def curves(file: pathlib.Path, rows: list[dict]) -> None:
 
     panels = (
         ('reward and solve rate', 'rollout/reward', 'eval/solve_rate', 'held-out solve rate'),
-        (
-            'environment CE, nats a token',
-            'train/env_ce',
-            'eval/env_ce',
-            'held-out rollouts',
-        ),
+        ('environment CE, nats a token', 'train/env_ce', 'eval/env_ce', 'held-out rollouts'),
     )
     figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout='constrained')
     for axes, (title, noisy, heldout, heldout_label) in zip(figure.subplots(1, 2), panels):

@@ -35,10 +35,7 @@ from echo_jax.types import Role, Rollout, Status
 MAX_PAYLOAD = 1 << 28  # bytes of one group uncompressed; 32 x 32,768 tokens take 14 MB
 # By format, which is the first 8 bytes: group's number; bytes of the payload (uncompressed), of
 # the header and of the chunk; CRC-32 of the chunk and of the prefix.
-_PREFIXES = {
-    b'echogrp1': struct.Struct('<8sq8xQQQII'),
-    b'echogrp2': struct.Struct('<8sqQQQII'),
-}
+_PREFIXES = {b'echogrp1': struct.Struct('<8sq8xQQQII'), b'echogrp2': struct.Struct('<8sqQQQII')}
 _NEWEST = b'echogrp2'
 _COLUMNS = {
     'tokens': np.dtype('<i4'),

@@ -157,8 +157,7 @@ def test_a_template_without_tools_falls_back_to_user(tokenizer, protocol_config)
 def test_a_template_that_rewrites_history_is_refused(tiny_tokenizer, protocol_config):
     # Strips thinking from every turn but the last, so an observation changes the turn before it.
     rewrites = _SHELL.replace(
-        '{{ m.content }}',
-        "{{ m.content if loop.last else m.content.split('</think>')[-1] }}",
+        '{{ m.content }}', "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
     )
     tokenizer = with_template(tiny_tokenizer, rewrites)
     tokenizer.name_or_path = 'some/model'

@@ -71,10 +71,7 @@ def test_observation_texts(make_task, episodes):
     [
         ('start', 'abcde\n[Output truncated: showing first 5 of 8 characters]'),
         ('end', '[Output truncated: showing last 5 of 8 characters]\ndefgh'),
-        (
-            'start_end',
-            'ab\n[Output truncated: showing first 2 and last 2 of 8 characters]\ngh',
-        ),
+        ('start_end', 'ab\n[Output truncated: showing first 2 and last 2 of 8 characters]\ngh'),
     ],
 )
 def test_truncation(strategy, shown):

@@ -56,14 +56,8 @@ def test_whole_response_errors(text, error):
         ('<function=ba sh>', ('', {}, 'Missing <function=...> tag')),
         ('<function=bash>', ('bash', {}, 'No parameters found')),
         ('<function=bash><parameter=command>ls', ('bash', {}, 'No parameters found')),
-        (
-            '<function=bash><parameter=a-b>ls</parameter>',
-            ('bash', {}, 'No parameters found'),
-        ),
-        (
-            '<function=my.tool-2><parameter=x>1</parameter>',
-            ('my.tool-2', {'x': '1'}, ''),
-        ),
+        ('<function=bash><parameter=a-b>ls</parameter>', ('bash', {}, 'No parameters found')),
+        ('<function=my.tool-2><parameter=x>1</parameter>', ('my.tool-2', {'x': '1'}, '')),
         (
             '<function=bash><parameter=command>\n\n  a \n b\t\n\n</parameter>',
             ('bash', {'command': 'a \n b'}, ''),
@@ -99,10 +93,7 @@ def test_call_ends_with_the_text():
     text = '<tool_call>\n<function=bash>\n<parameter=command>\nls\n</parameter>\n'
     assert parse_response(text).commands == [
         Command(
-            'bash',
-            {'command': 'ls'},
-            '',
-            '<function=bash>\n<parameter=command>\nls\n</parameter>',
+            'bash', {'command': 'ls'}, '', '<function=bash>\n<parameter=command>\nls\n</parameter>'
         )
     ]
 
@@ -170,14 +161,8 @@ def test_call_in_the_thinking_is_executed_but_not_with_parse_after_think():
         (CLEAN.replace('\n', '\r\n'), []),
         ('done\n</think>\n' + CALL + '\n' + DONE, []),
         ('I think', ['Unclosed <think> tag']),
-        (
-            CALL,
-            ['Unclosed <think> tag', '<tool_call> nested inside unclosed <think>'],
-        ),
-        (
-            '\n</think>' + CALL,
-            ['Empty <think> block'],
-        ),
+        (CALL, ['Unclosed <think> tag', '<tool_call> nested inside unclosed <think>']),
+        ('\n</think>' + CALL, ['Empty <think> block']),
         (
             '<think>a</think>' + CALL,
             [
@@ -186,32 +171,20 @@ def test_call_in_the_thinking_is_executed_but_not_with_parse_after_think():
                 '<think> nested inside unclosed <think>',
             ],
         ),
-        (
-            'a</think><tool_call> \n</tool_call>',
-            ['Empty <tool_call> block'],
-        ),
+        ('a</think><tool_call> \n</tool_call>', ['Empty <tool_call> block']),
         (  # the final tag is the final closing tag
             'a</think><tool_call>x',
             ['Unclosed <tool_call> tag', 'Text detected after final XML tag'],
         ),
-        (
-            'a</think>' + CALL + ' so long',
-            ['Text detected after final XML tag'],
-        ),
-        (
-            'a</think>b' + CALL + 'c' + CALL,
-            ['Text detected between XML tags'],
-        ),
+        ('a</think>' + CALL + ' so long', ['Text detected after final XML tag']),
+        ('a</think>b' + CALL + 'c' + CALL, ['Text detected between XML tags']),
         (  # a second closing tag is text between a close and the next open
             'a</think></think>' + CALL,
             ['Text detected between XML tags'],
         ),
         (  # counts balance, so nothing is unclosed; the nesting is still seen
             'a</think><tool_call><think></tool_call></think>',
-            [
-                'Found 2 <think> blocks, expected 1',
-                '<think> nested inside unclosed <tool_call>',
-            ],
+            ['Found 2 <think> blocks, expected 1', '<think> nested inside unclosed <tool_call>'],
         ),
         (  # all of them, in their order
             '</think>x<tool_call></tool_call><think><think><tool_call></tool_call>y',

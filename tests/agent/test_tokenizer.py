@@ -10,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from echo_jax.agent.tokenizer import (
-    ADDED_TOKENS,
-    SPECIAL_TOKENS,
-    build_tokenizer,
-    training_texts,
-)
+from echo_jax.agent.tokenizer import ADDED_TOKENS, SPECIAL_TOKENS, build_tokenizer, training_texts
 from echo_jax.tasks.generate import SYLLABLES, WORDS, demonstration, generate_tasks
 from echo_jax.tasks.sources import load_tasks
 

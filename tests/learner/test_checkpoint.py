@@ -260,10 +260,7 @@ again.close()
 def test_another_mesh(saved, tmp_path):
     """One device to four and back; the fingerprints do not know of either."""
     process = run_python(
-        RESTORE_ON_A_MESH,
-        saved,
-        tmp_path,
-        XLA_FLAGS='--xla_force_host_platform_device_count=4',
+        RESTORE_ON_A_MESH, saved, tmp_path, XLA_FLAGS='--xla_force_host_platform_device_count=4'
     )
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors

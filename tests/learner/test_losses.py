@@ -300,8 +300,7 @@ def test_env_coef_zero_is_grpo_bit_for_bit(old_logprobs):
 def test_a_ratio_beyond_all_bounds_stays_finite():
     config = small_config(old_logprobs='rollout')
     batch = hand_batch()._replace(
-        rollout_logprobs=np.full((1, 6), -1e4, np.float32),
-        advantages=-hand_batch().advantages,
+        rollout_logprobs=np.full((1, 6), -1e4, np.float32), advantages=-hand_batch().advantages
     )
     logprobs = jnp.full((1, 6), -1.0)
     (total, metrics), gradient = loss_and_gradient(logprobs, batch, config, 0.05)

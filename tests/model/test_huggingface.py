@@ -161,12 +161,7 @@ def test_the_old_form_of_the_config_is_the_same_model(models, tmp_path):
 
 def test_fields_of_the_config(models):
     config = huggingface.read_config(models / 'yarn', dtype='bfloat16', hidden_size=40)
-    assert config == Qwen3Config(
-        **SIZES,
-        **YARN,
-        tie_word_embeddings=False,
-        dtype='bfloat16',
-    )
+    assert config == Qwen3Config(**SIZES, **YARN, tie_word_embeddings=False, dtype='bfloat16')
     recipe = ml_collections.ConfigDict(dict(path=str(models / 'yarn'), dtype='bfloat16'))
     assert huggingface.recipe_config(recipe) == config
     recipe = ml_collections.ConfigDict(dict(SIZES, path='', rope_theta=7.0))

@@ -24,14 +24,8 @@ CHOICES = {
         {'loss.reduction': 'token_mean'},
         {'loss.reduction': 'sequence_mean'},
     ),
-    'loss.mismatch': (
-        {'loss.old_logprobs': 'rollout'},
-        {'loss.old_logprobs': 'current'},
-    ),
-    'loss.mismatch_cap': (
-        {'loss.mismatch': 'none'},
-        {'loss.mismatch': 'token'},
-    ),
+    'loss.mismatch': ({'loss.old_logprobs': 'rollout'}, {'loss.old_logprobs': 'current'}),
+    'loss.mismatch_cap': ({'loss.mismatch': 'none'}, {'loss.mismatch': 'token'}),
     'protocol.max_commands_per_turn': (
         {'protocol.command_selection': 'all'},
         {'protocol.command_selection': 'last'},
@@ -40,14 +34,8 @@ CHOICES = {
         {'protocol.length_penalty_coef': 0.0},
         {'protocol.length_penalty_coef': 0.1},
     ),
-    'sharding.vocab': (
-        {'mesh.tensor': 1},
-        {'mesh.tensor': -1},
-    ),
-    'policy.tensor_parallel': (
-        {'policy.backend': 'jax'},
-        {'policy.backend': 'vllm'},
-    ),
+    'sharding.vocab': ({'mesh.tensor': 1}, {'mesh.tensor': -1}),
+    'policy.tensor_parallel': ({'policy.backend': 'jax'}, {'policy.backend': 'vllm'}),
     'sandbox.user': (
         {'sandbox.backend': 'local', 'warm_start.steps': 3, 'warm_start.sandbox': 'local'},
         {'sandbox.backend': 'local', 'warm_start.steps': 3, 'warm_start.sandbox': 'docker'},
@@ -60,18 +48,9 @@ CHOICES = {
         {'sandbox.backend': 'harbor', 'warm_start.steps': 0},
         {'sandbox.backend': 'harbor', 'warm_start.steps': 3},
     ),
-    'tasks.train_count': (
-        {'tasks.train': 'set'},
-        {'tasks.train': ''},
-    ),
-    'tasks.heldout_count': (
-        {'tasks.heldout': 'set'},
-        {'tasks.heldout': ''},
-    ),
-    'warm_start.rollouts': (
-        {'warm_start.steps': 0},
-        {'warm_start.steps': 3},
-    ),
+    'tasks.train_count': ({'tasks.train': 'set'}, {'tasks.train': ''}),
+    'tasks.heldout_count': ({'tasks.heldout': 'set'}, {'tasks.heldout': ''}),
+    'warm_start.rollouts': ({'warm_start.steps': 0}, {'warm_start.steps': 3}),
 }
 ROWS = pytest.mark.parametrize('row', INERT, ids=lambda row: row.keys[0])
 

@@ -90,11 +90,7 @@ def test_expected_errors(raised, says):
 
 @pytest.mark.parametrize(
     'raised',
-    [
-        "AnotherError('a bug')",
-        "TypeError('a bug')",
-        "ExceptionGroup('g', [TypeError('a bug')])",
-    ],
+    ["AnotherError('a bug')", "TypeError('a bug')", "ExceptionGroup('g', [TypeError('a bug')])"],
 )
 def test_a_bug_keeps_its_traceback(raised):
     done = run(CONFIG, f'--raises={raised}')

@@ -37,10 +37,7 @@ def test_a_shell_that_leaves_background_behind(in_container):
 
 def test_endless_output_is_cut_and_ended(in_container):
     yes, err, big, kept = in_container(
-        'yes',
-        'cat /dev/zero >&2',
-        'head -c 3000000 /dev/zero | tr "\\0" x; x=kept',
-        'echo $x',
+        'yes', 'cat /dev/zero >&2', 'head -c 3000000 /dev/zero | tr "\\0" x; x=kept', 'echo $x'
     )
     assert yes.stdout == 'y\n' * (1 << 19) and yes.exit_code == 137
     assert len(err.stderr) == 1 << 20 and err.exit_code == 137

@@ -150,9 +150,7 @@ asyncio.run(main())
 
 def test_killed_parent_leaves_nothing(backend, tmp_path):
     parent = subprocess.Popen(
-        [sys.executable, '-c', _PARENT, backend, str(tmp_path)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
+        [sys.executable, '-c', _PARENT, backend, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
     )
     try:
         assert parent.stdout.readline() == b'up\n'

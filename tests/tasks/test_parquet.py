@@ -128,10 +128,7 @@ def test_a_leading_folder(tmp_path, lead):
 
 @pytest.mark.parametrize(
     ('said', 'instruction'),
-    [
-        ('Do it.', 'Do it.'),
-        ('Think first, then call.\n\nTask: Do it.\nNow.', 'Do it.\nNow.'),
-    ],
+    [('Do it.', 'Do it.'), ('Think first, then call.\n\nTask: Do it.\nNow.', 'Do it.\nNow.')],
 )
 def test_an_archive_without_instruction_takes_the_prompts(tmp_path, said, instruction):
     bare = packed({name: text for name, text in FILES.items() if name != 'instruction.md'})

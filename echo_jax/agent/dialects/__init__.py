@@ -3,9 +3,7 @@
 from echo_jax.agent.dialects import qwen3_xml
 from echo_jax.agent.dialects.dialect import Dialect
 
-DIALECTS: dict[str, Dialect] = {
-    'qwen3_xml': qwen3_xml,
-}
+DIALECTS: dict[str, Dialect] = {'qwen3_xml': qwen3_xml}
 
 
 def find_dialect(name: str) -> Dialect:

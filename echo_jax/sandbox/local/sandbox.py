@@ -46,12 +46,7 @@ class LocalSandbox(shell.ShellSandbox):
     _requests: shell.Requests  # to it
 
     def __init__(
-        self,
-        task: types.Task,
-        *,
-        backend: str = 'auto',
-        output_bytes: int = 1 << 20,
-        **limits: int,
+        self, task: types.Task, *, backend: str = 'auto', output_bytes: int = 1 << 20, **limits: int
     ):
         if backend not in ('auto', *namespaces.BACKENDS):
             raise ValueError(f"backend is {backend!r}; expected 'auto', 'bubblewrap' or 'unshare'")
