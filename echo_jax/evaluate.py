@@ -1,11 +1,12 @@
-"""pass@k and environment cross-entropy of a model, or a check of a task set without one.
+"""pass@k and environment cross-entropy of a run's policy, or a check of tasks without a model.
 
     python -m echo_jax.evaluate --config=configs/tiny.py --workdir=runs/tiny \
         --agent=policy --samples=4 --output=eval.json
 
-`--agent=oracle` runs each task's solution/solve.sh, `nop` nothing: the one must earn the reward and
-the other must not. `policy` samples with the newest weights that the workdir has published. Exit
-code 1 where a result is an infra_error, which says nothing of the agent; all results are written.
+`--agent=policy` samples with the newest weights that the run has published. `oracle` runs each
+task's solution/solve.sh, which must earn the reward; `nop` does nothing, which must not. All
+results are written. The exit code is 1 if one of them is an INFRA_ERROR, which says nothing about
+the agent.
 """
 
 import contextlib
@@ -20,17 +21,16 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from echo_jax.agent.collect import collect
 from echo_jax.agent.protocol import Protocol
 from echo_jax.learner.step import make_score
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
 from echo_jax.policy.jax import JaxPolicy
 from echo_jax.run import entry
-from echo_jax.run.measures import env_ce, summarize
-from echo_jax.run.oracle import show_failures, watched
+from echo_jax.run.measures import env_ce, pass_rates
+from echo_jax.run.oracle import run_agent, show_failures
 from echo_jax.run.report import CONSOLE, Progress
-from echo_jax.run.sources import waves
+from echo_jax.run.sources import draw_in_waves
 from echo_jax.run.workdir import Workdir, unpacked, write_whole
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.rollouts import RolloutStore
@@ -41,9 +41,7 @@ from echo_jax.types import SOLVED_REWARD, Rollout, Status, Task
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Run whose newest weights are evaluated.')
 _TASKS = flags.DEFINE_string(
-    'tasks',
-    '',
-    "Directory or .parquet of tasks, or several with commas; else a run's held-out.",
+    'tasks', '', "Directory or .parquet of tasks, or several with commas; else a run's held-out."
 )
 _AGENT = flags.DEFINE_enum('agent', 'policy', ['policy', 'oracle', 'nop'], 'Who acts.')
 _SAMPLES = flags.DEFINE_integer('samples', 1, 'Rollouts of every task.', lower_bound=1)
@@ -68,7 +66,6 @@ def evaluate_policy(
     model_config = huggingface.recipe_config(config.model)
     graphdef, abstract = model_params.abstract(model_config)
     params = model_params.unflatten(abstract, weights.read(version))
-    protocol = Protocol(work.tokenizer(), config.protocol)
     policy = JaxPolicy(
         model_config,
         graphdef,
@@ -84,20 +81,19 @@ def evaluate_policy(
 
     async def draw():
         await policy.load(params, version)
-        for wave in waves(enumerate(tasks), samples, config.policy.slots):
-            await collect(
-                wave,
-                store,
-                config=config,
-                make_sandbox=make_sandbox,
-                protocol=protocol,
-                policy=policy,
-                group_size=samples,
-                temperature=config.eval.temperature,
-                on_group=on_group,
-            )
+        await draw_in_waves(
+            enumerate(tasks),
+            store,
+            config=config,
+            make_sandbox=make_sandbox,
+            protocol=Protocol(work.tokenizer(), config.protocol),
+            policy_for=lambda task: policy,
+            group_size=samples,
+            temperature=config.eval.temperature,
+            on_group=on_group,
+        )
 
-    sandboxes = contextlib.closing(sandbox_maker(config))  # opens one to know: once
+    sandboxes = contextlib.closing(sandbox_maker(config))
     with Progress('policy', len(tasks) * samples) as bar, sandboxes as make_sandbox:
         stop.run(draw())
     rollouts = [r for group in store.read_groups(range(len(tasks))) for r in group]
@@ -119,51 +115,58 @@ def _result(task_id: str, sample_id: int, reward: float, status: Status, turns: 
     }
 
 
+def _open_run() -> Workdir | None:
+    """The run that --workdir names, if any. Raises ValueError if it holds no run."""
+    if not _WORKDIR.value:
+        return None
+    if not Workdir.holds_run(_WORKDIR.value):
+        raise ValueError(f'{_WORKDIR.value} holds no run; name the --workdir of echo_jax.train')
+    return Workdir(_WORKDIR.value, _CONFIG.value)
+
+
+def _read_tasks(work: Workdir | None, cache: pathlib.Path) -> list[Task]:
+    if _TASKS.value:
+        return load_tasks(_TASKS.value, cache)
+    if work is None:
+        raise ValueError(
+            f'--agent={_AGENT.value} needs --tasks, a directory or .parquet of Harbor tasks, or '
+            'the --workdir of a run for its held-out ones'
+        )
+    return work.tasks('heldout')
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     config, agent, samples = _CONFIG.value, _AGENT.value, _SAMPLES.value
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
-    work = _run(config)
+    work = _open_run()
     with unpacked(work) as cache:
-        tasks = load_tasks(_TASKS.value, cache) if _TASKS.value else work.tasks('heldout')
+        if agent == 'policy' and work is None:
+            raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
+        tasks = _read_tasks(work, cache)
         stop, reasons, ce = entry.Stop(), {}, {}
         try:
-            if agent == 'policy':
+            if work is not None and agent == 'policy':
                 results, ce = evaluate_policy(stop, config, work, tasks, samples)
             else:
-                outcomes = watched(stop, tasks, config, agent, samples)
+                outcomes = run_agent(stop, tasks, config, agent, samples)
                 results = [_result(*outcome[:4], turns=0) for outcome in outcomes]
                 reasons = {
                     outcome.task_id: outcome.reason for outcome in outcomes if outcome.reason
                 }
         except entry.Stopped:
             sys.exit('stopped')
-    document = {'results': results, 'pass@k': summarize(results, samples), 'env_ce': ce}
+    document = {'results': results, 'pass@k': pass_rates(results, samples), 'env_ce': ce}
     if _OUTPUT.value:
         write_whole(output, json.dumps(document, indent=1))
     rates = ', '.join(f'pass@{k} {rate:.1%}' for k, rate in document['pass@k'].items())
     bad = sum(result['status'] not in (Status.OK, Status.TRUNCATED) for result in results)
     show_failures(reasons)
     CONSOLE.print(f'{len(tasks)} tasks, {agent}: {rates}; {bad} with an error status')
-    if lost := sum(result['status'] == Status.INFRA_ERROR for result in results):
+    lost = sum(result['status'] == Status.INFRA_ERROR for result in results)
+    if lost:
         sys.exit(f'error: {lost} of {len(results)} results are an infra_error; see their reasons')
-
-
-def _run(config: ml_collections.ConfigDict) -> Workdir | None:
-    """The run of --workdir. ValueError where there is none, or one is needed and not named."""
-    if not (path := _WORKDIR.value):
-        if _AGENT.value == 'policy':
-            raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
-        if not _TASKS.value:
-            raise ValueError(
-                f'--agent={_AGENT.value} needs --tasks, a directory or .parquet of Harbor tasks, '
-                'or the --workdir of a run for its held-out ones'
-            )
-        return None
-    if not Workdir.holds_run(path):
-        raise ValueError(f'{path} holds no run; name the --workdir of echo_jax.train')
-    return Workdir(path, config)
 
 
 if __name__ == '__main__':

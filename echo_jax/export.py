@@ -20,16 +20,15 @@ from echo_jax.run.workdir import Workdir
 
 DTYPES = ('bfloat16', 'float16', 'float32')
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder or gs:// URL of the run.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder or gs:// URL of the run.', required=True)
 _STEP = flags.DEFINE_integer('step', None, 'Saved step; none: the last.')
-_OUTPUT = flags.DEFINE_string('output', None, 'Directory to make.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Directory to make.', required=True)
 _DTYPE = flags.DEFINE_enum(
     'dtype', '', ['', *DTYPES], "Of the tensors; empty: the run's model.dtype."
 )
 _SHARD_BYTES = flags.DEFINE_integer(
     'shard_bytes', huggingface.SHARD_BYTES, 'Most bytes of one file.', lower_bound=1
 )
-flags.mark_flags_as_required(['workdir', 'output'])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -21,7 +21,9 @@ from echo_jax.planner.topology import hbm_limit, tpu_devices
 from echo_jax.run import entry
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-_TOPOLOGY = flags.DEFINE_string('topology', None, 'Chips and shape, such as v5p:2x2x4.')
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'Chips and shape, such as v5p:2x2x4.', required=True
+)
 _ROWS = flags.DEFINE_integer('rows', None, "Rows of a batch; the recipe's.", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer('seq_len', None, "Tokens a row; the recipe's.", lower_bound=1)
 _MESH = flags.DEFINE_string('mesh', None, "Such as fsdp=8,context=2; the recipe's.")
@@ -30,7 +32,7 @@ _JSON = flags.DEFINE_bool('json', False, 'One JSON line instead of a table.')
 _COMPARE = flags.DEFINE_bool('compare', True, 'Compile without the ECHO term too.')
 _SEARCH = flags.DEFINE_bool('search', False, 'Try meshes and micro-batch sizes, and rank them.')
 _SEARCH_LIMIT = flags.DEFINE_integer('search_limit', 8, 'Compilations at most.', lower_bound=1)
-flags.mark_flags_as_required(['config', 'topology'])
+flags.mark_flag_as_required('config')
 
 
 def _table(values: dict) -> str:

@@ -28,18 +28,17 @@ from echo_jax.run.workdir import Workdir
 _MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Run, instead of --model.')
 _STEP = flags.DEFINE_integer('step', None, 'Saved step of the run; none: the last.')
-_TOKENS = flags.DEFINE_string('tokens', None, '.npy of integers [N, T].')
-_OUTPUT = flags.DEFINE_string('output', None, '.npy to write, float32 [N, T].')
+_TOKENS = flags.DEFINE_string('tokens', None, '.npy of integers [N, T].', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, '.npy to write, float32 [N, T].', required=True)
 _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'What the logits are divided by.')
 _PAD_ID = flags.DEFINE_integer('pad_id', None, 'Id that rows are filled up with at their end.')
 _ROWS = flags.DEFINE_integer('rows', 8, 'Rows at a time.', lower_bound=1)
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'To compute in.')
-flags.mark_flags_as_required(['tokens', 'output'])
 
 
 def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.ConfigDict:
-    """What `ShardedModel` needs: rows, and whatever lies along 'embed', over all devices."""
-    # Kernels of accelerators multiply in less than float32.
+    """A config that splits rows, and the parameters along 'embed', over all devices."""
+    # The attention kernels of accelerators multiply in less than float32.
     attention = 'blocks' if dtype == 'float32' else 'auto'
     return ml_collections.ConfigDict(
         {
@@ -51,14 +50,14 @@ def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.C
     )
 
 
-def _params(sharded: ShardedModel, work: Workdir | None, step: int | None) -> nnx.State:
-    """Of the run's `step`, or its last; without a run, of the directory, in the dtype asked for."""
-    model = sharded.config.model
+def _params(model: ShardedModel, work: Workdir | None, step: int | None) -> nnx.State:
+    """The parameters of the run's `step` or its last; without a run, of the model directory."""
     if work is None:
-        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=model.dtype), sharded.abstract)
-        return huggingface.load_params(model.path, abstract, sharded.placed)
+        settings = model.config.model
+        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=settings.dtype), model.abstract)
+        return huggingface.load_params(settings.path, abstract, model.placed)
     wanted = jax.tree.map(
-        lambda leaf, place: leaf.update(sharding=place), sharded.abstract, sharded.placed
+        lambda leaf, place: leaf.update(sharding=place), model.abstract, model.placed
     )
     checkpointer, step = open_saved(work.url('checkpoints', 'train'), step)
     state, _, _ = checkpointer.restore({'params': wanted}, step)
@@ -78,19 +77,20 @@ def main(argv: Sequence[str]) -> None:
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
     work = Workdir.open(_WORKDIR.value) if _WORKDIR.value else None
-    model = work.config.model.to_dict() if work else {'path': _MODEL.value}
+    settings = work.config.model.to_dict() if work else {'path': _MODEL.value}
     tokens = read_tokens(_TOKENS.value)
 
-    if _DTYPE.value == 'float32':  # an accelerator's default is less
+    if _DTYPE.value == 'float32':  # the default of an accelerator is less precise
         jax.config.update('jax_default_matmul_precision', 'highest')
     devices = jax.device_count()
     rows = -(-_ROWS.value // devices) * devices
-    block = 1 if jax.default_backend() == 'cpu' else 128  # of an accelerator's attention
+    # The attention kernels of accelerators take rows in blocks of 128 tokens.
+    block = 1 if jax.default_backend() == 'cpu' else 128
     length = -(-tokens.shape[1] // block) * block
-    sharded = ShardedModel.of(_config(model, rows, length, _DTYPE.value))
-    check_tokens(tokens, sharded.model.vocab_size, _PAD_ID.value)
-    params = _params(sharded, work, _STEP.value)
-    score = functools.partial(sharded.score(_TEMPERATURE.value), params)
+    model = ShardedModel.of(_config(settings, rows, length, _DTYPE.value))
+    check_tokens(tokens, model.model.vocab_size, _PAD_ID.value)
+    params = _params(model, work, _STEP.value)
+    score = functools.partial(model.score(_TEMPERATURE.value), params)
     logprobs = score_tokens(score, tokens, rows, length, _PAD_ID.value)
     partial = output.with_name(output.name + '.partial')
     with partial.open('wb') as file:

@@ -2,12 +2,10 @@
 
     python -m echo_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
-Data flows one way: tasks, episodes, rollout store, batch, step, weight store. Run again on the same
-workdir it resumes; Ctrl-C and SIGTERM save and leave.
+Data flows one way: tasks, episodes, rollout store, batch, step, weight store. The same command on
+the same workdir resumes the run. Ctrl-C and SIGTERM save the state and end the program.
 """
 
-import collections
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,145 +21,93 @@ from echo_jax.learner import batching, distributed, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import ShardedModel
-from echo_jax.model import huggingface
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_choices, sandboxes_here
-from echo_jax.run.measures import env_ce, solve_rate
-from echo_jax.run.sources import make_source
-from echo_jax.run.warm_start import warm_start
-from echo_jax.run.workdir import Workdir, write_whole
+from echo_jax.run.measures import env_ce, seconds_under_time, solve_rate
+from echo_jax.run.sources import GroupsAhead, draw_heldout, make_source, read_splits
+from echo_jax.run.warm_start import first_params
+from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
-from echo_jax.store.due import DueGroups
-from echo_jax.store.rollouts import consume
 from echo_jax.store.weights import WeightStore
-from echo_jax.tasks.drawing import TaskSource, task_iterator
-from echo_jax.types import SOLVED_REWARD, Rollout
+from echo_jax.tasks.drawing import TaskIterator
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder or gs:// URL of the run: made, or resumed.')
-flags.mark_flags_as_required(['config', 'workdir'])
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Folder or gs:// URL of the run: made, or resumed.', required=True
+)
+flags.mark_flag_as_required('config')
 
 
 def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     """Trains to the end, from where the workdir stands, and returns what summary.json holds."""
-    stop = entry.Stop()
-    clock = entry.Clock()
+    stop, clock, leads = entry.Stop(), entry.Clock(), distributed.leads()
 
     # --------------------------------------------------------------- tasks and their conversation
     report.heading(f'Tasks and tokenizer in {work.url()}')
-    with distributed.leader_first('tasks'):  # which it may have to make
+    with distributed.leader_first('tasks'):  # the leader may have to make them
         tokenizer = work.tokenizer()
         protocol = Protocol(tokenizer, config.protocol)
-        limits = lambda text: len(protocol.prompt_ids(text)), config.protocol.max_prompt_tokens
-        source = TaskSource(work.tasks('train'), *limits)
-        heldout = TaskSource(work.tasks('heldout'), *limits)
-    tasks = task_iterator(source, seed=config.seed, groups=config.batch.groups)
-    report.CONSOLE.print(
-        f'{len(source)} training and {len(heldout)} held-out tasks; '
-        f'{source.dropped + heldout.dropped} prompts over {limits[1]} tokens dropped'
-    )
+        splits = read_splits(work, protocol)
 
-    # ----------------------------------------------------------------------------- model and mesh
-    sharded = ShardedModel.of(config)
-    mesh, score = sharded.mesh, sharded.score()
+    # ---------------------------------------------- the model on its mesh, and the rollouts' source
+    model = ShardedModel.of(config)
+    score = model.score()
+    source = make_source(work, model, tokenizer, protocol, splits, stop)
 
-    # -------------------------------------------------------------- where the rollouts are sampled
-    splits = {'train': source, 'heldout': heldout}
-    source_ = make_source(work, sharded, tokenizer, protocol, splits, stop)
-
-    def evaluate(version, name) -> list[Rollout]:
-        due = DueGroups(
-            store=name,
-            split='heldout',
-            first_group=0,
-            task_ids=tuple(task.task_id for task in heldout),
-            group_size=config.eval.samples,
-            temperature=config.eval.temperature,
-            version=version,
-        )
-        source_.post(due)
-        return [rollout for group in source_.wait(due) for rollout in group]
-
-    # -------------------------------------------------------------------------------- warm start
-    if path := config.model.path:
-        params = huggingface.load_params(path, sharded.abstract, sharded.placed)
-    else:
-        params = sharded.random_params()
-    if config.warm_start.steps:
-        params = warm_start(work, params, sharded, tokenizer, protocol, stop, clock)
-
-    # ------------------------------------------------------------------- where reinforcement starts
-    step, abstract_state, initial_state = sharded.step(config.optimizer)
+    # ------------------------------------------------------- the model that the run starts from
+    params = first_params(work, model, tokenizer, protocol, stop, clock)
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
+
+    # ---------------------------------------------------------- the state, new or from a checkpoint
+    step, abstract_state, initial_state = model.step(config.optimizer)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
-    if distributed.leads():
+    tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)
+    if leads:
         work.take('metrics.jsonl')
-    metrics = report.Metrics(work.path, writes=distributed.leads())
-    if restored := checkpointer.restore(abstract_state):
+    metrics = report.Metrics(work.path, writes=leads)
+    restored = checkpointer.restore(abstract_state)
+    if restored is None:
+        state, done = initial_state(params), 0
+    else:
         state, extra, done = restored
         tasks.set_state(extra['tasks'])
-        cursor = extra['cursor']
         clock.resume(extra['seconds'])
         report.CONSOLE.print(f'resumed at step {done} of {config.num_steps}')
-    else:
-        state, cursor, done = initial_state(params), None, 0
     metrics.resume(done)
-    if distributed.leads():
+    if leads:
         WeightStore(work.url('weights')).rewind(done)
-    source_.publish(state.params, done)
-    fixed = evaluate(0, 'heldout_before')  # drawn once, from the warm-started model
+    source.publish(state.params, done)
+    fixed = draw_heldout(source, splits['heldout'], config, version=0, store='heldout_before')
     solved_before, ce_before = solve_rate(fixed), env_ce(score, params, fixed, config)['all']
     del params
 
     # ---------------------------------------------------------------------- reinforcement learning
-    upcoming = collections.deque()  # (position of the tasks, round) of this step and those ahead
+    ahead = GroupsAhead(tasks, source, config)
 
     def save():
         if checkpointer.latest() != done:
-            if distributed.leads():  # before it, so that no checkpoint is there without its rows
+            if leads:  # first, so that there is no checkpoint without its rows
                 work.share('metrics.jsonl', 'tensorboard')
-            position = upcoming[0][0] if upcoming else tasks.get_state()
-            extra = {'tasks': position, 'cursor': cursor, 'seconds': clock.seconds()}
-            checkpointer.save(done, state, extra)
-
-    def look_ahead():
-        """Posts the rounds of this step and of the `max_staleness` after it."""
-        last = min(done + config.max_staleness, config.num_steps - 1)
-        for number in range(done + len(upcoming), last + 1):
-            position, drawn = tasks.get_state(), next(tasks)
-            due = DueGroups(
-                store='train',
-                split='train',
-                first_group=number * config.batch.groups,
-                task_ids=tuple(task.task_id for task in drawn),
-                group_size=config.group_size,
-                temperature=config.policy.temperature,
-                version=done,
-            )
-            upcoming.append((position, due))
-            source_.post(due)
+            checkpointer.save(done, state, {'tasks': ahead.position, 'seconds': clock.seconds()})
 
     try:
         with report.Progress('train', config.num_steps, done) as progress:
             while done < config.num_steps:
                 started = time.monotonic()
-                look_ahead()
-                groups = source_.wait(upcoming[0][1])
+                ahead.post(done)
+                rollouts = ahead.wait()
                 drawn = time.monotonic()
 
-                flat = [rollout for group in groups for rollout in group]
-                batch = sharding.put_batch(batching.make_batch(flat, config), mesh)
+                batch = sharding.put_batch(batching.make_batch(rollouts, config), model.mesh)
                 state, sums = step(state, batch, config.loss.env_coef, reference)
-                values = {f'train/{k}': v for k, v in finish_metrics(sums).items()}
-                cursor = consume(cursor, upcoming.popleft()[1].group_ids)
-                values |= timed(batching.rollout_metrics(flat, done))
+                values = {f'train/{name}': v for name, v in finish_metrics(sums).items()}
+                values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
+                ahead.trained()
                 done += 1
-                source_.publish(state.params, done)
+                source.publish(state.params, done)
 
-                values |= {
-                    'time/sampling': drawn - started,
-                    'time/learning': time.monotonic() - drawn,
-                }
+                values['time/sampling'] = drawn - started
+                values['time/learning'] = time.monotonic() - drawn
                 if done % config.eval.every == 0 and done < config.num_steps:
                     values['eval/env_ce'] = env_ce(score, state.params, fixed, config)['all']
                 metrics.write(done, values)
@@ -180,43 +126,21 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         checkpointer.close()
 
     # ------------------------------------------------------------------------------ what it learned
-    after = evaluate(done, 'heldout_after')
-    source_.close()
-    ce_after = env_ce(score, state.params, fixed, config)['all']
+    after = draw_heldout(source, splits['heldout'], config, version=done, store='heldout_after')
+    source.close()
     summary = {
         'solve_rate_before': solved_before,
         'solve_rate_after': solve_rate(after),
         'env_ce_before': ce_before,
-        'env_ce_after': ce_after,
+        'env_ce_after': env_ce(score, state.params, fixed, config)['all'],
         'steps': done,
         'rollouts': done * config.batch.groups * config.group_size,
         'train_minutes': clock.seconds() / 60,
     }
     metrics.close()
-    if not distributed.leads():
-        return summary
-    write_whole(work.path / 'summary.json', json.dumps(summary, indent=1))
-    rows = [{'step': 0, 'eval/solve_rate': solved_before, 'eval/env_ce': ce_before}]
-    rows += [
-        *metrics.rows(),
-        {'step': done, 'eval/solve_rate': summary['solve_rate_after'], 'eval/env_ce': ce_after},
-    ]
-    report.curves(work.path / 'curves.png', rows)
-    work.share('metrics.jsonl', 'tensorboard', 'curves.png', 'summary.json')
-    solved = [r for r in after if r.reward >= SOLVED_REWARD]
-    if solved:
-        report.rollout(tokenizer, solved[0])
-    report.before_and_after(summary)
+    if leads:
+        report.results(work, tokenizer, metrics, summary, after)
     return summary
-
-
-def timed(values: dict[str, float]) -> dict[str, float]:
-    """Seconds, which differ from run to run, go under `time/`; everything else repeats exactly."""
-    mark = 'rollout/seconds_'
-    return {
-        f'time/episode_{name.removeprefix(mark)}' if name.startswith(mark) else name: value
-        for name, value in values.items()
-    }
 
 
 def main(argv: Sequence[str]) -> None:
@@ -227,7 +151,7 @@ def main(argv: Sequence[str]) -> None:
     check_choices(config)  # before the workdir is this config's for good
     check_reach(_WORKDIR.value)
     for backend in sandboxes_here(config):
-        sandbox_maker(config, backend).close()  # fails now where this machine allows none
+        sandbox_maker(config, backend).close()  # fails now if this machine allows no sandbox
     report.CONSOLE.quiet = not distributed.leads()
     with distributed.leader_first('workdir'):
         work = Workdir(_WORKDIR.value, config)

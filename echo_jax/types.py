@@ -12,7 +12,10 @@ import numpy as np
 
 
 class Role(enum.IntEnum):
-    """What a token is, decided once, when it is appended (DESIGN 3.1). Stored as uint8."""
+    """What a token is, decided once, when it is appended; stored as uint8.
+
+    The part of each role in the losses: docs/design.md#token-roles
+    """
 
     PROMPT = 0  # up to and including the first generation prompt
     ACTION = 1  # sampled by the policy
@@ -23,14 +26,14 @@ class Role(enum.IntEnum):
     OUTPUT = 6  # what the terminal wrote
 
 
-# Roles that the environment loss may train on, by `loss.targets` (DESIGN 3.1).
+# Roles that the environment loss may train on, by `loss.targets`: docs/design.md#token-roles
 ENV_TARGETS = {
     'released': (Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT),
     'output': (Role.OUTPUT,),
 }
 # Roles counted as the observation: the denominator O_i of `full_observation`.
 OBSERVATION_ROLES = (Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT)
-# From this reward on a rollout is correct: its task is solved (PROTOCOL 16).
+# A rollout with this reward or more is correct, its task solved: docs/protocol.md#reward
 SOLVED_REWARD = 0.5
 
 
@@ -46,7 +49,7 @@ class Status(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One Harbor task directory (PROTOCOL 15). Seconds and MiB as the field names say."""
+    """One Harbor task directory (docs/protocol.md#tasks). Field names say seconds and MiB."""
 
     task_id: str  # the directory's name
     path: pathlib.Path
@@ -65,7 +68,7 @@ class Task:
 
 @dataclasses.dataclass
 class Rollout:
-    """One whole episode, flat: an array is aligned to the tokens it describes (DESIGN 3.2)."""
+    """One whole episode, flat: arrays are aligned to its tokens (docs/design.md#rollout)."""
 
     tokens: np.ndarray  # int32 [T], prompt and everything after
     roles: np.ndarray  # uint8 [T], Role
@@ -77,11 +80,12 @@ class Rollout:
     task_id: str
     group_id: int  # numbers the groups of the whole run
     sample_id: int  # within the group
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    environment_only: bool = False  # the task's: it has a part in the environment loss alone
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # for people to read only
 
 
 class Batch(NamedTuple):
-    """What one step trains on; every normalisation is already in the weights (DESIGN 3.3).
+    """What one step trains on; its weights hold every normalisation (docs/design.md#batch).
 
     Position t describes token t itself: `roles[r, t]` and the weights belong to `tokens[r, t]`,
     whose log-probability is predicted from position t - 1. The first token of every segment has
@@ -94,5 +98,5 @@ class Batch(NamedTuple):
     roles: np.ndarray  # uint8 [R, T], Role
     rollout_logprobs: np.ndarray  # float32 [R, T], nats
     advantages: np.ndarray  # float32 [R, T], the rollout's advantage on its ACTION tokens, else 0
-    policy_weight: np.ndarray  # float32 [R, T], see DESIGN 3.3
-    env_weight: np.ndarray  # float32 [R, T], see DESIGN 3.3
+    policy_weight: np.ndarray  # float32 [R, T], of the policy loss; 0 unless ACTION
+    env_weight: np.ndarray  # float32 [R, T], of the environment loss; 0 unless a target

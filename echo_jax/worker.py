@@ -1,12 +1,12 @@
-"""One rollout worker's program: groups that are due in, groups of rollouts in the store.
+"""The program of one rollout worker: it draws the groups that are due and writes them.
 
     python -m echo_jax.worker --config=configs/qwen3_8b.py --workdir=RUN
 
 It runs beside the learner or on machines of its own, without JAX: vLLM samples with the weights
-that the learner publishes, commands run in sandboxes. Several share the work by --index and
---count; on a Ray cluster launch/ray starts them instead. A group is written when all its rollouts
-are there; one that the store has already is not drawn again, so a killed worker's successor goes
-on. The learner with the embedded policy uses `collect` in its own process.
+that the learner publishes, and commands run in sandboxes. Several workers share the work by --index
+and --count; on a Ray cluster launch/ray starts them instead. A group is written when all of its
+rollouts have ended, and one that is in the store is not drawn again, so a worker that is killed and
+started again goes on.
 """
 
 import socket
@@ -23,7 +23,9 @@ from echo_jax.run.rollout_worker import check_config, start
 from echo_jax.sandbox.make import sandbox_maker
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
-_WORKDIR = flags.DEFINE_string('workdir', None, "Folder or gs:// URL of the run, the learner's.")
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, "Folder or gs:// URL of the run, the learner's.", required=True
+)
 _INDEX = flags.DEFINE_integer('index', 0, 'Which of the workers this is, from 0.')
 _COUNT = flags.DEFINE_integer('count', 1, 'Workers that share the work.')
 _NAME = flags.DEFINE_string('name', '', 'Of this worker; empty: its host and index.')
@@ -33,7 +35,7 @@ _MEMORY = flags.DEFINE_float(
 _PARALLEL = flags.DEFINE_integer(
     'tensor_parallel', None, "GPUs of the engine, in place of the recipe's."
 )
-flags.mark_flags_as_required(['config', 'workdir'])
+flags.mark_flag_as_required('config')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         finally:
             await worker.close()
 
-    sandbox_maker(config).close()  # fails now where this machine allows no sandbox
+    sandbox_maker(config).close()  # fails now if this machine allows no sandbox
     try:
         entry.Stop().run(work())
     except entry.Stopped:

@@ -1,14 +1,32 @@
-"""One small training run, made once, that the programs' tests share; copy it before writing."""
+"""What all tests share: which ones are slow, and one small training run for tests of programs."""
 
+import contextlib
 import os
 import pathlib
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # libtpu is installed, and looks for a TPU at length
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # with libtpu, JAX looks for a TPU at length
 
 import pytest
 
 from echo_jax.sandbox import SandboxError, local
 from tests.support.small_run import Programs
+
+# No test is timed: on a busy machine an example may take longer than Hypothesis expects.
+with contextlib.suppress(ModuleNotFoundError):  # the rollout environment has no Hypothesis
+    import hypothesis
+
+    hypothesis.settings.register_profile('untimed', deadline=None)
+    hypothesis.settings.load_profile('untimed')
+
+# A test that uses one of these starts programs, containers or a cluster.
+SLOW_FIXTURES = {'programs', 'finished', 'daemon', 'cluster'}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks slow tests by what they use, so that few have to be marked by hand."""
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, 'fixturenames', ())):
+            item.add_marker('slow')
 
 
 @pytest.fixture(scope='session')
@@ -22,6 +40,7 @@ def programs(tmp_path_factory) -> Programs:
 
 @pytest.fixture(scope='session')
 def finished(programs, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a finished run. Copy it before writing to it."""
     workdir = tmp_path_factory.mktemp('run') / 'finished'
     programs.train(workdir)
     return workdir
@@ -29,7 +48,7 @@ def finished(programs, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def daemon():
-    """A Docker engine (docker_engine.py), the only one of these tests."""
+    """The one Docker engine of all tests (support/docker_engine.py)."""
     from tests.support import docker_engine  # here: the rollout environment may lack what it needs
 
     with docker_engine.running() as daemon:

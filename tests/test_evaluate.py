@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.tiny import get_config
-from echo_jax.run.measures import env_ce, pass_at_k, solve_rate, summarize
+from echo_jax.run.measures import env_ce, pass_at_k, pass_rates, solve_rate
 from echo_jax.run.workdir import Workdir
 from echo_jax.tasks.generate import FAMILIES, generate_tasks
 from echo_jax.tasks.parquet import write_parquet
@@ -119,13 +119,13 @@ def test_pass_at_k_by_hand():
     assert pass_at_k([False] * 4, 4) == 0
 
 
-def test_summarize_is_the_mean_over_tasks():
+def test_pass_rates_is_the_mean_over_tasks():
     corrects = {'a': [True, False, False], 'b': [False, False, False], 'c': [True, True, True]}
     results = [
         {'task_id': task, 'correct': correct} for task, many in corrects.items() for correct in many
     ]
     # Powers of two up to 3 samples. Task a: 1/3, and 1 - C(2,2)/C(3,2) = 2/3.
-    assert summarize(results, 3) == pytest.approx({'1': (1 / 3 + 1) / 3, '2': (2 / 3 + 1) / 3})
+    assert pass_rates(results, 3) == pytest.approx({'1': (1 / 3 + 1) / 3, '2': (2 / 3 + 1) / 3})
 
 
 def rollout(roles: list[Role], reward=0.0, sample=0) -> Rollout:

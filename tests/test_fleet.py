@@ -172,8 +172,8 @@ def cluster(programs, tmp_path):
 def test_a_ray_cluster_loses_a_node(fleet, cluster):
     learner = fleet.learner()
     workers = fleet.ray(cluster.address, '--workers=2', '--gpus=0')
-    rounds = DueStore(fleet.workdir / 'fleet')
-    wait_for(lambda: sum(report['groups'] > 0 for report in rounds.reports()) == 2, seconds=500)
+    due = DueStore(fleet.workdir / 'fleet')
+    wait_for(lambda: sum(report['groups'] > 0 for report in due.reports()) == 2, seconds=500)
     print('kill', file=cluster.stdin, flush=True)
     assert fleet.ends(learner, 500) == 0
     assert fleet.ends(workers, 120) == 0

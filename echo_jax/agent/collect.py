@@ -1,4 +1,7 @@
-"""Draws the groups that a rollout store lacks, and writes each when its rollouts have ended."""
+"""Draws the groups that a rollout store lacks, and writes each when its rollouts have ended.
+
+Chooses no tasks and no weights: callers do.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -22,25 +25,26 @@ async def collect(
     config: ml_collections.ConfigDict,
     make_sandbox: Callable[[Task], Sandbox],
     protocol: Protocol,
-    policy: Policy | Callable[[Task], Policy],
+    policy_for: Callable[[Task], Policy],
     group_size: int,
     temperature: float,
     sandboxes: asyncio.Semaphore | None = None,
     on_group: Callable[[list[Rollout]], None] = lambda group: None,
 ) -> None:
-    """Draws every group that the store lacks and writes it; `on_group` sees each as it is written.
+    """Draws and writes every group that the store lacks, and calls `on_group` with each then.
 
-    `policy` may be a function of the task. At most `sandbox.at_once` sandboxes live at one time, or
-    as many as `sandboxes` lets, which calls may share.
+    `policy_for` gives the policy of a task. At most `sandbox.at_once` sandboxes live at one time,
+    unless `sandboxes` is given, a limit that several calls can share. An error that is not the
+    sandbox's ends all, in an ExceptionGroup; groups that are written by then stay.
     """
-    assignments = dict(assignments)
+    tasks = dict(assignments)
     sandboxes = sandboxes or asyncio.Semaphore(config.sandbox.at_once)
 
     async def draw(group_id: int, task: Task) -> None:
         group = await run_group(
             task,
             group_id,
-            policy=policy if hasattr(policy, 'generate') else policy(task),
+            policy=policy_for(task),
             make_sandbox=make_sandbox,
             protocol=protocol,
             group_size=group_size,
@@ -52,5 +56,5 @@ async def collect(
         on_group(group)
 
     async with asyncio.TaskGroup() as running:
-        for group_id in await asyncio.to_thread(store.missing, assignments):
-            running.create_task(draw(group_id, assignments[group_id]))
+        for group_id in await asyncio.to_thread(store.missing, tasks):
+            running.create_task(draw(group_id, tasks[group_id]))

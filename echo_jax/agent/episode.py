@@ -1,6 +1,7 @@
-"""One episode of a task, and the episodes of a group (PROTOCOL 6, 7, 13 to 16).
+"""One episode of a task, and the episodes of a group (docs/protocol.md#a-turn).
 
-Sees policy and sandbox only through their protocols (DESIGN 3.7); updates nothing, stores nothing.
+Sees policy and sandbox only through their interfaces (docs/design.md#policy-and-sandbox). It trains
+nothing and stores nothing.
 """
 
 import asyncio
@@ -9,19 +10,20 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import ml_collections
 import numpy as np
+import tenacity
 
+from echo_jax.agent.encoding import Span
 from echo_jax.agent.observations import NO_COMMANDS, execute
-from echo_jax.agent.protocol import Conversation, Protocol, Span, turn_seed, warning_prefix
+from echo_jax.agent.protocol import Conversation, Protocol, turn_seed, warning_prefix
 from echo_jax.agent.verifier import verify
 from echo_jax.policy import Policy
 from echo_jax.sandbox import Sandbox, SandboxError
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
-__all__ = ['run_episode', 'run_group', 'verify']
-
-RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds, in which an engine that died can be back
-# Why the agent's part ended, and what that makes of the episode.
+RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds; a container engine that died is back by then
+# Reasons for the end of the agent's part, and the status that each gives the episode.
 _STATUS = {
     'done': Status.OK,
     'max_turns': Status.TRUNCATED,
@@ -55,24 +57,18 @@ async def run_episode(
     seed: int,
     temperature: float,
 ) -> Rollout:
-    """Starts the sandbox, lets the policy work in it, verifies, stops it, whatever happens.
+    """Starts the sandbox, lets the policy work in it, verifies, and in any case stops the sandbox.
 
-    Every end of the agent's part is verified, its timeout and a spent budget included, as Harbor
-    does. Raises SandboxError where the sandbox fails (run_group retries).
+    The verifier runs however the agent's part ended, even by its timeout or a spent budget. `seed`
+    is the run's. Raises SandboxError if the sandbox fails; run_group tries again then.
     """
-    conversation = protocol.start(task.instruction)
-    counts = _Counts()
+    conversation, counts = protocol.start(task.instruction), _Counts()
+    episode = _Episode(
+        policy, sandbox, conversation, counts, temperature, (seed, group_id, sample_id)
+    )
     try:
         await sandbox.start()
-        ending = await _converse(
-            task,
-            policy,
-            sandbox,
-            conversation,
-            counts,
-            seeds=(seed, group_id, sample_id),
-            temperature=temperature,
-        )
+        ending = await episode.converse(time.monotonic() + task.agent_timeout_sec)
         started = time.monotonic()
         reward, status = await verify(task, sandbox)
         counts.seconds_verifying = time.monotonic() - started
@@ -81,7 +77,6 @@ async def run_episode(
     metrics = dataclasses.asdict(counts)
     metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
     metrics['correct'] = reward >= SOLVED_REWARD
-    metrics['environment_only'] = task.environment_only
     return _rollout(
         conversation,
         reward=reward - length_penalty(conversation, protocol.config),
@@ -89,12 +84,16 @@ async def run_episode(
         task_id=task.task_id,
         group_id=group_id,
         sample_id=sample_id,
+        environment_only=task.environment_only,
         metrics={name: float(value) for name, value in metrics.items()},
     )
 
 
 async def _stop(sandbox: Sandbox) -> None:
-    """Stops it to the end, also where the episode is cancelled meanwhile, as its group may be."""
+    """Waits until the sandbox has stopped, even if the episode is cancelled in the meantime.
+
+    A plain `await sandbox.stop()` would be cut off by the cancellation and leave the sandbox alive.
+    """
     stopping = asyncio.ensure_future(sandbox.stop())
     cancelled = None
     while not stopping.done():
@@ -107,85 +106,81 @@ async def _stop(sandbox: Sandbox) -> None:
     stopping.result()
 
 
-async def _converse(
-    task: Task,
-    policy: Policy,
-    sandbox: Sandbox,
-    conversation: Conversation,
-    counts: _Counts,
-    *,
-    seeds: tuple[int, int, int],
-    temperature: float,
-) -> str:
-    """The agent's part, turn after turn: a key of _STATUS that says why it ended."""
-    protocol, config = conversation.protocol, conversation.protocol.config
-    deadline = time.monotonic() + task.agent_timeout_sec
-    for turn in range(config.max_turns):
-        left = config.max_total_tokens - len(conversation.tokens)
-        if left <= 0:
-            return 'max_total_tokens'
-        if len(conversation.context) >= config.max_context_tokens:
-            return 'max_context_tokens'
+@dataclasses.dataclass
+class _Episode:
+    """The agent's part of an episode, turn after turn."""
+
+    policy: Policy
+    sandbox: Sandbox
+    conversation: Conversation
+    counts: _Counts
+    temperature: float
+    seeds: tuple[int, int, int]  # the run's seed, group_id, sample_id
+
+    async def converse(self, deadline: float) -> str:
+        """Takes turns until there is a reason to end, a key of _STATUS, which is returned.
+
+        `deadline` is in seconds of time.monotonic().
+        """
+        conversation, config = self.conversation, self.conversation.protocol.config
+        for turn in range(config.max_turns):
+            left = config.max_total_tokens - len(conversation.tokens)
+            if left <= 0:
+                return 'max_total_tokens'
+            if len(conversation.context) >= config.max_context_tokens:
+                return 'max_context_tokens'
+            started = time.monotonic()
+            if started >= deadline:
+                return 'agent_timeout'
+            try:
+                async with asyncio.timeout(deadline - started) as clock:
+                    generation = await self.policy.generate(
+                        np.asarray(conversation.context, np.int32),
+                        max_tokens=min(config.max_turn_tokens, left),
+                        temperature=self.temperature,
+                        seed=turn_seed(*self.seeds, turn),
+                        stop_token_ids=conversation.protocol.stop_token_ids,
+                    )
+            except TimeoutError:
+                if not clock.expired():  # the policy raised it, and the agent still has time
+                    raise
+                return 'agent_timeout'
+            finally:
+                self.counts.seconds_sampling += time.monotonic() - started
+            conversation.append_turn(generation)
+            self.counts.turns += 1
+            ending, observation = await self._act(generation.token_ids, deadline)
+            if ending:
+                return ending
+            if not conversation.append_observation(observation):
+                return 'max_total_tokens'
+        return 'max_turns'
+
+    async def _act(self, token_ids: np.ndarray, deadline: float) -> tuple[str, list[Span]]:
+        """Does what a turn asks for: (why the episode ends, '' if it does not; observation)."""
+        protocol, counts = self.conversation.protocol, self.counts
+        response, warnings = protocol.read_turn(token_ids)
+        counts.warnings += len(warnings)
+        if response.error:
+            counts.parse_errors += 1
+            return '', [Span(Role.FEEDBACK, response.error)]
         started = time.monotonic()
-        if started >= deadline:
-            return 'agent_timeout'
-        try:
-            async with asyncio.timeout(deadline - started) as clock:
-                generation = await policy.generate(
-                    np.asarray(conversation.context, np.int32),
-                    max_tokens=min(config.max_turn_tokens, left),
-                    temperature=temperature,
-                    seed=turn_seed(*seeds, turn),
-                    stop_token_ids=protocol.stop_token_ids,
-                )
-        except TimeoutError:
-            if not clock.expired():  # the policy's own, not the agent's
-                raise
-            return 'agent_timeout'
-        finally:
-            counts.seconds_sampling += time.monotonic() - started
-        conversation.append_turn(generation)
-        counts.turns += 1
-        ending, observation = await _act(
-            conversation, generation.token_ids, sandbox, counts, deadline
-        )
-        if ending:
-            return ending
-        if not conversation.append_observation(observation):
-            return 'max_total_tokens'
-    return 'max_turns'
+        selected = protocol.select(response.commands)
+        output, commands = await execute(selected, self.sandbox, protocol.config, deadline)
+        counts.commands += commands
+        counts.seconds_executing += time.monotonic() - started
+        if time.monotonic() >= deadline:
+            return 'agent_timeout', []
+        if response.is_done:
+            return 'done', []
+        return '', [*warning_prefix(warnings), *(output or [NO_COMMANDS])]
 
 
-async def _act(
-    conversation: Conversation,
-    token_ids: np.ndarray,
-    sandbox: Sandbox,
-    counts: _Counts,
-    deadline: float,
-) -> tuple[str, list[Span]]:
-    """Does what a turn asks for: (why the episode ends, or '', and the observation)."""
-    protocol = conversation.protocol
-    response, warnings = protocol.read_turn(token_ids)
-    counts.warnings += len(warnings)
-    if response.error:
-        counts.parse_errors += 1
-        return '', [Span(Role.FEEDBACK, response.error)]
-    started = time.monotonic()
-    selected = protocol.select(response.commands)
-    output, commands = await execute(selected, sandbox, protocol.config, deadline)
-    counts.commands += commands
-    counts.seconds_executing += time.monotonic() - started
-    if time.monotonic() >= deadline:
-        return 'agent_timeout', []
-    if response.is_done:
-        return 'done', []
-    return '', [*warning_prefix(warnings), *(output or [NO_COMMANDS])]
+def length_penalty(conversation: Conversation, config: ml_collections.ConfigDict) -> float:
+    """What is taken off the reward for a long rollout (docs/protocol.md#reward).
 
-
-def length_penalty(conversation: Conversation, config) -> float:
-    """PROTOCOL 16: `length_penalty_coef` for each 1,000 tokens past `length_penalty_start`.
-
-    Counted are the tokens after the prompt. A coefficient of 0 turns it off.
+    It is `length_penalty_coef` for every 1,000 tokens after the prompt beyond
+    `length_penalty_start`; a coefficient of 0 turns it off.
     """
     if not config.length_penalty_coef:
         return 0.0
@@ -218,46 +213,54 @@ async def run_group(
     sandboxes: asyncio.Semaphore,
     retry_after: Sequence[float] = RETRY_AFTER,
 ) -> list[Rollout]:
-    """The rollouts of one group, in the order of their sample_id, all at once.
+    """The rollouts of one group, drawn at the same time, in the order of their sample_id.
 
     `sandboxes` is shared by all groups of a process and bounds the sandboxes that live at a time.
-    A SandboxError is retried in a fresh sandbox, `retry_after` seconds later, then recorded as an
-    INFRA_ERROR with nothing but the prompt in it. Any other error ends the whole group.
+    After a SandboxError the sample is drawn again in a fresh sandbox, `retry_after` seconds later;
+    if the last try fails too, it becomes an INFRA_ERROR with nothing but the prompt in it. Any
+    other error ends the whole group.
     """
 
     async def run_sample(sample_id: int) -> Rollout:
-        for attempt, pause in enumerate((0.0, *retry_after), start=1):
-            await asyncio.sleep(pause)
-            try:
-                async with sandboxes:
-                    return await run_episode(
-                        task,
-                        policy,
-                        make_sandbox(task),
-                        protocol,
-                        group_id=group_id,
-                        sample_id=sample_id,
-                        seed=seed,
-                        temperature=temperature,
-                    )
-            except SandboxError as error:
-                logging.warning(
-                    'task %s, group %d, sample %d, try %d of %d: %s',
-                    *(task.task_id, group_id, sample_id, attempt, len(retry_after) + 1, error),
-                )
+        async with sandboxes:
+            return await run_episode(
+                task,
+                policy,
+                make_sandbox(task),
+                protocol,
+                group_id=group_id,
+                sample_id=sample_id,
+                seed=seed,
+                temperature=temperature,
+            )
+
+    tries = len(retry_after) + 1
+
+    def log_failure(state: tenacity.RetryCallState) -> None:
+        sample = f'task {task.task_id}, group {group_id}, sample {state.args[0]}'
+        error = state.outcome.exception()
+        logging.warning('%s, try %d of %d: %s', sample, state.attempt_number, tries, error)
+
+    def infra_error(state: tenacity.RetryCallState) -> Rollout:
         return _rollout(
             protocol.start(task.instruction),
             reward=0.0,
             status=Status.INFRA_ERROR,
             task_id=task.task_id,
             group_id=group_id,
-            sample_id=sample_id,
-            metrics={
-                'infra_retries': float(len(retry_after)),
-                'environment_only': float(task.environment_only),
-            },
+            sample_id=state.args[0],
+            environment_only=task.environment_only,
+            metrics={'infra_retries': float(len(retry_after))},
         )
 
+    retrying = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(SandboxError),
+        wait=tenacity.wait_chain(*map(tenacity.wait_fixed, retry_after)),
+        stop=tenacity.stop_after_attempt(tries),
+        after=log_failure,
+        retry_error_callback=infra_error,
+    )
+    draw = retrying.wraps(run_sample)  # which keeps the state of each call apart
     async with asyncio.TaskGroup() as running:
-        samples = [running.create_task(run_sample(sample_id)) for sample_id in range(group_size)]
+        samples = [running.create_task(draw(sample_id)) for sample_id in range(group_size)]
     return [sample.result() for sample in samples]

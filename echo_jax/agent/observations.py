@@ -1,12 +1,15 @@
-"""What the agent is shown of its commands (PROTOCOL 10, 11): exact texts, each with its role.
+"""What the policy is shown of its commands: exact texts, each with its role.
 
-Runs the selected commands of one turn in a sandbox; knows no tokens.
+Runs the selected commands of one turn in a sandbox. The texts are those of
+docs/protocol.md#observation-text and docs/protocol.md#truncation. This module knows no tokens.
 """
 
 import time
 
-from echo_jax.agent.dialects.qwen3_xml import Command
-from echo_jax.agent.protocol import Span
+import ml_collections
+
+from echo_jax.agent.dialects.dialect import Command
+from echo_jax.agent.encoding import Span
 from echo_jax.sandbox import CommandResult, Sandbox
 from echo_jax.types import Role
 
@@ -16,27 +19,30 @@ NO_COMMANDS = Span(
 
 
 def truncate(text: str, limit: int, strategy: str) -> list[Span]:
-    """At most `limit` characters of output and a notice of what is missing; 0 is no limit."""
+    """At most `limit` characters of the output and a notice of what is missing; 0 is no limit."""
     if limit <= 0 or len(text) <= limit:
         return [Span(Role.OUTPUT, text)]
     half = limit // 2
-    shown = {'start': f'first {limit}', 'end': f'last {limit}'}.get(
-        strategy, f'first {half} and last {half}'
-    )
-    notice = f'[Output truncated: showing {shown} of {len(text)} characters]'
+    shown = {
+        'start': f'first {limit}',
+        'end': f'last {limit}',
+        'start_end': f'first {half} and last {half}',
+    }
+    notice = f'[Output truncated: showing {shown[strategy]} of {len(text)} characters]'
     if strategy == 'start':
-        return [Span(Role.OUTPUT, text[:limit]), Span(Role.WRAPPER, '\n' + notice)]
+        return [Span(Role.OUTPUT, text[:limit]), Span(Role.WRAPPER, f'\n{notice}')]
     if strategy == 'end':
-        return [Span(Role.WRAPPER, notice + '\n'), Span(Role.OUTPUT, text[-limit:])]
+        return [Span(Role.WRAPPER, f'{notice}\n'), Span(Role.OUTPUT, text[-limit:])]
     return [
         Span(Role.OUTPUT, text[:half]),
         Span(Role.WRAPPER, f'\n{notice}\n'),
+        # Not text[-half:], which is the whole text if half is 0.
         Span(Role.OUTPUT, text[len(text) - half :]),
     ]
 
 
 def refusal(command: Command) -> str:
-    """Why a call is not run, '' if it can be."""
+    """What is shown for a call that cannot be run, '' if it can."""
     if command.error:
         reason = f'parse error: {command.error}'
     elif command.name != 'bash':
@@ -49,7 +55,7 @@ def refusal(command: Command) -> str:
 
 
 def describe(command: str, result: CommandResult, limit: int, strategy: str) -> list[Span]:
-    """A finished command's observation."""
+    """The observation of a command that ended in time."""
     output = result.stdout + (f'\n{result.stderr}' if result.stderr else '')
     verdict = 'failed' if result.exit_code else 'executed successfully'
     return [
@@ -60,7 +66,7 @@ def describe(command: str, result: CommandResult, limit: int, strategy: str) -> 
 
 
 def seconds(text: str) -> float:
-    """A call's timeout; raises ValueError where it is no positive number."""
+    """A call's timeout; raises ValueError if it is not a positive number."""
     value = float(text)
     if not value > 0:
         raise ValueError(f'timeout is {text}, expected a positive number of seconds')
@@ -68,18 +74,23 @@ def seconds(text: str) -> float:
 
 
 async def execute(
-    commands: list[Command], sandbox: Sandbox, config, deadline: float
+    commands: list[Command],
+    sandbox: Sandbox,
+    config: ml_collections.ConfigDict,
+    deadline: float,
 ) -> tuple[list[Span], int]:
-    """Runs a turn's commands in order: (their observations, how many were really run).
+    """Runs a turn's commands in order: (their observations, how many a shell has really run).
 
-    `config` is the recipe's `protocol`; `deadline` the agent's, in time.monotonic() seconds. A
-    command gets no more time than that leaves, and none is begun after it.
+    `config` is the recipe's `protocol`; `deadline` is when the agent's time ends, in seconds of
+    time.monotonic(). A command gets no more time than is left, and none is begun afterwards.
     """
-    spans, run = [], 0
+    spans: list[Span] = []
+    run = 0
     for command in commands:
         if spans:
             spans.append(Span(Role.WRAPPER, '\n\n'))
-        if reason := refusal(command):
+        reason = refusal(command)
+        if reason:
             spans.append(Span(Role.FEEDBACK, reason))
             continue
         text = command.arguments['command']

@@ -1,8 +1,8 @@
-"""The agent's conversation (PROTOCOL.md): prompt, turns, observations, and every token's role.
+"""The agent's conversation (docs/protocol.md): prompt, turns, observations, and every token's role.
 
-Append-only: ids that are in a conversation never change, and nothing is decoded and tokenized
-again. Runs no command and asks no policy (episode.py does); the parser is in parser.py, the
-tokenizer's side in encoding.py, the words in prompts.py.
+A conversation only grows: ids that are in it never change, and nothing is decoded and tokenized
+again. This module runs no command and asks no policy (episode.py does). How calls are written is in
+dialects/, the tokenizer's side in encoding.py, the words of the prompt in prompts.py.
 """
 
 import hashlib
@@ -12,34 +12,17 @@ import numpy as np
 import transformers
 
 from echo_jax.agent import prompts
-from echo_jax.agent.dialects.qwen3_xml import (
-    THINK_OPEN,
-    Command,
-    ParsedResponse,
-    format_warnings,
-    parse_response,
-    strip_thinking,
-    text_after_thinking,
-)
+from echo_jax.agent.dialects import find_dialect, qwen3_xml
+from echo_jax.agent.dialects.dialect import Command, Dialect, ParsedResponse
 from echo_jax.agent.encoding import SENTINEL, TURN_END, Encoder, Span
 from echo_jax.policy import Generation
 from echo_jax.types import Role
 
-__all__ = [
-    'Command',
-    'Conversation',
-    'ParsedResponse',
-    'Protocol',
-    'Span',
-    'format_reply',
-    'format_warnings',
-    'parse_response',
-    'turn_seed',
-    'warning_prefix',
-]
+# Outside tools import the released dialect's parser from here (docs/protocol.md#parser).
+format_warnings = qwen3_xml.format_warnings
+parse_response = qwen3_xml.parse_response
 
 _CHOICES = {
-    'dialect': ('qwen3_xml',),
     'system_prompt': ('full', 'brief'),
     'truncation': ('start', 'end', 'start_end'),
     'thinking': ('keep_all', 'strip_rollout', 'strip_all'),
@@ -48,34 +31,30 @@ _CHOICES = {
 
 
 def turn_seed(run_seed: int, group_id: int, sample_id: int, turn: int) -> int:
-    """A 63-bit seed that is the same in every process (PROTOCOL 7.2)."""
+    """The seed of one turn's sampling, 63 bits; the same numbers give it in every process."""
     name = f'{run_seed}/{group_id}/{sample_id}/{turn}'.encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
 
 
 def warning_prefix(warnings: list[str]) -> list[Span]:
-    """What the observation begins with (PROTOCOL 9); nothing where there are no warnings."""
+    """What an observation begins with if there are warnings (docs/protocol.md#warnings)."""
     lines = ''.join(f'- {warning}\n' for warning in warnings)
     return [Span(Role.WARNING, f'WARNINGS:\n{lines}\n')] if warnings else []
 
 
-def format_reply(thought: str, command: str | None = None, done: bool = False) -> str:
+def format_reply(
+    thought: str, command: str | None = None, done: bool = False, dialect: Dialect = qwen3_xml
+) -> str:
     """The canonical text of a turn, as it would be sampled, without the turn's end.
 
-    Raises ValueError where the parts cannot be written so that they are read back unchanged and
+    Raises ValueError if the parts cannot be written so that they are read back unchanged and
     without a warning: an empty thought, no call at all, tags in the wrong place, a padded command.
     """
-    calls = []
-    if command is not None:
-        calls.append(f'<function=bash>\n<parameter=command>\n{command}\n</parameter>\n</function>')
-    if done:
-        calls.append('<function=done>\n</function>')
-    blocks = '\n'.join(f'<tool_call>\n{call}\n</tool_call>' for call in calls)
-    reply = f'{thought}\n</think>\n\n{blocks}'
-    parsed = parse_response(strip_thinking(THINK_OPEN + reply))
+    reply = dialect.write_response(thought, command, done)
+    parsed = dialect.parse_response(dialect.strip_thinking(dialect.THINK_OPEN + reply))
     commands = [c.arguments for c in parsed.commands if (c.name, c.error) == ('bash', '')]
     expected = [] if command is None else [{'command': command}]
-    problems = format_warnings(reply) + ([parsed.error] if parsed.error else [])
+    problems = dialect.format_warnings(reply) + ([parsed.error] if parsed.error else [])
     if problems or commands != expected or parsed.is_done != done:
         raise ValueError(
             f'thought {thought!r} and command {command!r} (done={done}) cannot be written as one '
@@ -87,22 +66,23 @@ def format_reply(thought: str, command: str | None = None, done: bool = False) -
 class Protocol:
     """One tokenizer with one `protocol` config: what every episode of a run shares.
 
-    Raises ValueError for an unknown choice in the config, and where the tokenizer's template fails
-    the prefix check of PROTOCOL 5.
+    Raises ValueError for an unknown choice in the config, and for a tokenizer that lacks a token
+    that the config needs or that Encoder refuses.
     """
 
     def __init__(
         self, tokenizer: transformers.PreTrainedTokenizerFast, config: ml_collections.ConfigDict
     ):
         for key, choices in _CHOICES.items():
-            if (value := getattr(config, key)) not in choices:
-                raise ValueError(f'protocol.{key} is {value!r}; choose one of {choices}')
+            if config[key] not in choices:
+                raise ValueError(f'protocol.{key} is {config[key]!r}; choose one of {choices}')
         if config.max_commands_per_turn < 1:
             raise ValueError(
                 f'protocol.max_commands_per_turn is {config.max_commands_per_turn}; at least 1'
             )
         self.config = config
-        self.encoder = Encoder(tokenizer)
+        self.dialect = find_dialect(config.dialect)
+        self.encoder = Encoder(tokenizer, self.dialect)
         vocabulary = tokenizer.get_vocab()
         self.turn_end_ids = [*self.encoder.encode(TURN_END), *self.encoder.encode('\n')]
         self.stop_token_ids = tuple(
@@ -112,14 +92,15 @@ class Protocol:
             raise ValueError(
                 f'tokenizer {tokenizer.name_or_path!r} has no token {TURN_END}; add it'
             )
-        self.think_ids = (vocabulary.get('<think>'), vocabulary.get('</think>'))
+        opening, closing = self.dialect.THINK_TAGS
+        self.think_ids = (vocabulary.get(opening), vocabulary.get(closing))
         if config.thinking != 'keep_all' and None in self.think_ids:
             raise ValueError(
-                f'protocol.thinking={config.thinking!r} needs the tokens <think> and </think> in '
-                f'tokenizer {tokenizer.name_or_path!r}; add them or use keep_all'
+                f'protocol.thinking={config.thinking!r} needs the tokens {opening} and {closing} '
+                f'in tokenizer {tokenizer.name_or_path!r}; add them or use keep_all'
             )
         self._prompt_frame = self.encoder.frame(
-            prompts.messages(SENTINEL, config.system_prompt, config.command_timeout)
+            prompts.messages(SENTINEL, config.system_prompt, config.command_timeout, self.dialect)
         )
 
     def prompt_ids(self, instruction: str) -> list[int]:
@@ -131,13 +112,16 @@ class Protocol:
         return Conversation(self, self.prompt_ids(instruction))
 
     def read_turn(self, token_ids: np.ndarray) -> tuple[ParsedResponse, list[str]]:
-        """What a turn asks for, and its format warnings (PROTOCOL 7.3, 7.4)."""
+        """What a turn asks for, and its format warnings (docs/protocol.md#a-turn)."""
         text = self.encoder.decode(token_ids)
-        strip = text_after_thinking if self.config.parse_after_think else strip_thinking
-        return parse_response(strip(text)), format_warnings(text)
+        if self.config.parse_after_think:
+            answer = self.dialect.text_after_thinking(text)
+        else:
+            answer = self.dialect.strip_thinking(text)
+        return self.dialect.parse_response(answer), self.dialect.format_warnings(text)
 
     def select(self, commands: list[Command]) -> list[Command]:
-        """The commands of a turn that are run (PROTOCOL 7.6)."""
+        """The commands of a turn that are run (docs/protocol.md#a-turn)."""
         limit = self.config.max_commands_per_turn
         chosen = {'first': commands[:limit], 'last': commands[-limit:], 'all': commands}
         return chosen[self.config.command_selection]
@@ -147,11 +131,11 @@ class Protocol:
 
         The opening `<think>` is in the generation prompt, already appended, so its `</think>`
         stays and closes an empty block. Later blocks go with their tags. A block that is never
-        closed stays: its text was parsed, and a call in it was run (PROTOCOL 7.4).
+        closed stays: its text was parsed, and a call in it was run (docs/protocol.md#a-turn).
         """
         opening, closing = self.think_ids
         keep = np.ones(len(token_ids), bool)
-        start, dropped_tags = 0, 0
+        start, dropped_tags = 0, 0  # the first block is open already, and keeps its closing tag
         for position, token in enumerate(token_ids):
             if token == opening and start is None:
                 start = position
@@ -164,10 +148,11 @@ class Protocol:
 class Conversation:
     """One rollout's tokens so far. All lists are aligned, and only ever grow.
 
-    Thinking (PROTOCOL 13): `keep_all` and `strip_rollout` keep every sampled token here, the latter
-    samples from `context`, which lacks earlier turns' thinking. With `strip_all` the thinking is
-    never appended, so nothing is rewritten either; but the log-probabilities of what follows it
-    were sampled with the thinking in view, which the learner does not have.
+    What becomes of thinking is docs/protocol.md#thinking. With `keep_all` and `strip_rollout` every
+    sampled token is in `tokens`; with the latter, the next turn is sampled from `context`, which
+    lacks the earlier turns' thinking. With `strip_all` thinking is never appended, so nothing is
+    rewritten either; but what follows it was sampled with the thinking in view, so the learner,
+    which does not see the thinking, computes other log-probabilities.
     """
 
     def __init__(self, protocol: Protocol, prompt_ids: list[int]):
@@ -177,15 +162,18 @@ class Conversation:
         self.logprobs: list[float] = []  # nats; 0 unless ACTION
         self.versions: list[int] = []  # -1 unless ACTION
         self.turn_starts: list[int] = []  # index of each turn's first ACTION token
-        strips = protocol.config.thinking == 'strip_rollout'
-        self.context: list[int] = (
-            [] if strips else self.tokens
-        )  # what the next turn is sampled from
-        self._missing_end: list[int] = []
+        # What the next turn is sampled from: the very list `tokens`, unless thinking is stripped.
+        self.context = self.tokens
+        if protocol.config.thinking == 'strip_rollout':
+            self.context = []
+        self._missing_end: list[int] = []  # ids that the last turn lacks of <|im_end|> and newline
         self._append(prompt_ids, [Role.PROMPT] * len(prompt_ids))
 
     def append_turn(self, generation: Generation) -> None:
-        """Appends what was sampled, as it was sampled (role ACTION)."""
+        """Appends what was sampled, as it was sampled (role ACTION).
+
+        Raises ValueError if the generation has not one log-probability and version for each token.
+        """
         ids, logprobs, versions = map(np.asarray, generation[:3])
         if not ids.shape == logprobs.shape == versions.shape:
             raise ValueError(
@@ -193,14 +181,15 @@ class Conversation:
                 f'{versions.shape} versions; the policy must give one of each a token'
             )
         end = self.protocol.turn_end_ids
+        # A policy may stop after both tokens of the end, after the first, or before either.
         have = next((n for n in (2, 1) if ids[-n:].tolist() == end[:n]), 0)
         self._missing_end = end[have:]
         kept = np.arange(len(ids))
-        if self.protocol.config.thinking != 'keep_all':
-            kept = self.protocol.without_thinking(ids)
-        if self.protocol.config.thinking == 'strip_rollout':
-            self.context.extend(ids[kept].tolist())
-            kept = np.arange(len(ids))
+        match self.protocol.config.thinking:
+            case 'strip_all':
+                kept = self.protocol.without_thinking(ids)
+            case 'strip_rollout':
+                self.context.extend(ids[self.protocol.without_thinking(ids)].tolist())
         if len(kept):
             self.turn_starts.append(len(self.tokens))
         self.tokens.extend(ids[kept].tolist())
@@ -209,9 +198,10 @@ class Conversation:
         self.versions.extend(versions[kept].tolist())
 
     def append_observation(self, spans: list[Span]) -> bool:
-        """Closes the turn, appends the observation and the next generation prompt (PROTOCOL 5).
+        """Closes the turn, then appends the observation and the next generation prompt.
 
-        Cut to what `max_total_tokens` leaves; False, and nothing is appended, where nothing fits.
+        See docs/protocol.md#appending-an-observation. The observation is cut to what
+        `max_total_tokens` leaves. Returns False, and appends nothing, if nothing fits.
         """
         encoder, missing = self.protocol.encoder, self._missing_end
         room = self.protocol.config.max_total_tokens - len(self.tokens) - len(missing)
@@ -224,7 +214,7 @@ class Conversation:
         return True
 
     def _append(self, ids: list[int], roles: list[Role]) -> None:
-        """Tokens that nobody sampled."""
+        """Appends tokens that nobody sampled."""
         self.tokens.extend(ids)
         self.roles.extend(roles)
         self.logprobs.extend([0.0] * len(ids))

@@ -1,20 +1,22 @@
-"""Rewards of a group to advantages, in NumPy on the host. Knows nothing of tokens or batches."""
+"""Advantages from the rewards of a group, in NumPy on the host. No tokens, no batches."""
 
 import numpy as np
 
 ESTIMATORS = ('grpo', 'dr_grpo', 'rloo')
-STD_EPSILON = 1e-6  # the released code's; added to the standard deviation, not to the variance
+# The released code's, which bounds the advantages of rewards that hardly differ. Added to the
+# standard deviation; added to the variance, it would act as 1e-3.
+STD_EPSILON = 1e-6
 
 
 def group_advantages(rewards: np.ndarray, valid: np.ndarray, estimator: str) -> np.ndarray:
     """Advantages of `rewards` [groups, K] within each group, float32 [groups, K].
 
-    `valid` bool [groups, K]: the others get 0 and take no part in their group's mean. With n valid
-    rewards r in the group, mean m and unbiased (n - 1) standard deviation s:
+    `valid` is bool [groups, K]: the other rewards may be anything, and their advantage is 0. With n
+    valid rewards r in a group, their mean m and their unbiased (n - 1) standard deviation s:
 
-    - 'grpo' (r - m) / (s + 1e-6), ECHO's released code;
-    - 'dr_grpo' r - m (arXiv 2503.20783);
-    - 'rloo' r - mean of the other n - 1 = (r - m) n / (n - 1) (arXiv 2402.14740).
+    - 'grpo': (r - m) / (s + 1e-6), ECHO's released code;
+    - 'dr_grpo': r - m (arXiv 2503.20783);
+    - 'rloo': r - the mean of the other n - 1 rewards = (r - m) n / (n - 1) (arXiv 2402.14740).
 
     A group with fewer than two valid rewards, or with equal ones, gives exactly 0: there is nothing
     to compare. (Some codes give a lone sample its bare reward, which has no baseline.)
@@ -36,7 +38,8 @@ def group_advantages(rewards: np.ndarray, valid: np.ndarray, estimator: str) -> 
     count = valid.sum(axis=1, keepdims=True)
     low = np.min(rewards, axis=1, keepdims=True, where=valid, initial=np.inf)
     high = np.max(rewards, axis=1, keepdims=True, where=valid, initial=-np.inf)
-    # Tested on the rewards, since a rounded mean of equal ones leaves 1e-17 to be divided by 1e-6.
+    # Told by the rewards and not by r - m: the mean of equal rewards is rounded, and the 1e-17 that
+    # may be left, divided by 1e-6, would be a gradient from nothing.
     informative = valid & (count >= 2) & (high > low)
     others = np.maximum(count - 1, 1)
     centred = rewards - rewards.sum(axis=1, keepdims=True) / np.maximum(count, 1)

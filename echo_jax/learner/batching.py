@@ -1,6 +1,7 @@
-"""Rollouts to a Batch, NumPy on the host: rows, and each normalisation as a weight (DESIGN 3.3).
+"""Makes a Batch of rollouts on the host: rows of tokens, every normalisation as a weight on them.
 
-No JAX, no model, no store. The same packer serves reinforcement learning and supervised training.
+docs/design.md#batch says what the arrays mean. Reinforcement learning and supervised training use
+the same packer. NumPy only: no JAX, no model, no store.
 """
 
 import collections
@@ -23,20 +24,19 @@ from echo_jax.types import (
 
 
 class _Segment(NamedTuple):
-    """A rollout and what it weighs: one number on each of its ACTION and of its target tokens."""
+    """A rollout with its weights: one value on all its ACTION tokens, one on all its targets."""
 
     rollout: Rollout
     advantage: float
-    policy: np.ndarray  # float32 [T]
-    env: np.ndarray  # float32 [T]
+    policy_weight: np.ndarray  # float32 [T]
+    env_weight: np.ndarray  # float32 [T]
 
 
 def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -> Batch:
     """The global batch of one step: arrays [R, T], T = `batch.seq_len`.
 
-    R is the same in every step: `batch.groups * group_size` rounded up to a multiple of
-    `batch.micro_rows`. Rows are filled from the front and the rest is padding. The result does not
-    depend on the order of `rollouts`.
+    R is the same in every step (`batch_rows`). Rows are filled from the front and the rest is
+    padding. The result does not depend on the order of `rollouts`.
 
     Weights by `loss.reduction`, with N the sequences that count, A_i the ACTION tokens and E_i the
     target tokens (`loss.targets`) of sequence i:
@@ -46,9 +46,9 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     - 'token_mean': policy 1/sum |A|, env 1/sum |E|;
     - 'dr_grpo': 1/(N max_tokens) for both, max_tokens = `protocol.max_total_tokens`.
 
-    A sequence that lacks such tokens still counts in N. A rollout with the metric
-    `environment_only` trains the environment term alone: as if it had no ACTION tokens, and its
-    advantage is 0; one with a call that was not valid (a FEEDBACK token) not even that, since
+    A sequence that lacks such tokens still counts in N. A rollout that is `environment_only`
+    trains the environment term alone: as if it had no ACTION tokens, and its advantage is 0. If it
+    has a call that was not valid (a FEEDBACK token), it does not train that term either, since
     without a reward its format would be learned (paper, environment loss alone). An INFRA_ERROR
     counts nowhere and is left out of the rows, which changes no number since all its weights are
     0; with `loss.count_infra_errors` it is a sequence like any other whose reward is 0.
@@ -59,7 +59,7 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
         r for r in rollouts if config.loss.count_infra_errors or r.status != Status.INFRA_ERROR
     ]
     advantages = _advantages(counted, config.loss.advantages)
-    actions = [_mask(r, () if _environment_only(r) else (Role.ACTION,)) for r in counted]
+    actions = [_mask(r, () if r.environment_only else (Role.ACTION,)) for r in counted]
     roles = _choice(config.loss, 'targets', ENV_TARGETS)
     targets = [_mask(r, () if _teaches_bad_calls(r) else roles) for r in counted]
     policy_counts, env_counts = _denominators(counted, actions, targets, config)
@@ -69,11 +69,12 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
             counted, advantages, actions, targets, policy_counts, env_counts
         )
     ]
-    return _lay_out(segments, config)
+    return _pack(segments, config)
 
 
 def batch_rows(config: ml_collections.ConfigDict) -> int:
-    """R of every batch: a row for each rollout of a step, and up to whole micro-batches."""
+    """R of every batch: a row for each rollout of a step, rounded up to whole micro-batches."""
+    # The same however well a step's rollouts pack: another shape would compile the step again.
     micro = config.batch.micro_rows
     return -(-config.batch.groups * config.group_size // micro) * micro
 
@@ -90,29 +91,24 @@ def make_supervised_batch(
     """
     masks = [_mask(r, roles) for r in rollouts]
     count = sum(m.sum() for m in masks)
-    return _lay_out(
+    return _pack(
         [_Segment(r, 0.0, _weight(m, 0), _weight(m, count)) for r, m in zip(rollouts, masks)],
         config,
     )
 
 
 def _advantages(rollouts: Sequence[Rollout], estimator: str) -> np.ndarray:
-    """float32 [rollouts]: groups may differ in size, so they are padded to [groups, K]."""
-    members = collections.defaultdict(list)
+    """float32 [rollouts]. One group at a time, since groups may differ in size."""
+    groups = collections.defaultdict(list)
     for i, rollout in enumerate(rollouts):
-        members[rollout.group_id].append(i)
-    widest = max(map(len, members.values()), default=0)
-    index = np.full((len(members), widest), -1)
-    for row, group in zip(index, members.values()):
-        row[: len(group)] = group
-    # An INFRA_ERROR gets here only where it counts, and then as 0 whatever it carries.
+        groups[rollout.group_id].append(i)
+    # An INFRA_ERROR gets here only if it counts, and then as 0 whatever it carries.
     rewards = np.array([0.0 if r.status == Status.INFRA_ERROR else r.reward for r in rollouts])
-    valid = index >= 0
-    matrix = np.zeros(index.shape)
-    matrix[valid] = rewards[index[valid]]
     advantages = np.zeros(len(rollouts), np.float32)
-    advantages[index[valid]] = group_advantages(matrix, valid, estimator)[valid]
-    advantages[[_environment_only(r) for r in rollouts]] = 0.0
+    for members in groups.values():
+        valid = np.ones((1, len(members)), bool)
+        advantages[members] = group_advantages(rewards[np.newaxis, members], valid, estimator)[0]
+    advantages[[r.environment_only for r in rollouts]] = 0.0
     return advantages
 
 
@@ -122,7 +118,9 @@ def _denominators(
     targets: Sequence[np.ndarray],
     config: ml_collections.ConfigDict,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the policy and the env weight of each rollout divide by, float64 [rollouts] each."""
+    """What the policy weight and the env weight divide 1 by, float64 [rollouts] each."""
+    # float64, rounded once, when the weight is made: N * max_tokens can pass 2**24, from where on
+    # float32 does not hold every count.
     n = len(rollouts)
     action_counts = np.array([m.sum() for m in actions], np.float64)
     target_counts = np.array([m.sum() for m in targets], np.float64)
@@ -145,12 +143,8 @@ def _denominators(
             )
 
 
-def _environment_only(rollout: Rollout) -> bool:
-    return bool(rollout.metrics.get('environment_only'))
-
-
 def _teaches_bad_calls(rollout: Rollout) -> bool:
-    return _environment_only(rollout) and bool((rollout.roles == Role.FEEDBACK).any())
+    return rollout.environment_only and bool((rollout.roles == Role.FEEDBACK).any())
 
 
 def _choice(loss: ml_collections.ConfigDict, key: str, options: dict):
@@ -167,12 +161,13 @@ def _mask(rollout: Rollout, roles: Sequence[Role]) -> np.ndarray:
 
 
 def _weight(mask: np.ndarray, denominator: float) -> np.ndarray:
-    """1/denominator where `mask`; a denominator of 0 is a batch without such tokens: no weight."""
+    """float32 [T]: 1/denominator where `mask` is True, else 0."""
+    # A denominator of 0 means that there is no such token, so `mask` is False everywhere.
     value = 1.0 / denominator if denominator else 0.0
     return np.where(mask, value, 0.0).astype(np.float32)
 
 
-def _lay_out(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Batch:
+def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Batch:
     seq_len, capacity = config.batch.seq_len, batch_rows(config)
     rows = _assign_rows(segments, seq_len, config.batch.pack)
     if len(rows) > capacity:
@@ -181,9 +176,7 @@ def _lay_out(segments: Sequence[_Segment], config: ml_collections.ConfigDict) ->
             f'{capacity} of batch.groups x group_size (to a multiple of batch.micro_rows); '
             'raise batch.groups'
         )
-    shape = (capacity, seq_len)
-    dtypes = {'roles': np.uint8, 'tokens': np.int32, 'positions': np.int32, 'segment_ids': np.int32}
-    batch = Batch(*(np.zeros(shape, dtypes.get(name, np.float32)) for name in Batch._fields))
+    batch = _padding(capacity, seq_len)
     for row, members in enumerate(rows):
         start = 0
         for number, segment in enumerate(members, start=1):
@@ -196,16 +189,26 @@ def _lay_out(segments: Sequence[_Segment], config: ml_collections.ConfigDict) ->
             batch.roles[at] = rollout.roles
             batch.rollout_logprobs[at] = rollout.rollout_logprobs
             batch.advantages[at] = np.where(rollout.roles == Role.ACTION, segment.advantage, 0.0)
-            batch.policy_weight[at] = segment.policy
-            batch.env_weight[at] = segment.env
+            batch.policy_weight[at] = segment.policy_weight
+            batch.env_weight[at] = segment.env_weight
             start += length
     return batch
 
 
-def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list[list[_Segment]]:
-    """First-fit decreasing where `pack`, else a row each; empty rollouts get none.
+def _padding(rows: int, length: int) -> Batch:
+    """A batch [rows, length] of zeros, which is all padding."""
+    dtypes = {'roles': np.uint8, 'tokens': np.int32, 'positions': np.int32, 'segment_ids': np.int32}
+    return Batch(
+        **{name: np.zeros((rows, length), dtypes.get(name, np.float32)) for name in Batch._fields}
+    )
 
-    The order is the rollouts' own (length, group, sample), so that every host packs alike.
+
+def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list[list[_Segment]]:
+    """The segments of each row. With `pack` by first-fit decreasing, else one segment a row.
+
+    Longest first, because short rollouts then fill the gaps that long ones leave. Ties are broken
+    by group and sample: every host packs the whole batch, and all of them have to pack it alike,
+    whatever the order in which the rollouts were read. Empty rollouts get no row.
     """
     rows, used = [], []
     for segment in sorted(segments, key=_packing_order):
@@ -233,33 +236,29 @@ def _packing_order(segment: _Segment) -> tuple[int, int, int]:
 
 
 def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | None = None) -> Batch:
-    """A batch [rows, length] to score: a segment a row of `part`, int [n, T], and no weights.
+    """A batch [rows, length] to score: a segment for each row of `part`, int [n, T]; no weights.
 
     What `part` does not fill is padding, and so is what follows a row's last token other than
     `pad_id`.
     """
-    count, T = part.shape
-    here = np.arange(length, dtype=np.int32)
-    kept = np.ones(part.shape, bool) if pad_id is None else part != pad_id
-    ends = np.where(kept, here[:T] + 1, 0).max(axis=1)
-    zeros = np.zeros((rows, length), np.float32)
-    batch = Batch(**dict.fromkeys(Batch._fields, zeros))._replace(
-        tokens=zeros.astype(np.int32),
-        positions=np.tile(here, (rows, 1)),
-        segment_ids=(here < np.pad(ends, (0, rows - count))[:, None]).astype(np.int32),
-        roles=zeros.astype(np.uint8),
-    )
-    batch.tokens[:count, :T] = np.where(batch.segment_ids[:count, :T], part, 0)
+    batch = _padding(rows, length)
+    batch.positions[:] = np.arange(length)
+    for row, tokens in enumerate(part):
+        end = len(tokens)
+        if pad_id is not None:
+            end = np.max(np.flatnonzero(tokens != pad_id) + 1, initial=0)
+        batch.tokens[row, :end] = tokens[:end]
+        batch.segment_ids[row, :end] = 1
     return batch
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     """What the rollouts of a step were like, under `rollout/...`; a mean of nothing is left out.
 
-    `version` is the policy version being trained. Rewards are of the rollouts that have one: no
-    INFRA_ERROR. `uninformative_groups` is the share of groups whose rewards are all equal, so that
-    their advantages are 0; staleness is `version` minus the oldest version in a rollout. The
-    rollouts' own metrics appear as means over those that have them.
+    `version` is the policy version being trained. `reward` and `solved` leave out INFRA_ERRORs.
+    `uninformative_groups` is the share of groups whose rewards are all equal, so that their
+    advantages are 0. `staleness` is `version` minus the oldest version in a rollout. Each of the
+    rollouts' own metrics appears as the mean over the rollouts that have it.
     """
     values = collections.defaultdict(list)
     groups = collections.defaultdict(set)
@@ -268,6 +267,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
         values['turns'].append(len(r.turn_starts))
         values['tokens'].append(len(r.tokens))
         values['action_tokens'].append(acting.sum())
+        values['environment_only'].append(r.environment_only)
         values['observation_tokens'].append(np.isin(r.roles, OBSERVATION_ROLES).sum())
         if acting.any():
             values['staleness'].append(version - r.policy_versions[acting].min())

@@ -1,7 +1,7 @@
 """The learner's state on disk: asynchronous, atomic, verified saves through Orbax.
 
-Weights for the workers go through store/weights.py, not here. What is in `extra` (cursors, random
-state, metrics position) is the program's affair.
+Weights for the workers go through store/weights.py, not here. What `extra` holds (the position in
+the tasks, the seconds spent) is up to the program that saves.
 """
 
 import ctypes
@@ -24,14 +24,14 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpointer:
-    """Checkpoints of one run under `directory` (a path or a gs:// URL), the last `keep` of them.
+    """The last `keep` checkpoints of one run, in `directory`, a path or a gs:// URL.
 
-    A step's folder appears whole or not at all, whenever the process dies. Orbax notices a missing
-    or cut file, but not a flipped bit of an array, so a fingerprint of every array is computed on
-    the devices at each save and compared at restore.
+    A step's folder appears whole or not at all, whenever the process dies. Orbax notices a file
+    that is missing or cut short, but not a flipped bit of an array. So at every save the devices
+    compute a fingerprint of each array, which is compared when the step is restored.
 
-    Every process of a multi-host run makes the same calls. `read_only` is for programs beside the
-    learner: only the learner may clear away what an interrupted save has left.
+    Every process of a multi-host run has to make the same calls. Programs other than the learner
+    open it `read_only`: only the learner may clear away what an interrupted save has left.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 2, read_only: bool = False):
@@ -51,9 +51,9 @@ class Checkpointer:
     def save(self, step: int, state: Any, extra: dict) -> None:
         """Begins to save `state`, a pytree of jax.Array, and `extra`, plain JSON, as `step`.
 
-        Returns when the state is copied to the host, so that the caller may donate it; the rest
-        happens in a thread, whose error the next `save`, `wait` or `close` raises. Saving a step
-        again in the same process does nothing.
+        Returns when the state is copied to the host, so that the caller may donate it. A thread
+        does the rest; its error is raised by the next `save`, `wait` or `close`. Saving a step
+        again in the same process does nothing. Raises ValueError if a later step is there.
         """
         if step == self._saved:
             return
@@ -64,9 +64,10 @@ class Checkpointer:
                 'to go back, remove the folders of the later steps'
             )
         arrays = {
-            name: [*_kind(leaf), fingerprint]
+            name: [*_dtype_and_shape(leaf), fingerprint]
             for (name, leaf), fingerprint in zip(_named_leaves(state), _fingerprints(state))
         }
+        # As JSON gives it back, with lists for tuples and text for keys, so that its sum agrees.
         record = json.loads(json.dumps({'extra': extra, 'arrays': arrays}))
         _release_copies()
         self._manager.save(
@@ -82,13 +83,13 @@ class Checkpointer:
     def restore(
         self, abstract_state: Any, step: int | None = None, partial: bool = False
     ) -> tuple[Any, dict, int] | None:
-        """(state, extra, step) of `step`, else of the latest; None where there is none at all.
+        """(state, extra, step) of `step`, by default the last; None if no step is saved at all.
 
-        `abstract_state`: ShapeDtypeStructs with shardings, which need not be those of the save
-        (without one: the first local device). Top-level entries may be left out, and are not read;
-        with `partial`, any may.
+        `abstract_state` holds ShapeDtypeStructs. Their shardings need not be those of the save; one
+        without a sharding is restored to the first local device. Entries that its top level lacks
+        are not read; with `partial`, an entry may be lacking at any level.
 
-        Raises CheckpointError where the checkpoint is damaged or is of another model or optimizer.
+        Raises CheckpointError if the checkpoint is damaged or is of another model or optimizer.
         """
         steps = self._manager.all_steps()
         if step is None:
@@ -115,11 +116,11 @@ class Checkpointer:
         return state, record['extra'], step
 
     def latest(self) -> int | None:
-        """The last step that is whole."""
+        """The last step that is saved whole; None if there is none."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Until all that was begun is on disk."""
+        """Returns when every save that was begun is on disk."""
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
         _release_copies()
@@ -131,8 +132,8 @@ class Checkpointer:
     def _read(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-        # A damaged file makes Orbax raise anything from KeyError to a bare Exception, by where the
-        # damage lies; nothing narrower holds them all, and nothing is swallowed.
+        # Depending on where the damage is, Orbax raises anything from KeyError to a bare Exception.
+        # Only `Exception` holds them all; it is raised again, so that nothing is swallowed.
         except Exception as error:
             reason = str(error).partition('\n')[0][:200]
             raise self._damaged(step, f'{item}: {type(error).__name__}: {reason}') from error
@@ -146,14 +147,13 @@ class Checkpointer:
     def _check_same_arrays(
         self, step: int, saved: dict[str, list], abstract_state: Any, partial: bool
     ) -> None:
-        wanted = {name: _kind(leaf) for name, leaf in _named_leaves(abstract_state)}
-        asked = {name.partition('/')[0] for name in wanted}
-        found = {
-            name: (dtype, shape)
-            for name, (dtype, shape, _) in saved.items()
-            if name in wanted or (not partial and name.partition('/')[0] in asked)
-        }
-        for name in sorted(wanted.keys() | found.keys()):
+        wanted = {name: _dtype_and_shape(leaf) for name, leaf in _named_leaves(abstract_state)}
+        found = {name: (dtype, shape) for name, (dtype, shape, _) in saved.items()}
+        names = set(wanted)
+        if not partial:  # all that is saved under a top-level entry has to be wanted
+            entries = {name.partition('/')[0] for name in wanted}
+            names |= {name for name in found if name.partition('/')[0] in entries}
+        for name in sorted(names):
             if wanted.get(name) != found.get(name):
                 raise CheckpointError(
                     f'step {step} of {self._directory} is of another model or optimizer: {name} is '
@@ -163,12 +163,15 @@ class Checkpointer:
 
 
 def open_saved(directory: str | os.PathLike, step: int | None = None) -> tuple[Checkpointer, int]:
-    """The checkpoints in `directory`, to read, and `step` or the last of them.
+    """The checkpoints in `directory`, to read, and `step`, by default the last that is saved.
 
     Raises ValueError if nothing is saved there.
     """
-    checkpointer = Checkpointer(directory, read_only=True) if is_there(directory) else None
-    latest = checkpointer.latest() if checkpointer else None
+    check_reach(directory)
+    checkpointer = latest = None
+    if epath.Path(_absolute(directory)).is_dir():  # Orbax raises an error of its own if it is not
+        checkpointer = Checkpointer(directory, read_only=True)
+        latest = checkpointer.latest()
     if checkpointer is None or latest is None:
         raise ValueError(
             f'no checkpoint is saved in {directory}; run echo_jax.train until it saves one'
@@ -177,14 +180,9 @@ def open_saved(directory: str | os.PathLike, step: int | None = None) -> tuple[C
 
 
 def check_reach(directory: str | os.PathLike) -> None:
-    """ValueError where Orbax lacks what it needs to save there."""
+    """Raises ValueError if Orbax lacks a package that it needs to save in `directory`."""
     if os.fspath(directory).startswith('gs://') and importlib.util.find_spec('gcsfs') is None:
         raise ValueError(f'to save to {directory} Orbax needs gcsfs; pip install gcsfs')
-
-
-def is_there(directory: str | os.PathLike) -> bool:
-    check_reach(directory)
-    return epath.Path(_absolute(directory)).is_dir()
 
 
 def _absolute(directory: str | os.PathLike) -> str:
@@ -193,15 +191,16 @@ def _absolute(directory: str | os.PathLike) -> str:
 
 
 def _release_copies() -> None:
-    """Gives back what earlier saves have taken of the host's memory.
+    """Returns the memory of earlier saves to the operating system.
 
-    Orbax's copy of the state is part of a reference cycle, and stays until that is collected. And
-    glibc's arenas, some a thread, keep what is freed of arrays below 32 MiB, while every save may
-    run in other threads: a learner of 0.7 GiB grew to 2.2 GiB in thirty saves of 0.5 GiB
+    Orbax's copy of the state is part of a reference cycle, and stays until that is collected. Then
+    glibc keeps freed arrays below 32 MiB for the thread that allocated them, and the next save may
+    run in another: a learner of 0.7 GiB grew to 2.2 GiB in thirty saves of 0.5 GiB
     (experiments/benchmarks/checkpoint_memory.py). Other C libraries have no malloc_trim.
     """
     gc.collect()
-    if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:
         trim(0)
 
 
@@ -210,7 +209,7 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf) for path, leaf in leaves]
 
 
-def _kind(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, list[int]]:
+def _dtype_and_shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, list[int]]:
     return str(leaf.dtype), list(leaf.shape)
 
 
@@ -224,29 +223,30 @@ def _crc32(record: Any) -> int:
 
 
 def _fingerprints(state: Any) -> list[int]:
-    """One uint32 a leaf, the same on every mesh."""
+    """One uint32 for each leaf, the same on every mesh."""
     return [int(x) for x in jax.device_get([_fingerprint(leaf) for leaf in jax.tree.leaves(state)])]
 
 
 @jax.jit
 def _fingerprint(array: jax.Array) -> jax.Array:
-    """uint32 scalar, a sum modulo 2**32 of hashed elements, so the order of summing is free.
+    """uint32 scalar: the sum modulo 2**32 of hashed elements, so that their order does not matter.
 
-    Each element is hashed with its place by a bijection: one that differs always shows, and more
-    than one go unseen with a chance of 2**-32.
+    An element is hashed together with its place, by a bijection: a change of one always shows, and
+    changes of several stay unseen with a chance of 2**-32.
     """
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
     if array.dtype.itemsize == 8:
-        array = jax.lax.bitcast_convert_type(array, jnp.uint32)  # one more axis, of length 2
+        array = jax.lax.bitcast_convert_type(array, jnp.uint32)  # adds an axis of length 2
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f'uint{8 * array.dtype.itemsize}'))
+    # The flat index modulo 2**32, by axes: unlike a reshaped arange it is split as the array is.
     place, stride = jnp.zeros((), jnp.uint32), 1
     for axis in reversed(range(bits.ndim)):
         iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         place = place + iota * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
-    # The rounds of MurmurHash3's finalizer.
     mixed = bits.astype(jnp.uint32) ^ (place * jnp.uint32(0x9E3779B9))
+    # MurmurHash3's finalizer.
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

@@ -1,10 +1,12 @@
-"""ECHO's objective as a function of arrays and numbers (DESIGN 3.4); no model, no I/O.
+"""ECHO's objective as functions of arrays and numbers (docs/design.md#objective): no model, no I/O.
 
-R rows, T tokens. All normalisation is in the batch's weights, so a loss is a plain sum: over the
-micro-batches of a batch, losses, gradients and metrics add up to those of the whole.
+R rows, T tokens. `policy_term`, `env_term` and `kl_term` each return (loss, metrics); `echo_loss`
+reads the recipe and adds them up. All normalisation is in the batch's weights, so a loss is a plain
+sum: the losses, gradients and metrics of a batch's micro-batches add up to those of the batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +14,25 @@ import ml_collections
 
 from echo_jax.types import ENV_TARGETS, Batch
 
-# A log-ratio is held within this: exp(20) = 5e8 is clipped or hopeless anyway, exp(89) is inf.
+# Every log-ratio is held within this before exp. exp(89) is inf in float32, and inf - inf in a
+# later sum would be NaN; exp(20) = 5e8 is finite, and far beyond any bound that clips a ratio.
 MAX_LOG_RATIO = 20.0
 
-_CE_ROLES = {role.name.lower(): role for role in ENV_TARGETS['released']}
-# Each mean and the count that divides it, once, when the sums of the whole batch are there.
-_DENOMINATORS = {
-    'clip_fraction': 'action_tokens',
-    'ratio_deviation': 'action_tokens',
-    'approx_kl': 'action_tokens',
-    'logprob_gap': 'action_tokens',
-    'mismatch_weight': 'action_tokens',
-    'reference_kl': 'action_tokens',
-    'entropy': 'action_tokens',
-    'env_ce': 'target_tokens',
-} | {f'env_ce/{name}': f'{name}_tokens' for name in _CE_ROLES}
+
+class Metric(NamedTuple):
+    """What one micro-batch adds to a metric; the micro-batches of a batch add up field by field.
+
+    `count` has no default: a mean whose count is forgotten is an error, not a bare sum in the log.
+    """
+
+    sum: jax.Array  # float scalar
+    count: jax.Array | None  # float scalar that divides the sum; None: the sum itself is logged
+
+
+Metrics = dict[str, Metric]
+# (ratio [R, T], advantages [R, T], clip_low, clip_high) to the [R, T] values that the policy is to
+# raise, and a bool [R, T] that says which of them have no gradient because of a bound.
+Surrogate = Callable[[jax.Array, jax.Array, float, float], tuple[jax.Array, jax.Array]]
 
 
 def echo_loss(
@@ -39,97 +45,113 @@ def echo_loss(
     reference_logprobs: jax.Array | None = None,
     logprobs_t1: jax.Array | None = None,
     entropy: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """ECHO's loss, a scalar, and its metrics as sums (see `finish_metrics`).
+) -> tuple[jax.Array, Metrics]:
+    """ECHO's loss, a scalar, and its metrics, which `finish_metrics` turns into numbers.
 
-    All arrays are float [R, T] in nats and aligned to the token they describe: `logprobs` of the
-    policy at the sampling temperature; `old_logprobs` of the policy before the batch's first
+    All arrays are float [R, T] in nats and aligned to the token that they describe: `logprobs` of
+    the policy at the sampling temperature; `old_logprobs` of the policy before the batch's first
     update, for `loss.old_logprobs` 'recomputed'; `reference_logprobs` of the frozen model, for
-    `loss.kl_coef`; `logprobs_t1` at temperature 1, where sampling is at another, and `entropy` of
-    the prediction, both for metrics only. `config` is the recipe; its `loss` is all that is read.
-    What an array holds where a token has no weight is masked before anything is computed: not even
-    NaN reaches the loss, the metrics or the gradient.
+    `loss.kl_coef`; `logprobs_t1` at temperature 1, if sampling is at another, and `entropy` of the
+    prediction, both for metrics only. `config` is the recipe; its `loss` is all that is read. What
+    the arrays hold for a token without weight does not matter: not even NaN reaches the loss, the
+    metrics or the gradient.
 
     `env_coef` is a number, or a traced scalar for a schedule. A plain 0 leaves the environment term
-    out of the program, which then is GRPO; a traced 0 adds 0 times the term, the same number.
+    out of the computation, which then is GRPO; a traced 0 adds 0 times the term: the same number.
 
     Raises ValueError for arrays that are missing or misshapen, and for unknown options.
     """
-    settings = config.loss
-    _check(settings, batch, logprobs, old_logprobs, reference_logprobs)
-    acting = batch.policy_weight > 0
-    target = batch.env_weight > 0
-    current = jnp.where(acting, logprobs, 0.0)
-    sampled = jnp.where(acting, batch.rollout_logprobs, 0.0)
-    match settings.old_logprobs:
+    options = config.loss
+    _check(options, batch, logprobs, old_logprobs, reference_logprobs)
+    match options.old_logprobs:
         case 'current':
-            old = jax.lax.stop_gradient(current)
+            before = logprobs
         case 'recomputed':
-            old = jax.lax.stop_gradient(jnp.where(acting, old_logprobs, 0.0))
+            before = old_logprobs
         case 'rollout':
-            old = sampled
-    correction = _mismatch_weight(
-        old - sampled, batch.segment_ids, settings.mismatch, settings.mismatch_cap
+            before = batch.rollout_logprobs
+    policy_loss, metrics = policy_term(
+        logprobs,
+        before,
+        batch,
+        surrogate=SURROGATES['clip'],  # the only one; with a second, a key of `loss` chooses
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        mismatch=options.mismatch,
+        mismatch_cap=options.mismatch_cap,
     )
-    log_ratio = _bounded(current - old)
-    ratio = jnp.exp(log_ratio)
-    clipped_ratio = jnp.clip(ratio, 1.0 - settings.clip_low, 1.0 + settings.clip_high)
-    gain, clipped_gain = ratio * batch.advantages, clipped_ratio * batch.advantages
-    is_clipped = clipped_gain < gain
-    # As `where`, not `minimum`: at a tie, ratio 1 of every first update, `minimum` would split the
-    # gradient between its arguments, and lose half of it where clip_low or clip_high is 0.
-    surrogate = jnp.where(is_clipped, clipped_gain, gain)
-    policy_loss = -jnp.sum(batch.policy_weight * correction * surrogate)
-    env_loss = -jnp.sum(batch.env_weight * jnp.where(target, logprobs, 0.0))
-
+    env_loss, env_metrics = env_term(logprobs, batch, logprobs_t1)
+    metrics |= env_metrics
     loss = policy_loss
     if not (isinstance(env_coef, int | float) and env_coef == 0):
         loss = loss + env_coef * env_loss
-    metrics = {'policy_loss': policy_loss, 'env_loss': env_loss}
     if reference_logprobs is not None:
-        kl = _k3(_bounded(jnp.where(acting, reference_logprobs, 0.0) - current))
-        metrics['kl_loss'] = jnp.sum(batch.policy_weight * kl)
-        metrics['reference_kl'] = jnp.sum(kl)  # 0 where not acting
-        if settings.kl_coef:
-            loss = loss + settings.kl_coef * metrics['kl_loss']
-    metrics |= {
-        'loss': loss,
-        'action_tokens': _count(acting),
-        'clip_fraction': _count(acting & is_clipped),
-        'ratio_deviation': jnp.sum(jnp.abs(ratio - 1.0)),
-        'approx_kl': jnp.sum(_k3(log_ratio)),
-        'logprob_gap': jnp.sum(jnp.abs(current - sampled)),
-        'mismatch_weight': jnp.sum(jnp.where(acting, correction, 0.0)),
-    }
+        kl_loss, kl_metrics = kl_term(logprobs, reference_logprobs, batch)
+        metrics |= kl_metrics
+        if options.kl_coef:
+            loss = loss + options.kl_coef * kl_loss
     if entropy is not None:
-        metrics['entropy'] = jnp.sum(jnp.where(acting, entropy, 0.0))
-    metrics |= _env_ce(logprobs if logprobs_t1 is None else logprobs_t1, batch)
+        metrics['entropy'] = _mean(entropy, batch.policy_weight > 0)
+    metrics['loss'] = total(loss)
     return loss, jax.tree.map(jax.lax.stop_gradient, metrics)
 
 
-def finish_metrics(sums: Mapping[str, jax.Array]) -> dict[str, float]:
-    """The metrics of a batch from the sums of its micro-batches, added key by key.
+def policy_term(
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    batch: Batch,
+    *,
+    surrogate: Surrogate,
+    clip_low: float,
+    clip_high: float,
+    mismatch: str,
+    mismatch_cap: float,
+) -> tuple[jax.Array, Metrics]:
+    """The policy gradient's loss on ACTION tokens. `old_logprobs` [R, T] is taken as a constant."""
+    acting = batch.policy_weight > 0
+    # Masked before exp, not after: the gradient of a masked exp(inf) is 0 * inf = NaN, and so one
+    # token that nobody trains on would make every parameter NaN.
+    current = jnp.where(acting, logprobs, 0.0)
+    old = jax.lax.stop_gradient(jnp.where(acting, old_logprobs, 0.0))
+    sampled = jnp.where(acting, batch.rollout_logprobs, 0.0)
+    log_ratio = _bounded(current - old)
+    ratio = jnp.exp(log_ratio)
+    gain, is_clipped = surrogate(ratio, batch.advantages, clip_low, clip_high)
+    correction = mismatch_weight(old - sampled, batch.segment_ids, mismatch, mismatch_cap)
+    loss = -jnp.sum(batch.policy_weight * correction * gain)
+    return loss, {
+        'policy_loss': total(loss),
+        'action_tokens': total(_count(acting)),
+        'clip_fraction': _mean(is_clipped, acting),
+        'ratio_deviation': _mean(jnp.abs(ratio - 1.0), acting),
+        'approx_kl': _mean(k3(log_ratio), acting),
+        'logprob_gap': _mean(jnp.abs(current - sampled), acting),
+        'mismatch_weight': _mean(correction, acting),
+    }
 
-    `loss`, `policy_loss`, `env_loss` (before env_coef) and `kl_loss` (before kl_coef) are sums
-    already; `..._tokens` are counts; the rest become means over the tokens they speak of, nats a
-    token where they are log-probabilities, and are left out where there is no such token.
-    """
-    values = {name: float(value) for name, value in jax.device_get(dict(sums)).items()}
-    for name, count in _DENOMINATORS.items():
-        if name in values:
-            total = values.pop(name)
-            if values[count]:
-                values[name] = total / values[count]
-    return values
+
+def clip_surrogate(
+    ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float
+) -> tuple[jax.Array, jax.Array]:
+    """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), PPO's (arXiv 1707.06347, eq. 7)."""
+    gain = ratio * advantages
+    clipped_gain = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high) * advantages
+    is_clipped = clipped_gain < gain
+    # `where`, not `minimum`: at a tie, and in a first update every ratio is 1, `minimum` splits the
+    # gradient between its arguments; if clip_low or clip_high is 0, half of it would be lost.
+    return jnp.where(is_clipped, clipped_gain, gain), is_clipped
 
 
-def _mismatch_weight(
+SURROGATES: Mapping[str, Surrogate] = {'clip': clip_surrogate}
+
+
+def mismatch_weight(
     log_mismatch: jax.Array, segment_ids: jax.Array, kind: str, cap: float
 ) -> jax.Array:
-    """w_t [R, T], from the old policy's log-probability minus the sampler's, both constants.
+    """w_t [R, T], from d_t: the old policy's log-probability minus the sampler's, both constants.
 
     'token': min(exp(d_t), cap), truncated importance sampling; 'sequence': the same with d summed
-    over the rollout; 'mask': 1 where 1/cap <= exp(d_t) <= cap, else 0; 'none': 1.
+    over the rollout; 'mask': 1 if 1/cap <= exp(d_t) <= cap, else 0; 'none': 1.
     """
     match kind:
         case 'none':
@@ -137,37 +159,93 @@ def _mismatch_weight(
         case 'token':
             return jnp.minimum(jnp.exp(_bounded(log_mismatch)), cap)
         case 'sequence':
-            total = jax.vmap(_segment_total)(log_mismatch, segment_ids)
-            return jnp.minimum(jnp.exp(_bounded(total)), cap)
+            # The sum is bounded, not each token: many small differences make a large one.
+            summed = jax.vmap(_segment_sum)(log_mismatch, segment_ids)
+            return jnp.minimum(jnp.exp(_bounded(summed)), cap)
         case 'mask':
             return (jnp.abs(log_mismatch) <= jnp.log(cap)).astype(log_mismatch.dtype)
+        case _:
+            raise ValueError(
+                f"loss.mismatch is {kind!r}; expected 'none', 'token', 'sequence' or 'mask'"
+            )
 
 
-def _segment_total(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """[T]: the sum of `values` [T] over the token's own segment."""
-    totals = jax.ops.segment_sum(values, segment_ids, num_segments=segment_ids.size + 1)
-    return totals[segment_ids]
+def _segment_sum(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """[T]: the sum of `values` [T] over the token's own segment of the row."""
+    # A static bound for jit: a row of T tokens has at most T segments, and 0 is the padding.
+    sums = jax.ops.segment_sum(values, segment_ids, num_segments=segment_ids.size + 1)
+    return sums[segment_ids]
 
 
-def _k3(log_ratio: jax.Array) -> jax.Array:
-    """exp(x) - x - 1, Schulman's nonnegative estimator of the KL divergence; x = log q/p under p.
+def env_term(
+    logprobs: jax.Array, batch: Batch, logprobs_t1: jax.Array | None = None
+) -> tuple[jax.Array, Metrics]:
+    """The environment's loss, weighted cross-entropy on target tokens.
 
-    As a loss, the KL term differentiates this very value, as GRPO does (arXiv 2402.03300, eq. 4).
+    The metrics are cross-entropies at temperature 1, of `logprobs_t1` if given: over the targets,
+    and over each role that could be one, whether it is trained on or not.
     """
+    target = batch.env_weight > 0
+    loss = -jnp.sum(batch.env_weight * jnp.where(target, logprobs, 0.0))
+    nats = -logprobs if logprobs_t1 is None else -logprobs_t1
+    metrics = {
+        'env_loss': total(loss),
+        'env_ce': _mean(nats, target),
+        'target_tokens': total(_count(target)),
+    }
+    for role in ENV_TARGETS['released']:
+        name = role.name.lower()
+        # Nothing predicts a segment's first token. Padding has position 0 too.
+        mask = (batch.roles == role) & (batch.positions > 0)
+        metrics[f'env_ce/{name}'] = _mean(nats, mask)
+        metrics[f'{name}_tokens'] = total(_count(mask))
+    return loss, metrics
+
+
+def kl_term(
+    logprobs: jax.Array, reference_logprobs: jax.Array, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    """The KL divergence to a frozen model, by `k3`, weighted as the policy's loss is.
+
+    The gradient is that of the estimate itself, as in GRPO (arXiv 2402.03300, eq. 4).
+    """
+    acting = batch.policy_weight > 0
+    current = jnp.where(acting, logprobs, 0.0)
+    kl = k3(_bounded(jnp.where(acting, reference_logprobs, 0.0) - current))
+    loss = jnp.sum(batch.policy_weight * kl)
+    return loss, {'kl_loss': total(loss), 'reference_kl': _mean(kl, acting)}
+
+
+def k3(log_ratio: jax.Array) -> jax.Array:
+    """exp(x) - 1 - x, Schulman's nonnegative estimate of KL(p, q); x = log q/p of a sample of p."""
+    # expm1: exp(x) - 1 in float32 would lose most digits of the x of 1e-4 that are usual here.
     return jnp.expm1(log_ratio) - log_ratio
 
 
-def _env_ce(logprobs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """Cross-entropy sums and token counts of the targets, and of each role, trained on or not."""
-    masks = {'env_ce': ('target_tokens', batch.env_weight > 0)}
-    for name, role in _CE_ROLES.items():
-        # Position 0, where padding is too, is predicted by nothing.
-        masks[f'env_ce/{name}'] = f'{name}_tokens', (batch.roles == role) & (batch.positions > 0)
-    sums = {}
-    for name, (count, mask) in masks.items():
-        sums[name] = -jnp.sum(jnp.where(mask, logprobs, 0.0))
-        sums[count] = _count(mask)
-    return sums
+def total(value: jax.Array) -> Metric:
+    """A metric that is logged as the sum that it is: a loss, or a number of tokens."""
+    return Metric(value, None)
+
+
+def _mean(values: jax.Array, mask: jax.Array) -> Metric:
+    return Metric(jnp.sum(jnp.where(mask, values, 0.0)), _count(mask))
+
+
+def finish_metrics(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    """The numbers of a batch from the metrics of its micro-batches, added up.
+
+    `loss`, `policy_loss`, `env_loss` (before env_coef) and `kl_loss` (before kl_coef) are sums, and
+    `..._tokens` are counts. The rest are means over tokens, nats a token if they speak of
+    log-probabilities; a mean over no token at all is left out.
+    """
+    values = {}
+    for name, (value, count) in jax.device_get(dict(metrics)).items():
+        if count is None:
+            values[name] = float(value)
+        elif count:
+            # Divided here, once: means of micro-batches of unequal counts cannot be averaged.
+            values[name] = float(value) / float(count)
+    return values
 
 
 def _bounded(log_ratio: jax.Array) -> jax.Array:
@@ -175,31 +253,28 @@ def _bounded(log_ratio: jax.Array) -> jax.Array:
 
 
 def _count(mask: jax.Array) -> jax.Array:
-    """A float, that it may be added to and divided; float32 is exact to 2**24 tokens."""
+    """The number of True. A float, like the sum that it divides; exact in float32 up to 2**24."""
     return jnp.sum(mask, dtype=jnp.float32)
 
 
-def _check(settings, batch, logprobs, old_logprobs, reference_logprobs) -> None:
-    if settings.old_logprobs not in ('current', 'recomputed', 'rollout'):
+def _check(options, batch, logprobs, old_logprobs, reference_logprobs) -> None:
+    """ValueError for options that contradict each other or need an array that is not there."""
+    if options.old_logprobs not in ('current', 'recomputed', 'rollout'):
         raise ValueError(
-            f"loss.old_logprobs is {settings.old_logprobs!r}; expected 'current', 'recomputed' "
+            f"loss.old_logprobs is {options.old_logprobs!r}; expected 'current', 'recomputed' "
             "or 'rollout'"
         )
-    if settings.mismatch not in ('none', 'token', 'sequence', 'mask'):
-        raise ValueError(
-            f"loss.mismatch is {settings.mismatch!r}; expected 'none', 'token', 'sequence', 'mask'"
-        )
-    if settings.old_logprobs == 'rollout' and settings.mismatch != 'none':
+    if options.old_logprobs == 'rollout' and options.mismatch != 'none':
         raise ValueError(
             "loss.mismatch corrects nothing with loss.old_logprobs 'rollout', whose ratio is "
             "to the sampler already; set loss.mismatch='none'"
         )
-    if settings.mismatch != 'none' and settings.mismatch_cap < 1.0:
-        raise ValueError(f'loss.mismatch_cap is {settings.mismatch_cap}; it must be at least 1')
-    if settings.old_logprobs == 'recomputed' and old_logprobs is None:
+    if options.mismatch != 'none' and options.mismatch_cap < 1.0:
+        raise ValueError(f'loss.mismatch_cap is {options.mismatch_cap}; it must be at least 1')
+    if options.old_logprobs == 'recomputed' and old_logprobs is None:
         raise ValueError("loss.old_logprobs 'recomputed' needs the old_logprobs array")
-    if settings.kl_coef and reference_logprobs is None:
-        raise ValueError(f'loss.kl_coef is {settings.kl_coef}: it needs reference_logprobs')
+    if options.kl_coef and reference_logprobs is None:
+        raise ValueError(f'loss.kl_coef is {options.kl_coef}: it needs reference_logprobs')
     if logprobs.shape != batch.tokens.shape:
         raise ValueError(
             f'logprobs are {logprobs.shape}, but the batch is {batch.tokens.shape} tokens'

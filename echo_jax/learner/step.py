@@ -1,13 +1,14 @@
-"""One learner update, in one jitted program: both losses, backward, accumulation, clip, optimizer.
+"""One learner update as one jitted function: losses, gradients, micro-batches, clip, optimizer.
 
-The batch has one static shape. The step walks its micro-batches in a loop whose trip count is the
-number of those that hold a token, so a short batch costs what it holds and never recompiles.
+docs/design.md#the-step. The batch has one static shape, so nothing compiles twice. The step walks
+its micro-batches in a loop that stops behind the last one with a token, so a short batch costs only
+what it holds. What the loss is stands in losses.py, how arrays lie on the mesh in sharding.py.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import optax
 from flax import nnx
 
 from echo_jax.learner import sharding
-from echo_jax.learner.losses import echo_loss
+from echo_jax.learner.losses import Metrics, echo_loss, total
 from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.model import huggingface, partition
 from echo_jax.model import params as model_params
@@ -36,20 +37,25 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> Tr
 
 
 def token_scores(graphdef, params, batch: Batch, temperature: float) -> TokenScores:
-    """Scores [R, T] of every token given those before it; column 0 is 0.
+    """Scores [R, T] of every token given those before it in its segment; column 0 is 0.
 
-    The first token of a later segment has the score that the segment before it gives, which carries
-    no weight.
+    The first token of a later segment in a row gets the score that the segment before it gives.
+    That means nothing, and no weight is ever on such a token.
     """
     model = nnx.merge(graphdef, params)
     hidden_RTD = model(batch.tokens, batch.positions, batch.segment_ids)
+    # Each place predicts the token after it; rolled back, a score stands at its own token. Not cut
+    # to T - 1 places, because these would not divide over the mesh.
     targets_RT = jnp.roll(batch.tokens, -1, axis=1)
     scores = token_logprobs(hidden_RTD, model.unembedding, targets_RT, temperature)
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1).at[:, 0].set(0.0), scores)
 
 
 def micro_batches(batch: Batch, micro_rows: int) -> tuple[Batch, jax.Array]:
-    """The batch as [micro-batches, micro_rows, T], and how many, from the front, hold tokens."""
+    """The batch as arrays [micro-batches, micro_rows, T], and how many of these are to be walked.
+
+    The second is an int32 scalar: one more than the index of the last that holds a token.
+    """
     rows, T = batch.tokens.shape
     if rows % micro_rows:
         raise ValueError(
@@ -63,27 +69,32 @@ def micro_batches(batch: Batch, micro_rows: int) -> tuple[Batch, jax.Array]:
     return micro, jnp.max(jnp.where(filled, jnp.arange(filled.size) + 1, 0))
 
 
-def _accumulate(f: Callable, batch: Batch, micro_rows: int):
+def _sum_over_micro_batches(f: Callable[[Batch], Any], batch: Batch, micro_rows: int) -> Any:
     """The sum of f(micro-batch), a tree of arrays, over the micro-batches that hold tokens."""
     micro, count = micro_batches(batch, micro_rows)
 
-    def at(i):
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro)
+    def value_at(i):
+        return f(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro))
+
+    def add(i, total):
+        return jax.tree.map(jnp.add, total, value_at(i))
 
     if len(micro.tokens) == 1:
-        return f(at(0))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, at(0)))
-    add = lambda i, total: jax.tree.map(jnp.add, total, f(at(i)))  # noqa: E731
+        return value_at(0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_at, 0))
+    # `count` is known only when the step runs. `lax.scan`, whose length is fixed, would spend a
+    # forward and a backward pass on each micro-batch of padding, and packing leaves many of them.
     return jax.lax.fori_loop(0, count, add, zeros)
 
 
 def make_step(
     graphdef, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """`step(state, batch, env_coef, reference=None) -> (state, metric sums)`; donate the state.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`step(state, batch, env_coef, reference=None) -> (state, metrics)`, to be jitted.
 
-    `env_coef` may be a Python number (0 leaves the term out of the program) or traced.
-    `reference` holds the frozen parameters that `loss.kl_coef` pulls towards.
+    `env_coef` may be a Python number (0 leaves the term out of the computation) or traced.
+    `reference` holds the frozen parameters that `loss.kl_coef` pulls towards. `finish_metrics`
+    makes numbers of the metrics.
     """
     temperature = config.policy.temperature
 
@@ -91,7 +102,7 @@ def make_step(
         scores = token_scores(graphdef, params, batch, temperature)
         extra = {'entropy': scores.entropy, 'logprobs_t1': scores.logprobs_t1}
         if config.loss.old_logprobs == 'recomputed':
-            # A batch gets one update: the policy before the step is the one of this forward pass.
+            # A batch gets one update, so the policy before it is the one of this forward pass.
             extra['old_logprobs'] = jax.lax.stop_gradient(scores.logprobs)
         if config.loss.kl_coef:
             extra['reference_logprobs'] = token_scores(
@@ -101,16 +112,14 @@ def make_step(
 
     def step(state: TrainState, batch: Batch, env_coef, reference=None):
         def gradients(micro):
-            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(
-                state.params, micro, env_coef, reference
-            )
-            return grads, sums
+            # The loss is among the metrics too.
+            return jax.grad(loss, has_aux=True)(state.params, micro, env_coef, reference)
 
-        grads, sums = _accumulate(gradients, batch, config.batch.micro_rows)
+        grads, metrics = _sum_over_micro_batches(gradients, batch, config.batch.micro_rows)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        sums['grad_norm'] = optax.global_norm(grads)
-        return TrainState(params, opt_state, state.step + 1), sums
+        metrics['grad_norm'] = total(optax.global_norm(grads))
+        return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
 
@@ -130,17 +139,17 @@ def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
 
 @dataclasses.dataclass(frozen=True)
 class ShardedModel:
-    """The model of a config on a mesh, and its jitted functions."""
+    """The model of a recipe on a mesh, and the jitted functions that take its parameters."""
 
     config: ml_collections.ConfigDict
     model: ModelConfig
     graphdef: nnx.GraphDef
-    abstract: nnx.State  # of the parameters
+    abstract: nnx.State  # shapes, dtypes and logical axes of the parameters
     layout: partition.Layout
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None):
-        """Over `devices`, or all of this machine's; ValueError where the mesh does not divide."""
+        """On `devices`, or on all that there are. Raises ValueError if the mesh does not fit."""
         model = huggingface.recipe_config(config.model)
         graphdef, abstract = model_params.abstract(model)
         layout = sharding.make_layout(config, sharding.make_mesh(config, devices))
@@ -153,17 +162,20 @@ class ShardedModel:
 
     @property
     def placed(self) -> nnx.State:
-        """The shardings of the parameters."""
+        """The parameters' shardings."""
         return sharding.param_shardings(self.abstract, self.layout)
 
     def random_params(self) -> nnx.State:
         def draw() -> nnx.State:
             return nnx.state(self.model.build(nnx.Rngs(self.config.seed)))
 
+        # Drawn in place: the whole model may not fit the memory of one device.
         return jax.jit(draw, out_shardings=self.placed)()
 
     def step(self, optimizer_config: ml_collections.ConfigDict):
-        """(jitted step, abstract state with shardings, function of parameters to a first state)."""
+        """(the jitted step, which donates its state; the abstract state, with shardings; a function
+        from parameters to the first state).
+        """
         optimizer = make_optimizer(optimizer_config)
         init = functools.partial(init_state, optimizer=optimizer)
         shapes = jax.eval_shape(init, self.abstract)
@@ -178,15 +190,14 @@ class ShardedModel:
             in_shardings=(shardings, sharding.batch_sharding(self.mesh), None),
             out_shardings=(shardings, None),
             donate_argnums=0,
-            static_argnums=2,  # env_coef: 0 leaves the environment term out of the program
+            static_argnums=2,  # env_coef: 0 leaves the environment term out of the computation
         )
-        # Placed at once: arrays that lie elsewhere would have the step compiled a second time.
+        # Placed at once: for arrays that lie elsewhere the step would be compiled a second time.
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
 
     def score(self, temperature: float = 1.0) -> Callable:
-        """`make_score`, jitted on the mesh; the result is whole on every device.
-
-        Its batch lies on the host, the same on all of them.
+        """`make_score`, jitted. Takes a batch of NumPy arrays, which every host has made alike; the
+        result is whole on every device.
         """
         score = jax.jit(
             self._laid_out(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
@@ -196,11 +207,16 @@ class ShardedModel:
         return lambda params, batch: score(params, sharding.put_batch(batch, self.mesh))
 
     def serving(self) -> Callable[[nnx.State], nnx.State]:
-        """The parameters in the dtype that the model computes in, as a sampler has them."""
-        cast = lambda params: jax.tree.map(lambda x: x.astype(self.model.dtype), params)  # noqa: E731
+        """Casts parameters to the dtype that the model computes in, as a sampler has them."""
+
+        def cast(params):
+            return jax.tree.map(lambda x: x.astype(self.model.dtype), params)
+
         return jax.jit(cast, out_shardings=self.placed)
 
     def _laid_out(self, f: Callable) -> Callable:
+        """`f`, traced with the layout that the model's sharding constraints refer to."""
+
         @functools.wraps(f)
         def traced(*args):
             with partition.use(self.layout):

@@ -1,4 +1,7 @@
-"""What an episode needs of a policy (DESIGN 3.7): `vllm.py` for GPUs, `jax.py` embedded."""
+"""What an episode needs of a policy (docs/design.md#policy-and-sandbox).
+
+vllm.py samples on GPUs, jax.py in the learner's process, scripted.py replays given replies.
+"""
 
 from typing import NamedTuple, Protocol
 
@@ -15,10 +18,12 @@ class Generation(NamedTuple):
 
 
 class PolicyError(RuntimeError):
-    """The policy itself failed, for good: fatal for its worker, nobody's reward."""
+    """The policy itself failed for good: its worker has to end, and no rollout gets a reward."""
 
 
 class Policy(Protocol):
+    """Whatever samples tokens; one object serves any number of episodes at once."""
+
     async def generate(
         self,
         token_ids: np.ndarray,  # int32 [T], the whole context
@@ -27,4 +32,6 @@ class Policy(Protocol):
         temperature: float,
         seed: int,
         stop_token_ids: tuple[int, ...],
-    ) -> Generation: ...
+    ) -> Generation:
+        """Samples until a stop token or `max_tokens`; the same seed gives the same sample."""
+        ...

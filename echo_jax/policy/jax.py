@@ -1,13 +1,13 @@
-"""The embedded policy: a batched sampler in JAX whose decode batch all running episodes share.
+"""The embedded policy: a sampler in JAX that decodes all running episodes as one batch.
 
-B slots, S cached tokens a slot, C tokens of one prefill, P slots of one prefill, V vocabulary.
+B slots, C tokens of one prefill, P slots of one prefill, V vocabulary.
 
 An episode's keys and values stay in its slot from turn to turn: a request whose context begins with
 what an idle slot has cached takes that slot and prefills only what is new. Shapes are fixed, the
 numbers of a slot depend on its own tokens alone, and a context is prefilled in pieces that are cut
-the same way whatever else runs: so a sample depends on its seed and never on timing, as long as
-there are no more episodes than slots. The device works in a thread, so sandboxes go on meanwhile.
-Sampling on many GPUs is `vllm.py`'s.
+the same way whatever else runs. So a sample depends on its seed and never on timing, as long as
+there are no more episodes than slots. The device works in a thread of its own, so sandboxes run in
+the meantime. This module trains nothing; policy/vllm.py samples on many GPUs.
 """
 
 import asyncio
@@ -23,7 +23,8 @@ from echo_jax.model.attention import Cache
 from echo_jax.model.family import ModelConfig
 from echo_jax.policy import Generation
 
-DECODE_STEPS = 8  # tokens between two looks at the queue
+# All four are shapes of compiled functions, so every request is served without another compilation.
+DECODE_TOKENS = 8  # decoded in a slot between two looks at the queue of requests
 PREFILL_TOKENS = 32  # C
 PREFILL_SLOTS = 8  # P
 MAX_STOP_TOKENS = 4
@@ -31,12 +32,14 @@ MAX_STOP_TOKENS = 4
 
 @dataclasses.dataclass
 class _Request:
+    """One call of `generate` and what was sampled for it so far."""
+
     context: np.ndarray  # int32 [T]
     max_tokens: int
     temperature: float
-    key: np.ndarray  # uint32 [2]
-    stop: np.ndarray  # int32 [MAX_STOP_TOKENS], -1 where unused
-    future: asyncio.Future
+    key: np.ndarray  # uint32 [2], the seed as a threefry key
+    stop: np.ndarray  # int32 [MAX_STOP_TOKENS]; -1, which is no token, fills the rest
+    future: asyncio.Future[None]  # done when finish_reason is set
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: str = ''
@@ -44,32 +47,39 @@ class _Request:
 
 @dataclasses.dataclass
 class _Slot:
-    """`cached` tokens have their keys and values in the cache; `request` is None while idle."""
+    """One row of the cache, and whose it is."""
 
     cached: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
-    request: _Request | None = None
-    last_used: int = 0
+    request: _Request | None = None  # None while the slot is idle
+    last_used: int = 0  # the policy's clock when the slot was last given away
 
 
 class JaxPolicy:
     """Implements `Policy` over a model of any family; `load` gives it weights."""
 
-    def __init__(self, config: ModelConfig, graphdef, *, slots: int, cache_tokens: int):
-        """`slots` episodes keep their caches; `cache_tokens` hold a context and what follows."""
+    def __init__(
+        self, config: ModelConfig, graphdef: nnx.GraphDef, *, slots: int, cache_tokens: int
+    ):
+        """Makes `slots` slots, each with a cache for `cache_tokens` tokens, sampled ones included.
+
+        `graphdef` is the model without its parameters.
+        """
         self._cache_tokens = cache_tokens
         self._slots = [_Slot() for _ in range(slots)]
-        # A prefill writes a whole piece of C tokens, so the last one may reach past the end.
+        # A prefill always writes C tokens. Without room for one more piece, dynamic_update_slice
+        # would move the last piece of a full slot back, over tokens that are needed.
         self._cache = config.init_cache(slots, cache_tokens + PREFILL_TOKENS)
         self._prefill = functools.partial(_prefill, graphdef)
         self._decode = functools.partial(_decode, graphdef)
-        self._params, self._version = None, -1
-        self._next_weights: tuple | None = None
+        self._params: nnx.State | None = None
+        self._version = -1
+        self._next_weights: tuple[nnx.State, int] | None = None
         self._waiting: list[_Request] = []
         self._runner: asyncio.Task | None = None
-        self._clock = 0
+        self._clock = 0  # counts admitted requests
 
     async def load(self, params: nnx.State, version: int) -> None:
-        """Takes new weights once the running generations have ended; every cache is dropped."""
+        """Takes new weights once the running generations have ended, and drops every cache."""
         self._next_weights = (params, version)
         while self._next_weights is not None:
             self._start_runner()
@@ -84,10 +94,11 @@ class JaxPolicy:
         seed: int,
         stop_token_ids: tuple[int, ...],
     ) -> Generation:
-        """Samples until a stop token, which is in the result, or `max_tokens`.
+        """Samples until a stop token, which is in the result, or until `max_tokens`.
 
         Temperature 0 is greedy, with the log-probabilities of temperature 1. Raises ValueError for
-        an empty context, one that cannot fit the cache, and too many stop tokens.
+        an empty context, one that cannot fit the cache, and too many stop tokens. Raises
+        RuntimeError if the sampler failed, for whichever request.
         """
         context = np.asarray(token_ids, np.int32)
         if not 0 < len(context) <= len(context) + max_tokens <= self._cache_tokens:
@@ -96,7 +107,10 @@ class JaxPolicy:
                 f'cache of {self._cache_tokens} tokens; raise protocol.max_total_tokens'
             )
         if len(stop_token_ids) > MAX_STOP_TOKENS:
-            raise ValueError(f'{len(stop_token_ids)} stop tokens; at most {MAX_STOP_TOKENS}')
+            raise ValueError(
+                f'{len(stop_token_ids)} stop tokens, expected at most {MAX_STOP_TOKENS}; '
+                'raise MAX_STOP_TOKENS'
+            )
         stop = np.full(MAX_STOP_TOKENS, -1, np.int32)
         stop[: len(stop_token_ids)] = stop_token_ids
         key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
@@ -117,7 +131,7 @@ class JaxPolicy:
             self._runner = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        """Admits, advances and delivers until nothing is left; a failure goes to every request."""
+        """Serves requests until none is left. If it fails, every request gets an error."""
         try:
             while True:
                 self._admit()
@@ -129,9 +143,11 @@ class JaxPolicy:
                     request = slot.request
                     if request.finish_reason and not request.future.done():
                         request.future.set_result(None)
-                    if request.future.done():  # delivered, or cancelled by its episode
+                    if request.future.done():  # delivered now, or cancelled by its episode
                         slot.request = None
         except BaseException as error:
+            # Nothing else would wake the waiting episodes, and what a call that failed midway left
+            # in the cache is not to be trusted.
             failed = [slot.request for slot in self._slots if slot.request] + self._waiting
             self._waiting = []
             self._next_weights = None
@@ -145,6 +161,7 @@ class JaxPolicy:
             raise
 
     def _admit(self) -> None:
+        """Gives idle slots to waiting requests; new weights first, once every slot is idle."""
         busy = any(slot.request for slot in self._slots)
         if self._next_weights is not None:
             if busy:
@@ -162,72 +179,103 @@ class JaxPolicy:
             request = self._waiting.pop(0)
             if request.future.done():
                 continue
-            slot = max(idle, key=lambda s: (_begins(request.context, s.cached), -s.last_used))
-            slot.cached = slot.cached[: _begins(request.context, slot.cached)]
+            # The slot with most of this context cached: its episode's own, if nobody took it. Among
+            # equals the one that was idle longest, whose episode has most likely ended.
+            slot = max(idle, key=lambda s: (_usable(s.cached, request.context), -s.last_used))
+            slot.cached = slot.cached[: _usable(slot.cached, request.context)]
             self._clock += 1
             slot.request, slot.last_used = request, self._clock
 
     def _advance(self) -> None:
         """Prefills what is missing, then decodes a few tokens in every busy slot."""
-        while pending := [
-            (i, slot)
-            for i, slot in enumerate(self._slots)
-            if slot.request and len(slot.cached) < len(slot.request.context) - 1
-        ]:
+        pending = self._pending()
+        while pending:
             self._prefill_piece(pending[:PREFILL_SLOTS])
+            pending = self._pending()
         self._decode_some()
 
-    def _prefill_piece(self, pending: list[tuple[int, _Slot]]) -> None:
-        # A lane without a request names a slot that does not exist: its write is dropped.
+    def _pending(self) -> list[int]:
+        """The slots that lack keys and values of their context.
+
+        They need all tokens but the last, which is decode's first input: its logits are wanted.
+        """
+        return [
+            i
+            for i, slot in enumerate(self._slots)
+            if slot.request and len(slot.cached) < len(slot.request.context) - 1
+        ]
+
+    def _prefill_piece(self, pending: list[int]) -> None:
+        """Prefills the next piece of at most P slots.
+
+        Pieces are cut by the slot's own tokens alone, never to fill the batch: the sums of another
+        cut would round differently, and the same seed could give another sample.
+        """
+        # A lane without a request names a slot that does not exist, so that its write is dropped.
         index = np.full(PREFILL_SLOTS, len(self._slots), np.int32)
         tokens = np.zeros((PREFILL_SLOTS, PREFILL_TOKENS), np.int32)
         start = np.zeros(PREFILL_SLOTS, np.int32)
-        for lane, (i, slot) in enumerate(pending):
-            # The context's last token is decode's first input.
+        for lane, i in enumerate(pending):
+            slot = self._slots[i]
             piece = slot.request.context[:-1][len(slot.cached) :][:PREFILL_TOKENS]
             index[lane], start[lane] = i, len(slot.cached)
+            # A short piece is followed by zeros. Their keys and values lie past `cached`, where
+            # causal attention does not reach before the real tokens overwrite them.
             tokens[lane, : len(piece)] = piece
             slot.cached = slot.request.context[: len(slot.cached) + len(piece)]
         self._cache = self._prefill(self._params, self._cache, index, tokens, start)
 
     def _decode_some(self) -> None:
+        """Decodes up to DECODE_TOKENS tokens in every busy slot.
+
+        Idle slots are computed too, since the batch has one shape. They have no tokens remaining,
+        and write at their first free position, where no cached token is lost.
+        """
         size = len(self._slots)
-        tokens, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        remaining, temperature = np.zeros(size, np.int32), np.ones(size, np.float32)
-        keys, stop = np.zeros((size, 2), np.uint32), np.full((size, MAX_STOP_TOKENS), -1, np.int32)
-        for i, slot in enumerate(self._slots):
-            # An idle slot writes at its first free position, where nothing is lost.
-            positions[i] = len(slot.cached)
-            if request := slot.request:
-                tokens[i] = request.tokens[-1] if request.tokens else request.context[-1]
-                remaining[i] = request.max_tokens - len(request.tokens)
-                temperature[i], keys[i], stop[i] = request.temperature, request.key, request.stop
+        tokens, remaining = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        temperature, keys = np.ones(size, np.float32), np.zeros((size, 2), np.uint32)
+        stop = np.full((size, MAX_STOP_TOKENS), -1, np.int32)
+        positions = np.array([len(slot.cached) for slot in self._slots], np.int32)
+        busy = [(i, slot, slot.request) for i, slot in enumerate(self._slots) if slot.request]
+        for i, _, request in busy:
+            tokens[i] = request.tokens[-1] if request.tokens else request.context[-1]
+            remaining[i] = request.max_tokens - len(request.tokens)
+            temperature[i], keys[i], stop[i] = request.temperature, request.key, request.stop
         self._cache, out_tokens, out_logprobs = self._decode(
             self._params, self._cache, tokens, positions, remaining, temperature, keys, stop
         )
         out_tokens, out_logprobs = np.asarray(out_tokens), np.asarray(out_logprobs)
-        for i, slot in enumerate(self._slots):
-            if request := slot.request:
-                count = int((out_tokens[:, i] >= 0).sum())
-                fed = [tokens[i], *out_tokens[: count - 1, i]] if count else []
-                slot.cached = np.concatenate([slot.cached, np.array(fed, np.int32)])
-                request.tokens += out_tokens[:count, i].tolist()
-                request.logprobs += out_logprobs[:count, i].tolist()
-                if request.tokens and request.tokens[-1] in request.stop:
-                    request.finish_reason = 'stop'
-                elif len(request.tokens) == request.max_tokens:
-                    request.finish_reason = 'length'
+        for i, slot, request in busy:
+            count = int((out_tokens[:, i] >= 0).sum())
+            # What was fed is cached: the input token and all that was sampled but the last token.
+            fed = [tokens[i], *out_tokens[: count - 1, i]] if count else []
+            slot.cached = np.concatenate([slot.cached, np.array(fed, np.int32)])
+            request.tokens += out_tokens[:count, i].tolist()
+            request.logprobs += out_logprobs[:count, i].tolist()
+            if request.tokens and request.tokens[-1] in request.stop:
+                request.finish_reason = 'stop'
+            elif len(request.tokens) == request.max_tokens:
+                request.finish_reason = 'length'
 
 
-def _begins(context: np.ndarray, cached: np.ndarray) -> int:
-    """How many cached tokens the context can use: all where it goes on from them, else 0."""
+def _usable(cached: np.ndarray, context: np.ndarray) -> int:
+    """How many cached tokens the context can use: all if it goes on from them, else 0.
+
+    A shorter common beginning is not used. It depends on whose episode had the slot before, and so
+    would the pieces that the rest is cut into. One token has to be left as decode's first input.
+    """
     n = len(cached)
     return n if n < len(context) and np.array_equal(context[:n], cached) else 0
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(graphdef, params, cache: Cache, index_P, tokens_PC, start_P) -> Cache:
+    """The cache with the keys and values of C tokens more in P of its B slots, from `start_P` on.
+
+    The cache is donated, so that the largest array of all is never in memory twice.
+    """
     model = nnx.merge(graphdef, params)
+    # An index past the last slot reads some slot (clip) but writes none (drop).
     rows = jax.tree.map(lambda x: x.at[index_P].get(mode='clip'), cache)
     positions_PC = start_P[:, None] + jnp.arange(tokens_PC.shape[1])
     _, rows = model.extend(tokens_PC, positions_PC, rows)
@@ -236,30 +284,40 @@ def _prefill(graphdef, params, cache: Cache, index_P, tokens_PC, start_P) -> Cac
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(graphdef, params, cache, tokens_B, positions_B, remaining_B, temperature_B, keys, stop):
-    """Up to DECODE_STEPS tokens a slot: (cache, tokens [steps, B], -1 past the end, logprobs)."""
+    """Up to DECODE_TOKENS tokens a slot, at most `remaining_B`, until one of its `stop` tokens.
+
+    tokens_B, int32, is fed first, at positions_B. keys is uint32 [B, 2], stop int32 [B, stops].
+    Returns (cache, tokens int32 [DECODE_TOKENS, B] with -1 after a slot's end, logprobs float32 of
+    the same shape, in nats).
+    """
     model = nnx.merge(graphdef, params)
     greedy_B = temperature_B == 0
     scale_B = jnp.where(greedy_B, 1.0, temperature_B)
     size = tokens_B.shape[0]
 
     def going_on(carry):
-        step, *_, remaining_B = carry
-        return (step < DECODE_STEPS) & (remaining_B > 0).any()
+        count, *_, remaining_B = carry
+        return (count < DECODE_TOKENS) & (remaining_B > 0).any()
 
     def advance(carry):
-        step, cache, out_tokens, out_logprobs, tokens_B, positions_B, remaining_B = carry
+        count, cache, out_tokens, out_logprobs, tokens_B, positions_B, remaining_B = carry
         hidden, cache = model.extend(tokens_B[:, None], positions_B[:, None], cache)
+        # float32 whatever the model computes in: the learner's log-probabilities are compared with
+        # these, and in bfloat16 rounding alone would move their ratio away from 1.
         logits_BV = hidden[:, 0].astype(jnp.float32) @ model.unembedding.T / scale_B[:, None]
+        # The Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample of their softmax.
         noise_BV = jax.vmap(_gumbel, (0, 0, None))(keys, positions_B, logits_BV.shape[1])
         noise_BV = jnp.where(greedy_B[:, None], 0.0, noise_BV)
         sampled_B = jnp.argmax(logits_BV + noise_BV, axis=-1).astype(jnp.int32)
         logprobs_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), sampled_B[:, None], 1)[:, 0]
+        # A slot that has ended goes on being computed with the others. Its position and its input
+        # stand still, so what it writes stays past its last token.
         active_B = remaining_B > 0
-        out_tokens = out_tokens.at[step].set(jnp.where(active_B, sampled_B, -1))
-        out_logprobs = out_logprobs.at[step].set(jnp.where(active_B, logprobs_B, 0.0))
+        out_tokens = out_tokens.at[count].set(jnp.where(active_B, sampled_B, -1))
+        out_logprobs = out_logprobs.at[count].set(jnp.where(active_B, logprobs_B, 0.0))
         stopped_B = (sampled_B[:, None] == stop).any(-1)
         return (
-            step + 1,
+            count + 1,
             cache,
             out_tokens,
             out_logprobs,
@@ -268,14 +326,18 @@ def _decode(graphdef, params, cache, tokens_B, positions_B, remaining_B, tempera
             jnp.where(stopped_B, 0, remaining_B - active_B),
         )
 
-    out_tokens = jnp.full((DECODE_STEPS, size), -1, jnp.int32)
-    out_logprobs = jnp.zeros((DECODE_STEPS, size), jnp.float32)
+    out_tokens = jnp.full((DECODE_TOKENS, size), -1, jnp.int32)
+    out_logprobs = jnp.zeros((DECODE_TOKENS, size), jnp.float32)
     carry = (0, cache, out_tokens, out_logprobs, tokens_B, positions_B, remaining_B)
     _, cache, out_tokens, out_logprobs, *_ = jax.lax.while_loop(going_on, advance, carry)
     return cache, out_tokens, out_logprobs
 
 
 def _gumbel(key, position, size: int):
-    """Noise [V] of one position of one request: a function of its seed and the position alone."""
+    """Noise float32 [V] of one position: a function of the request's seed and the position alone.
+
+    A running random state would make a sample depend on how often its slot was decoded, and so on
+    what else ran.
+    """
     key = jax.random.wrap_key_data(key, impl='threefry2x32')
     return jax.random.gumbel(jax.random.fold_in(key, position), (size,))

@@ -1,6 +1,6 @@
-"""A policy that says what it was told to: warm-start solutions, exploration, tests.
+"""A policy that replays given replies, for warm-start solutions, exploration and tests.
 
-Samples nothing and has no weights; its log-probabilities are 0 and its version is 0.
+It samples nothing and has no weights; its log-probabilities are 0 and its version is 0.
 """
 
 import numpy as np
@@ -10,17 +10,20 @@ from echo_jax.policy import Generation
 
 
 class ScriptedPolicy:
-    """Gives replies[n] in turn n, special tokens recognised, and the turn's end.
+    """Gives replies[n] in turn n, with special tokens recognised, and ends the turn.
 
-    It keeps no count: the turn is read off the context, so one object serves any number of
-    episodes at once, and a retried one starts over.
+    It keeps no count but reads the turn off the context, so one object serves any number of
+    episodes at once, and one that is tried again starts over.
 
     Raises ValueError for a reply that would open a turn itself.
     """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, replies: list[str]):
-        if opening := [reply for reply in replies if '<|im_start|>' in reply]:
-            raise ValueError(f'a reply holds <|im_start|>, which would open a turn: {opening[0]!r}')
+        for reply in replies:
+            if '<|im_start|>' in reply:
+                raise ValueError(
+                    f'a reply holds <|im_start|>, which would open a turn: {reply!r}; take it out'
+                )
         self._replies = [
             tokenizer.encode(reply + '<|im_end|>', add_special_tokens=False) for reply in replies
         ]
@@ -35,7 +38,7 @@ class ScriptedPolicy:
         seed: int,
         stop_token_ids: tuple[int, ...],
     ) -> Generation:
-        """Raises ValueError after the last reply. temperature and seed change nothing."""
+        """Ignores temperature, seed and stop tokens; raises ValueError after the last reply."""
         del temperature, seed, stop_token_ids
         context = np.asarray(token_ids)
         width = len(self._turn_opening)

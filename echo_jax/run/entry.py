@@ -1,6 +1,7 @@
-"""The entry of every program: flags in, an exit code out, an expected error as one line.
+"""The entry of every program: from its flags to its exit code.
 
-It knows no program; what a program expects to go wrong besides EXPECTED, it says itself.
+It turns an expected error into one line on stderr, and signals into a request to stop. It knows no
+program: what a program expects to go wrong besides EXPECTED, the program says itself.
 """
 
 import asyncio
@@ -17,11 +18,12 @@ from absl import app, flags
 from echo_jax.sandbox import SandboxError
 from echo_jax.store.kvstore import MissingError
 
-# transformers says at import that there is no PyTorch; nothing here wants it.
+# When transformers is imported it says that there is no PyTorch; nothing here wants PyTorch.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 EXPECTED = (ValueError, OSError, FloatingPointError, SandboxError, MissingError)
-# What absl and ml_collections raise while they parse; a key that a config lacks is any of the last.
+# What absl and ml_collections raise while they parse flags. A flag that names no key of the config
+# raises one of the last three.
 _FLAG_ERRORS = (flags.Error, ValueError, OSError, SyntaxError)
 _KEY_ERRORS = (AttributeError, LookupError, TypeError)
 
@@ -29,8 +31,8 @@ _KEY_ERRORS = (AttributeError, LookupError, TypeError)
 def run(main: Callable[[Sequence[str]], None], *expected: type[Exception]) -> None:
     """Parses the flags, runs `main(argv)` and ends the process.
 
-    A wrong flag, Ctrl-C, and an error of EXPECTED or `expected`, alone or out of a task group, are
-    one line on stderr and exit code 1. `--traceback` shows where an error came from instead.
+    A wrong flag, Ctrl-C, and an error of EXPECTED or `expected`, alone or in an exception group,
+    become one line on stderr and exit code 1. `--traceback` shows where an error came from instead.
     """
     flags.DEFINE_bool('traceback', False, 'Show where an error came from.')
 
@@ -42,7 +44,7 @@ def run(main: Callable[[Sequence[str]], None], *expected: type[Exception]) -> No
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey; only newlines stay."""
+    """`text` with every character that a terminal would obey replaced; newlines stay."""
     return ''.join(c if c.isprintable() or c == '\n' else '\N{REPLACEMENT CHARACTER}' for c in text)
 
 
@@ -52,11 +54,11 @@ def _parse(argv: list[str]) -> list[str]:
     except (*_FLAG_ERRORS, *_KEY_ERRORS) as error:
         if '--traceback' in argv:
             raise
-        # Their messages may hold a whole traceback; the last line says it.
+        # The message may hold a whole traceback; its last line says what was wrong.
         reason = str(error).strip().rpartition('\n')[2].strip()
         if isinstance(error, _KEY_ERRORS):
             given = ' '.join(argument for argument in argv if argument.startswith('--config.'))
-            if not given:  # the recipe's own mistake
+            if not given:  # the recipe itself is wrong
                 raise
             reason = f'{given} names no key of the config: {_innermost(error)}'
         sys.exit(f'error: {printable(reason)}')
@@ -67,9 +69,10 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _innermost(error: Exception) -> str:
     """The words of an error that was raised with another error as its message."""
-    while isinstance(error, Exception):
-        error = error.args[0] if error.args else ''
-    return ' '.join(str(error).split())
+    words: object = error
+    while isinstance(words, Exception):
+        words = words.args[0] if words.args else ''
+    return ' '.join(str(words).split())
 
 
 @contextlib.contextmanager
@@ -79,7 +82,7 @@ def _one_line(*expected: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit('stopped')
     except (*expected, ExceptionGroup) as error:
-        cause = error
+        cause: Exception = error
         while isinstance(cause, ExceptionGroup):  # the first of the tasks that failed
             cause = cause.exceptions[0]
         if flags.FLAGS.traceback or not isinstance(cause, expected):
@@ -89,28 +92,30 @@ def _one_line(*expected: type[Exception]) -> Iterator[None]:
 
 
 class Stopped(Exception):
-    """Asked to stop by Ctrl-C or SIGTERM: raised where the state is whole."""
+    """The program was asked to stop. It is raised at a point where the state is whole."""
 
 
 class Stop:
-    """Turns signals into a request that the program answers between steps and while it waits."""
+    """Turns Ctrl-C and SIGTERM into a request, which the program answers when it can."""
 
-    def __init__(self):
-        self.requested, self._cancel = False, None
+    def __init__(self) -> None:
+        self.requested = False
+        self._cancel: Callable[[], object] | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
-    def _on_signal(self, *_):
+    def _on_signal(self, *_) -> None:
         self.requested = True
         if self._cancel:
             self._cancel()
 
     def check(self) -> None:
+        """Raises Stopped if a stop was requested."""
         if self.requested:
             raise Stopped
 
     def run(self, work: Coroutine) -> None:
-        """Runs `work` to its end, or cancels it, sandboxes included, and raises Stopped."""
+        """Runs `work` to its end. If a stop is requested, cancels it and raises Stopped."""
 
         async def cancellable():
             task = asyncio.ensure_future(work)
@@ -133,7 +138,7 @@ class Stop:
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds that a run has taken, those before a resume included."""
+    """Counts the seconds that a run has taken, including those before it was resumed."""
 
     started: float = dataclasses.field(default_factory=time.monotonic)
     before: float = 0.0

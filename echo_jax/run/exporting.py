@@ -17,7 +17,7 @@ from echo_jax.run.workdir import Workdir
 def saved_params(
     checkpointer: Checkpointer, abstract: nnx.State, step: int
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Flat name and array of every parameter of a checkpoint, read as they are asked for."""
+    """Yields the flat name and array of every parameter of a checkpoint; reads one at a time."""
     leaves = nnx.to_flat_state(abstract)
     with Progress('arrays', len(leaves)) as progress:
         for done, (path, leaf) in enumerate(leaves, start=1):
@@ -28,12 +28,16 @@ def saved_params(
 
 
 def export_run(work: Workdir, step: int | None, output: str, dtype: str, shard_bytes: int) -> int:
-    """Writes the directory, in what the run computes in unless `dtype` is given; its step."""
+    """Writes the model directory `output` and returns the step that was written.
+
+    step: a saved step; None is the last. dtype: of the tensors; empty is the run's `model.dtype`.
+    """
     path = work.config.model.path
     config = huggingface.recipe_config(work.config.model)
     _, abstract = model_params.abstract(config)
     checkpointer, step = open_saved(work.url('checkpoints', 'train'), step)
-    generation = pathlib.Path(path) / 'generation_config.json'
+    file = pathlib.Path(path, 'generation_config.json')
+    generation = json.loads(file.read_text()) if path and file.exists() else None
     huggingface.write_model(
         output,
         saved_params(checkpointer, abstract, step),
@@ -41,9 +45,7 @@ def export_run(work: Workdir, step: int | None, output: str, dtype: str, shard_b
         work.tokenizer(),
         dtype=dtype or config.dtype,
         shard_bytes=shard_bytes,
-        generation_config=json.loads(generation.read_text())
-        if path and generation.exists()
-        else None,
+        generation_config=generation,
     )
     checkpointer.close()
     return step

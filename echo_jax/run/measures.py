@@ -1,8 +1,9 @@
 """What a set of rollouts says of a policy: solve rate, pass@k, environment cross-entropy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import ml_collections
 import numpy as np
 
 from echo_jax.learner import batching
@@ -20,14 +21,30 @@ def pass_at_k(solved: Sequence[bool], k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def env_ce(score, params, rollouts: Sequence[Rollout], config) -> dict[str, float]:
-    """Mean of -log p at temperature 1, nats a token, over the environment's tokens, and per role.
+def pass_rates(results: Sequence[dict], samples: int) -> dict[str, float]:
+    """{'1': pass@1, '2': pass@2, '4': ...}, in powers of two up to `samples`, means over tasks.
 
-    `score(params, batch) -> [R, T]` is `learner.step.make_score`'s. The mean is over the tokens of
-    `loss.targets` of all the rollouts; a role that none of them has is left out.
+    `results` hold 'task_id' and 'correct', one for each of the `samples` samples of every task.
+    """
+    by_task: dict[str, list[bool]] = {}
+    for result in results:
+        by_task.setdefault(result['task_id'], []).append(result['correct'])
+    ks = [2**i for i in range(samples.bit_length())]
+    return {str(k): float(np.mean([pass_at_k(s, k) for s in by_task.values()])) for k in ks}
+
+
+def env_ce(
+    score: Callable, params, rollouts: Sequence[Rollout], config: ml_collections.ConfigDict
+) -> dict[str, float]:
+    """The mean of -log p at temperature 1 over environment tokens, in nats a token.
+
+    `score(params, batch) -> [R, T]` is what `learner.step.make_score` makes. 'all' is the mean over
+    the tokens of `loss.targets` in all rollouts; the other keys are the roles of these tokens in
+    lower case. A role that no rollout has is left out.
     """
     roles = ENV_TARGETS[config.loss.targets]
-    sums, counts = {role: 0.0 for role in roles}, {role: 0 for role in roles}
+    sums = dict.fromkeys(roles, 0.0)
+    counts = dict.fromkeys(roles, 0)
     size = config.batch.groups * config.group_size
     for start in range(0, len(rollouts), size):
         batch = batching.make_supervised_batch(rollouts[start : start + size], config, roles)
@@ -41,10 +58,13 @@ def env_ce(score, params, rollouts: Sequence[Rollout], config) -> dict[str, floa
     return {'all': sum(sums.values()) / total, **means}
 
 
-def summarize(results: list[dict], samples: int) -> dict[str, float]:
-    """{'1': pass@1, '2': ..., up to the samples a task has, in powers of two}."""
-    by_task: dict[str, list[bool]] = {}
-    for result in results:
-        by_task.setdefault(result['task_id'], []).append(result['correct'])
-    ks = [2**i for i in range(samples.bit_length())]
-    return {str(k): float(np.mean([pass_at_k(s, k) for s in by_task.values()])) for k in ks}
+def seconds_under_time(values: dict[str, float]) -> dict[str, float]:
+    """The metrics with `rollout/seconds_NAME` renamed to `time/episode_NAME`.
+
+    Seconds differ from run to run; everything outside `time/` repeats exactly.
+    """
+    mark = 'rollout/seconds_'
+    return {
+        f'time/episode_{name.removeprefix(mark)}' if name.startswith(mark) else name: value
+        for name, value in values.items()
+    }

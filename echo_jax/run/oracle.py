@@ -1,6 +1,6 @@
-"""Agents without a model: the oracle runs each task's own solution, the nop does nothing.
+"""Agents without a model: 'oracle' runs each task's own solution, 'nop' does nothing.
 
-The one must earn the reward and the other must not, or something is wrong with the task.
+The oracle must earn the reward and the nop must not, or something is wrong with the task.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import ml_collections
+import tenacity
 
 from echo_jax.agent.verifier import verify
 from echo_jax.run import entry
@@ -22,20 +23,20 @@ _SHOWN = 20  # failures that are listed
 
 
 class Outcome(NamedTuple):
-    """What one sample of an agent without a model came to."""
+    """How one sample of an agent without a model ended."""
 
     task_id: str
     sample_id: int
     reward: float
     status: Status
-    reason: str = ''  # one line, of an INFRA_ERROR
+    reason: str = ''  # one line that explains an INFRA_ERROR
 
 
 async def run_solution(task: Task, sandbox: Sandbox, oracle: bool) -> tuple[float, Status]:
     """Reward and status of a task's own solution, or of nothing at all, in a fresh sandbox.
 
-    As Harbor has it, the solution has the agent's time, and is verified when that is over too.
-    Raises ValueError where there is no solution, SandboxError where the sandbox fails.
+    As in Harbor, the solution has the agent's time, and is verified even if it takes longer. Raises
+    ValueError if there is no solution, SandboxError if the sandbox fails.
     """
     solution = task.path / 'solution' / 'solve.sh'
     if oracle and not solution.is_file():
@@ -62,10 +63,10 @@ async def run_without_model(
     samples: int = 1,
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """The outcomes of oracle or nop, task by task; `at_once` sandboxes live at one time.
+    """The outcomes of oracle or nop, task by task; at most `at_once` sandboxes live at one time.
 
-    A task whose sandboxes fail, or which they refuse, is an INFRA_ERROR with a reason, and the
-    others go on.
+    A task that the sandboxes refuse, or whose sandboxes fail several times, is an INFRA_ERROR with
+    a reason; the other tasks go on.
     """
     sandboxes = asyncio.Semaphore(at_once)
 
@@ -83,55 +84,56 @@ async def run_without_model(
 async def _outcome(
     task: Task, sample_id: int, make_sandbox: Callable[[Task], Sandbox], oracle: bool
 ) -> Outcome:
-    for _ in range(_TRIES):
-        try:
-            reward, status = await run_solution(task, make_sandbox(task), oracle)
-            return Outcome(task.task_id, sample_id, reward, status)
-        except SandboxError as error:
-            reason = str(error)
-        except ValueError as error:  # the task is at fault: no other sandbox will take it
-            reason = str(error)
-            break
-    reason = entry.printable(' '.join(reason.split()))
-    return Outcome(task.task_id, sample_id, 0.0, Status.INFRA_ERROR, reason)
+    # Only SandboxError is tried again: after a ValueError no other sandbox will take the task.
+    @tenacity.retry(
+        stop=tenacity.stop_after_attempt(_TRIES),
+        retry=tenacity.retry_if_exception_type(SandboxError),
+        reraise=True,
+    )
+    async def in_a_fresh_sandbox() -> tuple[float, Status]:
+        return await run_solution(task, make_sandbox(task), oracle)
+
+    try:
+        reward, status = await in_a_fresh_sandbox()
+    except (SandboxError, ValueError) as error:
+        reason = entry.printable(' '.join(str(error).split()))
+        return Outcome(task.task_id, sample_id, 0.0, Status.INFRA_ERROR, reason)
+    return Outcome(task.task_id, sample_id, reward, status)
 
 
-def watched(
+def run_agent(
     stop: entry.Stop,
     tasks: Sequence[Task],
     config: ml_collections.ConfigDict,
     agent: str,
     samples: int = 1,
 ) -> list[Outcome]:
-    """`run_without_model` of 'oracle' or 'nop' with the config's sandboxes, behind a bar."""
+    """The outcomes of 'oracle' or 'nop' in the config's sandboxes, with a progress bar."""
     outcomes: list[Outcome] = []
-    ended = rewards = 0
 
     def on_outcome(outcome: Outcome) -> None:
-        nonlocal ended, rewards
-        ended, rewards = ended + 1, rewards + outcome.reward
-        bar.show(ended, reward=rewards / ended)
+        outcomes.append(outcome)
+        progress.show(len(outcomes), reward=sum(o.reward for o in outcomes) / len(outcomes))
 
     async def run() -> None:
-        outcomes.extend(
-            await run_without_model(
-                tasks,
-                make_sandbox,
-                oracle=agent == 'oracle',
-                at_once=config.sandbox.at_once,
-                samples=samples,
-                on_outcome=on_outcome,
-            )
+        ordered = await run_without_model(
+            tasks,
+            make_sandbox,
+            oracle=agent == 'oracle',
+            at_once=config.sandbox.at_once,
+            samples=samples,
+            on_outcome=on_outcome,
         )
+        outcomes[:] = ordered
 
     sandboxes = contextlib.closing(sandbox_maker(config))
-    with Progress(agent, len(tasks) * samples) as bar, sandboxes as make_sandbox:
+    with Progress(agent, len(tasks) * samples) as progress, sandboxes as make_sandbox:
         stop.run(run())
     return outcomes
 
 
 def faults(outcomes: Sequence[Outcome], agent: str) -> dict[str, str]:
-    """What is wrong with a task, by its id, where its oracle or its nop did not as it should."""
+    """What is wrong with each task whose oracle or nop did not end as it should, by task id."""
     wrong = {}
     for outcome in outcomes:
         if outcome.status == Status.INFRA_ERROR:
@@ -144,6 +146,7 @@ def faults(outcomes: Sequence[Outcome], agent: str) -> dict[str, str]:
 
 
 def show_failures(failures: dict[str, str]) -> None:
+    """Prints the first failures, a line each, and how many more there are."""
     for task_id, reason in list(failures.items())[:_SHOWN]:
         CONSOLE.print(entry.printable(f'{task_id}: {reason}'), style='red', markup=False)
     if len(failures) > _SHOWN:

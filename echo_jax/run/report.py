@@ -3,6 +3,7 @@
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import rich.console
@@ -12,9 +13,11 @@ import rich.text
 import transformers
 
 from echo_jax.run.entry import printable
-from echo_jax.types import Role, Rollout
+from echo_jax.run.workdir import Workdir, write_whole
+from echo_jax.types import SOLVED_REWARD, Role, Rollout
 
 CONSOLE = rich.console.Console(highlight=False)
+_LINE_SECONDS = 10.0  # between two lines of progress, if there is no terminal
 _STYLES = {
     Role.PROMPT: 'dim',
     Role.ACTION: 'bold green',
@@ -29,12 +32,12 @@ _STYLES = {
 class Metrics:
     """metrics.jsonl, one object a step, and the same numbers as TensorBoard events.
 
-    `resume(step)` takes back what a killed run wrote after the checkpoint that it goes on from.
+    `resume(step)` drops what a killed run wrote after the checkpoint that it goes on from.
     """
 
     def __init__(self, workdir: pathlib.Path, name: str = 'metrics.jsonl', writes: bool = True):
         """writes: False in all processes of a learner but one."""
-        import tensorboardX  # takes in PyTorch where that is installed: seconds, for every program
+        import tensorboardX  # it loads PyTorch if that is installed, which takes seconds
 
         self._file, self._writes = workdir / name, writes
         folder = str(workdir / 'tensorboard')
@@ -47,16 +50,14 @@ class Metrics:
         return [json.loads(line) for line in lines if line.endswith('\n')]
 
     def resume(self, step: int) -> None:
-        if not self._writes:
-            return
-        kept = [json.dumps(row) + '\n' for row in self.rows() if row['step'] <= step]
-        partial = self._file.with_suffix('.partial')
-        partial.write_text(''.join(kept))
-        partial.rename(self._file)
+        if self._writes:
+            kept = [json.dumps(row) + '\n' for row in self.rows() if row['step'] <= step]
+            write_whole(self._file, ''.join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Raises FloatingPointError for what is not finite: no run goes on from there."""
-        if wrong := [name for name, value in values.items() if not np.isfinite(value)]:
+        """Raises FloatingPointError for a value that is not finite: no run goes on from there."""
+        wrong = [name for name, value in values.items() if not np.isfinite(value)]
+        if wrong:
             raise FloatingPointError(
                 f'step {step}: {", ".join(wrong)} not finite; lower the learning rate or look at '
                 'what this step read, then run again: it resumes at the last checkpoint'
@@ -67,18 +68,21 @@ class Metrics:
             file.write(json.dumps({'step': step, **values}) + '\n')
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-        self._events.flush()  # else minutes later, and a run in a bucket is copied there as it is
+        self._events.flush()  # now: a run in a bucket copies the file as it is
 
     def close(self) -> None:
         self._events.close()
 
 
 class Progress:
-    """A bar with the newest numbers and the time left; a line a while where no terminal is."""
+    """A progress bar with the newest numbers and the time left.
+
+    Without a terminal it prints a line every ten seconds instead.
+    """
 
     def __init__(self, title: str, total: int, done: int = 0):
         self._title, self._total, self._start, self._done = title, total, time.monotonic(), done
-        self._last_line = self._start  # the first estimate is no estimate
+        self._last_line = self._start  # no line at once: the first estimate would be worth nothing
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn('[bold]{task.description}'),
             rich.progress.BarColumn(bar_width=24),
@@ -91,19 +95,20 @@ class Progress:
         )
         self._task = self._bar.add_task(title, total=total, completed=done, numbers='')
 
-    def __enter__(self):
+    def __enter__(self) -> 'Progress':
         self._bar.start()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         self._bar.stop()
 
     def show(self, done: int, **numbers: float) -> None:
-        """`done` of the total are done; `numbers` stand beside the bar."""
+        """Shows that `done` of the total are done, and `numbers` beside the bar."""
         text = '  '.join(f'{name} {value:.3g}' for name, value in numbers.items())
         self._bar.update(self._task, completed=done, numbers=text)
         now = time.monotonic()
-        if not CONSOLE.is_terminal and (now - self._last_line > 10 or done == self._total):
+        due = now - self._last_line > _LINE_SECONDS or done == self._total
+        if due and not CONSOLE.is_terminal:
             self._last_line = now
             left = (now - self._start) / max(done - self._done, 1) * (self._total - done)
             CONSOLE.print(f'{self._title} {done}/{self._total}  {text}  left {left:.0f} s')
@@ -113,10 +118,39 @@ def heading(text: str) -> None:
     CONSOLE.print(printable(text), style='bold', markup=False)
 
 
-def before_and_after(summary: dict) -> None:
+def results(
+    work: Workdir,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    metrics: Metrics,
+    summary: dict[str, float],
+    after: Sequence[Rollout],
+) -> None:
+    """Writes summary.json and curves.png, and shows a solved rollout and the table.
+
+    after: the held-out rollouts of the last weights.
+    """
+    write_whole(work.path / 'summary.json', json.dumps(summary, indent=1))
+    before_and_after = [
+        {
+            'step': step,
+            'eval/solve_rate': summary[f'solve_rate_{when}'],
+            'eval/env_ce': summary[f'env_ce_{when}'],
+        }
+        for step, when in ((0, 'before'), (summary['steps'], 'after'))
+    ]
+    curves(work.path / 'curves.png', [before_and_after[0], *metrics.rows(), before_and_after[1]])
+    work.share('metrics.jsonl', 'tensorboard', 'curves.png', 'summary.json')
+    solved = [r for r in after if r.reward >= SOLVED_REWARD]
+    if solved:
+        show_rollout(tokenizer, solved[0])
+    show_summary(summary)
+
+
+def show_summary(summary: dict) -> None:
     table = rich.table.Table(title='Held-out tasks', title_justify='left')
-    for column in ('', 'after the warm start', f'after {summary["steps"]} steps'):
-        table.add_column(column, justify='left' if not column else 'right')
+    table.add_column('')
+    for column in ('after the warm start', f'after {summary["steps"]} steps'):
+        table.add_column(column, justify='right')
     for name, key, form in (
         ('solve rate', 'solve_rate', '{:.1%}'),
         ('environment CE, nats a token', 'env_ce', '{:.3f}'),
@@ -126,40 +160,40 @@ def before_and_after(summary: dict) -> None:
     CONSOLE.print(table)
 
 
-def rollout(tokenizer: transformers.PreTrainedTokenizerFast, rollout: Rollout) -> None:
-    """One rollout, coloured by role. The control codes that the terminal wrote are left out."""
+def show_rollout(tokenizer: transformers.PreTrainedTokenizerFast, rollout: Rollout) -> None:
+    """Prints a rollout, coloured by role, without the control codes that the terminal wrote."""
     text = rich.text.Text()
     cuts = np.flatnonzero(np.diff(rollout.roles)) + 1
     for ids, roles in zip(np.split(rollout.tokens, cuts), np.split(rollout.roles, cuts)):
         piece = tokenizer.decode(ids, skip_special_tokens=False)
-        text.append(printable(piece), style=_STYLES[Role(roles[0])])
+        text.append(printable(str(piece)), style=_STYLES[Role(roles[0])])
     heading(f'A solved rollout of {rollout.task_id} (green: the agent; cyan: the terminal)')
     CONSOLE.print(text)
 
 
 def curves(file: pathlib.Path, rows: list[dict]) -> None:
-    """Reward, environment CE and held-out solve rate over the steps of a run.
+    """Draws reward, environment CE and held-out solve rate over the steps of a run.
 
-    What every step measures on its few tasks is noisy: it is drawn faint, its running mean over 10
-    steps full.
+    What every step measures on its few tasks is noisy. It is drawn faint, and its running mean over
+    10 steps is drawn full.
     """
     import matplotlib.figure  # only the end of a run draws
 
-    figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout='constrained')
-    panels = zip(
-        figure.subplots(1, 2),
-        ('reward and solve rate', 'environment CE, nats a token'),
-        (('rollout/reward', 'training reward'), ('train/env_ce', 'training rollouts')),
+    panels = (
+        ('reward and solve rate', 'rollout/reward', 'eval/solve_rate', 'held-out solve rate'),
         (
-            ('eval/solve_rate', 'held-out solve rate'),
-            ('eval/env_ce', 'held-out rollouts of the warm start'),
+            'environment CE, nats a token',
+            'train/env_ce',
+            'eval/env_ce',
+            'held-out rollouts',
         ),
     )
-    for axes, title, (noisy, noisy_label), (heldout, heldout_label) in panels:
+    figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout='constrained')
+    for axes, (title, noisy, heldout, heldout_label) in zip(figure.subplots(1, 2), panels):
         steps, values = _points(rows, noisy)
         axes.plot(steps, values, color='tab:blue', alpha=0.25, linewidth=1)
         means = [np.mean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
-        axes.plot(steps, means, color='tab:blue', label=noisy_label)
+        axes.plot(steps, means, color='tab:blue', label='training')
         axes.plot(*_points(rows, heldout), 'o-', color='tab:orange', label=heldout_label, ms=4)
         axes.set(title=title, xlabel='learner step')
         axes.set_ylim(bottom=0)

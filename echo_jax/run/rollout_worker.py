@@ -1,6 +1,6 @@
 """A rollout worker: an engine that follows the published weights and draws the groups that are due.
 
-`echo_jax.worker` and the Ray fleet (launch/ray) are two ways to start one. It needs no JAX.
+The program `echo_jax.worker` and the Ray fleet (launch/ray) are two ways to start one. No JAX.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
 
 import ml_collections
 
@@ -23,15 +24,18 @@ from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import Rollout, Status, Task
 
-_POLL_SECONDS = 1.0  # of what an engine's start waits for
+if TYPE_CHECKING:
+    from echo_jax.policy.vllm import VllmPolicy
+
+_START_POLL_SECONDS = 1.0  # between two looks for what the learner writes before an engine starts
+_WAITING_SECONDS = 60.0  # between two words to a person about such a wait
 _REPORT_SECONDS = 5.0
 
 
 class RolloutWorker:
-    """An engine that follows the published weights, and the episodes that it samples for."""
+    """Draws groups with an engine that follows the published weights."""
 
-    def __init__(self, work: Workdir, policy, name: str):
-        """policy: policy/vllm.py's, with `load`, `version` and `swap` besides `generate`."""
+    def __init__(self, work: Workdir, policy: 'VllmPolicy', name: str):
         self.name, self._work, self._policy = name, work, policy
         config = work.config
         self._weights = WeightStore(work.url('weights'))
@@ -40,7 +44,8 @@ class RolloutWorker:
         run = hashlib.sha256(os.path.abspath(work.path).encode()).hexdigest()[:16]
         self._make_sandbox = sandbox_maker(config, run=run, worker=name)
         self._sandboxes = asyncio.Semaphore(config.sandbox.at_once)
-        self._loading, self._loaded = asyncio.Lock(), None
+        self._loading = asyncio.Lock()
+        self._loaded: tuple[int, str] | None = None
         self._tasks: dict[str, dict[str, Task]] = {}
         self._counts = {'groups': 0, 'rollouts': 0, 'failed': 0, 'drawing': 0}
 
@@ -49,14 +54,15 @@ class RolloutWorker:
         async with self._loading:
             newest = await asyncio.to_thread(self._weights.newest)
             if newest is not None and newest != self._loaded:
-                with contextlib.suppress(MissingError):  # collected by now: there is a newer one
+                # A version that is missing by now was collected, because there is a newer one.
+                with contextlib.suppress(MissingError):
                     await self._policy.load(newest[0])
                     self._loaded = newest
 
     async def draw(self, due: DueGroups, group_id: int) -> None:
         """Draws a group with the newest weights and writes it, unless it is there already."""
         await self.refresh()
-        while self._policy.version < due.version:  # missed it by a moment
+        while self._policy.version < due.version:  # it was published a moment after the look
             await asyncio.sleep(self._work.poll_seconds)
             await self.refresh()
         self._counts['drawing'] += 1
@@ -67,7 +73,7 @@ class RolloutWorker:
                 config=self._work.config,
                 make_sandbox=self._make_sandbox,
                 protocol=self._protocol,
-                policy=self._policy,
+                policy_for=lambda task: self._policy,
                 group_size=due.group_size,
                 temperature=due.temperature,
                 sandboxes=self._sandboxes,
@@ -82,7 +88,7 @@ class RolloutWorker:
         self._counts['failed'] += sum(r.status == Status.INFRA_ERROR for r in group)
 
     def _task(self, split: str, task_id: str) -> Task:
-        """Read at the first round of its split: the learner has made the tasks by then."""
+        """A split is read when its first group is due: the learner has made the tasks by then."""
         if split not in self._tasks:
             self._tasks[split] = {task.task_id: task for task in self._work.tasks(split)}
         if task_id not in self._tasks[split]:
@@ -93,7 +99,7 @@ class RolloutWorker:
         return self._tasks[split][task_id]
 
     async def report(self) -> None:
-        """Says how it is, again and again."""
+        """Writes every few seconds how the worker is, until it is cancelled."""
         while True:
             swap = self._policy.swap._asdict() if self._policy.swap else {}
             values = {'version': self._policy.version} | self._counts | swap
@@ -105,7 +111,7 @@ class RolloutWorker:
         await asyncio.to_thread(self._make_sandbox.close)
 
     async def serve(self, index: int = 0, count: int = 1) -> None:
-        """Draws the groups of numbers `index` modulo `count`, until the learner has finished."""
+        """Draws the groups whose number is `index` modulo `count`, until the learner finishes."""
         async with asyncio.TaskGroup() as running:
             reporting = running.create_task(self.report())
             async for due, group_id in due_groups(self._work):
@@ -115,11 +121,12 @@ class RolloutWorker:
 
 
 async def due_groups(work: Workdir) -> AsyncIterator[tuple[DueGroups, int]]:
-    """The groups that are due and not there, each as it falls due, until the learner has finished.
+    """Every group that is due and not in its store, when it falls due, until the learner finishes.
 
-    One that falls due again, since a learner started anew, comes again.
+    A group that falls due again, because the learner was started again, is given again.
     """
-    store, given = DueStore(work.url('fleet')), set()
+    store = DueStore(work.url('fleet'))
+    given: set[tuple[str, int]] = set()
     while not await asyncio.to_thread(store.finished):
         listed = await asyncio.to_thread(store.listed)
         given &= {(due.store, group_id) for due in listed for group_id in due.group_ids}
@@ -135,11 +142,11 @@ async def due_groups(work: Workdir) -> AsyncIterator[tuple[DueGroups, int]]:
 async def start(
     config: ml_collections.ConfigDict, workdir: str, name: str, **engine
 ) -> RolloutWorker:
-    """A worker of the run in `workdir`, once the learner has said which model it is.
+    """Starts a worker of the run in `workdir`, once the learner has said which model it is.
 
-    engine: settings of this machine in place of the recipe's, such as gpu_memory_utilization.
+    engine: settings of this machine that replace the recipe's, such as gpu_memory_utilization.
     """
-    from echo_jax.policy.vllm import VllmPolicy
+    from echo_jax.policy.vllm import VllmPolicy  # here: only workers have vLLM
 
     work = await open_run(config, workdir)
     await _until(lambda: work.served_model().exists(), 'the learner to write model/')
@@ -157,23 +164,23 @@ async def start(
 
 
 async def open_run(config: ml_collections.ConfigDict, workdir: str) -> Workdir:
-    """The run in `workdir`, once the learner has made it."""
+    """Opens the run in `workdir`, once the learner has made it."""
     await _until(lambda: Workdir.holds_run(workdir), f'the learner to start a run in {workdir}')
     return Workdir(workdir, config)
 
 
-async def _until(condition: Callable[[], object], what: str):
-    """The first true value of `condition()`; says once in a while that it waits."""
-    said = time.monotonic() - 50
-    while not (value := await asyncio.to_thread(condition)):
-        if time.monotonic() - said > 60:
+async def _until(condition: Callable[[], bool], what: str) -> None:
+    """Waits until the condition holds, and says once in a while what it waits for."""
+    said = time.monotonic() - _WAITING_SECONDS + 10  # most waits are shorter than ten seconds
+    while not await asyncio.to_thread(condition):
+        if time.monotonic() - said > _WAITING_SECONDS:
             logging.warning('waiting for %s', what)
             said = time.monotonic()
-        await asyncio.sleep(_POLL_SECONDS)
-    return value
+        await asyncio.sleep(_START_POLL_SECONDS)
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError if the run of this config has no workers."""
     if config.policy.backend != 'vllm':
         raise ValueError(
             f'policy.backend is {config.policy.backend!r}: its learner samples by itself; workers '

@@ -11,11 +11,11 @@ from echo_jax.types import Batch
 
 
 def read_tokens(file: str) -> np.ndarray:
-    """[N, T] integers, memory-mapped; ValueError where they are no such array."""
+    """[N, T] integers, memory-mapped; raises ValueError if they are not such an array."""
     try:
         tokens = np.load(file, mmap_mode='r')
     except (ValueError, EOFError) as error:
-        raise ValueError(f'{file} is no .npy array; expected integers [N, T]') from error
+        raise ValueError(f'{file} is not a .npy array; expected integers [N, T]') from error
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or tokens.dtype.kind not in 'iu':
         found = f'{tokens.dtype} {tokens.shape}' if hasattr(tokens, 'dtype') else 'an archive'
         raise ValueError(f'{file} is {found}; expected integers [N, T], such as int32')
@@ -44,10 +44,11 @@ def score_tokens(
     length: int,
     pad_id: int | None = None,
 ) -> np.ndarray:
-    """float32 [N, T] of `tokens` [N, T], in batches [rows, length >= T]; 0 in column 0.
+    """Log-probabilities, float32 [N, T], of `tokens` [N, T]; column 0 is 0.
 
-    `score(batch) -> [rows, length]`. What follows a row's last token other than `pad_id` is
-    padding: it scores 0. Raises FloatingPointError where a log-probability is not finite.
+    They are scored in batches [rows, length >= T] by `score(batch) -> [rows, length]`. What
+    follows a row's last token other than `pad_id` is padding, which scores 0. Raises
+    FloatingPointError if a log-probability is not finite.
     """
     N, T = tokens.shape
     logprobs = np.zeros((N, T), np.float32)

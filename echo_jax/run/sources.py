@@ -1,9 +1,10 @@
-"""How the learner comes by its rollouts: from the policy in this process, or from workers.
+"""Where the learner's rollouts come from: the policy in this process, or workers elsewhere.
 
-Either way weights go out through the weight store and whole groups come back through the rollout
-stores; nothing is drawn that is there already. It trains nothing.
+Either way the weights go out through the weight store, and whole groups come back through rollout
+stores; a group that is in its store already is not drawn again. Nothing is trained here.
 """
 
+import collections
 import functools
 import shutil
 import time
@@ -11,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol as Interface
 
 import jax
+import ml_collections
 import numpy as np
+import transformers
 from flax import nnx
 
 from echo_jax.agent.collect import Assignments, collect
@@ -29,6 +32,7 @@ from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
+from echo_jax.tasks.drawing import TaskIterator, TaskSource
 from echo_jax.types import Rollout, Task
 
 PROBE_TOKENS = 256
@@ -37,47 +41,61 @@ _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
 
 class Source(Interface):
     def publish(self, params: nnx.State, version: int) -> None:
-        """Makes `params` what rounds of `version` and later are sampled from."""
+        """Makes `params` the weights that groups due at `version` or later are sampled from."""
 
     def post(self, due: DueGroups) -> None:
-        """Says that a round will be waited for; it may be drawn from now on."""
+        """Says that these groups will be waited for; they may be drawn from now on."""
 
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
-        """The groups of a round that was posted, by number. Raises Stopped when asked to stop."""
+        """The groups, which were posted, by number. Raises Stopped if a stop is requested."""
 
     def close(self) -> None:
-        """After the last round of the run."""
+        """Is called when the run needs no more rollouts."""
+
+
+def make_source(
+    work: Workdir,
+    model: ShardedModel,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    protocol: Protocol,
+    splits: Mapping[str, Sequence[Task]],
+    stop: Stop,
+) -> Source:
+    """The source that `policy.backend` names; `splits` is {'train': tasks, 'heldout': tasks}."""
+    if work.config.policy.backend == 'jax':
+        return EmbeddedSource(work, model, protocol, splits, stop)
+    probe = protocol.prompt_ids(splits['train'][0].instruction)
+    return WorkerSource(work, model, tokenizer, probe, stop)
 
 
 class EmbeddedSource:
-    """The policy in this process (`policy.backend = 'jax'`): a round is drawn when waited for."""
+    """Samples in this process (`policy.backend='jax'`), when groups are waited for."""
 
     def __init__(
         self,
         work: Workdir,
-        sharded: ShardedModel,
+        model: ShardedModel,
         protocol: Protocol,
-        tasks: Mapping[str, Sequence[Task]],
+        splits: Mapping[str, Sequence[Task]],
         stop: Stop,
     ):
-        """tasks: {'train': its tasks, 'heldout': its tasks}."""
         self._config = config = work.config
-        self._work, self._sharded, self._stop = work, sharded, stop
-        self._tasks = {split: {t.task_id: t for t in tasks[split]} for split in tasks}
-        self._weights, self._serving = WeightStore(work.url('weights')), sharded.serving()
+        self._work, self._model, self._stop = work, model, stop
+        self._tasks = {split: {t.task_id: t for t in tasks} for split, tasks in splits.items()}
+        self._weights, self._serving = WeightStore(work.url('weights')), model.serving()
         self._policy = JaxPolicy(
-            sharded.model,
-            sharded.graphdef,
+            model.model,
+            model.graphdef,
             slots=config.policy.slots,
             cache_tokens=config.protocol.max_total_tokens,
         )
         self._make_sandbox = sandbox_maker(config)
-        self._collect = functools.partial(
-            collect,
+        self._draw = functools.partial(
+            draw_in_waves,
             config=config,
             make_sandbox=self._make_sandbox,
             protocol=protocol,
-            policy=self._policy,
+            policy_for=lambda task: self._policy,
         )
 
     def publish(self, params: nnx.State, version: int) -> None:
@@ -89,41 +107,48 @@ class EmbeddedSource:
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
         self._stop.check()
         store = RolloutStore(self._work.url('rollouts', due.store))
-        tasks = self._tasks[due.split]
-        task_ids = dict(due.assignments)
-        if missing := store.missing(task_ids):
+        tasks, task_ids = self._tasks[due.split], dict(due.assignments)
+        missing = store.missing(task_ids)
+        if missing:
             assignments = [(group_id, tasks[task_ids[group_id]]) for group_id in missing]
-            self._stop.run(self._draw(assignments, store, due))
+            self._stop.run(self._draw_missing(assignments, store, due))
         return store.read_groups(due.group_ids)
 
-    async def _draw(self, assignments: list[tuple[int, Task]], store, due: DueGroups) -> None:
-        params = model_params.unflatten(self._sharded.abstract, self._weights.read(due.version))
-        await self._policy.load(jax.device_put(params, self._sharded.placed), due.version)
-        for wave in waves(assignments, due.group_size, self._config.policy.slots):
-            await self._collect(wave, store, group_size=due.group_size, temperature=due.temperature)
+    async def _draw_missing(
+        self, assignments: list[tuple[int, Task]], store: RolloutStore, due: DueGroups
+    ) -> None:
+        params = model_params.unflatten(self._model.abstract, self._weights.read(due.version))
+        await self._policy.load(jax.device_put(params, self._model.placed), due.version)
+        await self._draw(assignments, store, group_size=due.group_size, temperature=due.temperature)
 
     def close(self) -> None:
         self._make_sandbox.close()
 
 
 class WorkerSource:
-    """Workers elsewhere (`policy.backend = 'vllm'`); every host of the learner makes one of these.
+    """Leaves the sampling to workers elsewhere (`policy.backend='vllm'`).
 
-    Host 0 posts the rounds; all hosts publish their shards of the weights, and read all groups.
+    Every host of the learner makes one. Host 0 posts what is due; all hosts publish their shards of
+    the weights, and read all groups.
     """
 
     def __init__(
-        self, work: Workdir, sharded: ShardedModel, tokenizer, probe: list[int], stop: Stop
+        self,
+        work: Workdir,
+        model: ShardedModel,
+        tokenizer: transformers.PreTrainedTokenizerFast,
+        probe: list[int],
+        stop: Stop,
     ):
         """probe: the tokens that every worker scores after it has taken new weights."""
         config = work.config
-        self._work, self._sharded, self._stop = work, sharded, stop
+        self._work, self._model, self._stop = work, model, stop
         self._weights = WeightStore(
             work.url('weights'), keyframe_every=config.policy.keyframe_every
         )
-        self._serving = sharded.serving()
+        self._serving = model.serving()
         self._due = DueStore(work.url('fleet'))
-        self._score = sharded.score()
+        self._score = model.score()
         length = min(PROBE_TOKENS, config.batch.seq_len)
         self._probe = np.asarray(probe[:length], np.int32)
         self._probe_batch = batching.make_token_batch(
@@ -131,19 +156,19 @@ class WorkerSource:
         )
         if distributed.leads():
             self._due.clear()
-            if not (folder := work.served_model()).exists():
+            folder = work.served_model()
+            if not folder.exists():
                 partial = folder.with_name('model.partial')
                 shutil.rmtree(partial, ignore_errors=True)
-                model = sharded.model
-                huggingface.write_config(partial, model, tokenizer, dtype=model.dtype)
+                huggingface.write_config(partial, model.model, tokenizer, dtype=model.model.dtype)
                 partial.rename(folder)
-            work.share('model')  # again, where a killed learner had made it and no more
+            work.share('model')  # again, in case a killed learner made it and did not share it
 
     def publish(self, params: nnx.State, version: int) -> None:
         served = self._serving(params)
         logprobs = np.asarray(self._score(served, self._probe_batch))[0, : len(self._probe)]
         about = {
-            'arrays': published_arrays(self._sharded.model),
+            'arrays': published_arrays(self._model.model),
             'probe': {'tokens': self._probe.tolist(), 'logprobs': logprobs.tolist()},
         }
         self._weights.publish(
@@ -160,16 +185,17 @@ class WorkerSource:
 
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
         store = RolloutStore(self._work.url('rollouts', due.store))
-        # One host watches and all go on alike: where one stopped alone, the others would hang.
-        whole = distributed.leader_says(distributed.leads() and self._arrives(due, store))
-        if not whole:
+        # Only host 0 polls; its answer is broadcast, because a host that left this wait alone would
+        # hang the others.
+        arrived = distributed.leader_says(distributed.leads() and self._arrive(due, store))
+        if not arrived:
             raise Stopped
         if distributed.leads():
             self._due.withdraw(due)
         return store.read_groups(due.group_ids)
 
-    def _arrives(self, due: DueGroups, store: RolloutStore) -> bool:
-        """Waits until every group is there; False where it is asked to stop."""
+    def _arrive(self, due: DueGroups, store: RolloutStore) -> bool:
+        """Waits until every group is in the store; False if a stop is requested first."""
         missing, last = len(due.group_ids), time.monotonic()
         while not self._stop.requested:
             before, missing = missing, len(store.missing(due.group_ids))
@@ -184,22 +210,22 @@ class WorkerSource:
         return False
 
     def _silence(self, due: DueGroups, there: int) -> str:
-        """What a person wants to know when no group comes."""
+        """What a person wants to know if no group comes."""
         now = time.time()
-        workers = [
+        workers = '; '.join(
             f'{document["worker"]} with version {document["version"]} draws '
-            f'{document["drawing"]} groups, said {now - document["at"]:.0f} s ago'
+            f'{document["drawing"]} groups and reported {now - document["at"]:.0f} s ago'
             for document in self._due.reports()
-        ]
+        )
+        advice = (
+            f'workers: {workers}'
+            if workers
+            else 'no worker has reported: start python -m echo_jax.worker with the same --config '
+            'and --workdir'
+        )
         return (
-            f'{there} of {len(due.group_ids)} groups of {due.store} at version '
-            f'{due.version} are there, none new for {_SILENCE_SECONDS:.0f} s; '
-            + (
-                'workers: ' + '; '.join(workers)
-                if workers
-                else 'no worker has reported: start '
-                'python -m echo_jax.worker with the same --config and --workdir'
-            )
+            f'{there} of {len(due.group_ids)} groups of {due.store} at version {due.version} are '
+            f'there, none new for {_SILENCE_SECONDS:.0f} s; {advice}'
         )
 
     def close(self) -> None:
@@ -207,19 +233,108 @@ class WorkerSource:
             self._due.finish()
 
 
-def waves(assignments: Assignments, group_size: int, slots: int) -> Iterator[list]:
-    """The assignments in lists whose episodes each have a slot of the embedded policy.
+# --------------------------------------------------------------------- which groups, and how many
 
-    Beyond that an episode may lose its slot to another, by chance, and is prefilled anew: the same
-    tokens, but not the same bits. So each list is collected before the next.
+
+def read_splits(work: Workdir, protocol: Protocol) -> dict[str, TaskSource]:
+    """The tasks whose prompts fit, by split ('train', 'heldout'); says how many there are."""
+    limit = work.config.protocol.max_prompt_tokens
+    splits = {
+        split: TaskSource(work.tasks(split), lambda text: len(protocol.prompt_ids(text)), limit)
+        for split in ('train', 'heldout')
+    }
+    dropped = sum(tasks.dropped for tasks in splits.values())
+    report.CONSOLE.print(
+        f'{len(splits["train"])} training and {len(splits["heldout"])} held-out tasks; '
+        f'{dropped} prompts over {limit} tokens dropped'
+    )
+    return splits
+
+
+def draw_heldout(
+    source: Source,
+    heldout: Sequence[Task],
+    config: ml_collections.ConfigDict,
+    *,
+    version: int,
+    store: str,
+) -> list[Rollout]:
+    """`eval.samples` rollouts of every held-out task, by weights of `version` or later."""
+    due = DueGroups(
+        store=store,
+        split='heldout',
+        first_group=0,
+        task_ids=tuple(task.task_id for task in heldout),
+        group_size=config.eval.samples,
+        temperature=config.eval.temperature,
+        version=version,
+    )
+    source.post(due)
+    return [rollout for group in source.wait(due) for rollout in group]
+
+
+class GroupsAhead:
+    """The groups of the next step, and of the `max_staleness` steps after it.
+
+    They are posted ahead, so that workers draw them while the learner learns.
+    """
+
+    def __init__(self, tasks: TaskIterator, source: Source, config: ml_collections.ConfigDict):
+        self._tasks, self._source, self._config = tasks, source, config
+        # Of each step ahead: where the tasks stood before it, and its groups.
+        self._posted: collections.deque[tuple[dict, DueGroups]] = collections.deque()
+
+    def post(self, done: int) -> None:
+        """Posts what is not posted yet, after `done` steps."""
+        config = self._config
+        last = min(done + config.max_staleness, config.num_steps - 1)
+        for number in range(done + len(self._posted), last + 1):
+            position, drawn = self._tasks.get_state(), next(self._tasks)
+            due = DueGroups(
+                store='train',
+                split='train',
+                first_group=number * config.batch.groups,
+                task_ids=tuple(task.task_id for task in drawn),
+                group_size=config.group_size,
+                temperature=config.policy.temperature,
+                version=done,
+            )
+            self._posted.append((position, due))
+            self._source.post(due)
+
+    def wait(self) -> list[Rollout]:
+        """The rollouts of the next step. Raises Stopped if a stop is requested."""
+        groups = self._source.wait(self._posted[0][1])
+        return [rollout for group in groups for rollout in group]
+
+    def trained(self) -> None:
+        """Goes on to the step after the next."""
+        self._posted.popleft()
+
+    @property
+    def position(self) -> dict:
+        """Where a resumed run has to go on drawing tasks: before those of the next step."""
+        return self._posted[0][0] if self._posted else self._tasks.get_state()
+
+
+def waves(assignments: Assignments, group_size: int, slots: int) -> Iterator[list]:
+    """The assignments in lists, so small that every episode of a list has a slot to itself.
+
+    With more episodes than slots, an episode may lose its slot to another, by chance, and is
+    prefilled anew: the same tokens, but not the same bits. So a list is collected before the next.
     """
     assignments, size = list(assignments), max(1, slots // group_size)
     return (assignments[i : i + size] for i in range(0, len(assignments), size))
 
 
-def make_source(work: Workdir, sharded, tokenizer, protocol, tasks: Mapping, stop: Stop) -> Source:
-    """By `policy.backend`; `tasks` as in EmbeddedSource."""
-    if work.config.policy.backend == 'jax':
-        return EmbeddedSource(work, sharded, protocol, tasks, stop)
-    probe = protocol.prompt_ids(tasks['train'][0].instruction)
-    return WorkerSource(work, sharded, tokenizer, probe, stop)
+async def draw_in_waves(
+    assignments: Assignments,
+    store: RolloutStore,
+    *,
+    config: ml_collections.ConfigDict,
+    group_size: int,
+    **options,
+) -> None:
+    """`collect` with the embedded policy, wave after wave; `options` are those of `collect`."""
+    for wave in waves(assignments, group_size, config.policy.slots):
+        await collect(wave, store, config=config, group_size=group_size, **options)

@@ -1,22 +1,29 @@
-"""Supervised steps before reinforcement learning, for a model that starts from nothing.
+"""The parameters that reinforcement learning starts from, and the supervised steps before it.
 
-It trains on rollouts like the learner's program does, through the same store, batch and step.
+The warm start trains on rollouts as the learner's program does, through the same store, batch and
+step. A scripted policy wrote them through the protocol, in real sandboxes.
 """
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import transformers
 from flax import nnx
 
 from echo_jax.agent.collect import collect
-from echo_jax.agent.protocol import format_reply
+from echo_jax.agent.dialects.dialect import Dialect
+from echo_jax.agent.protocol import Protocol, format_reply
 from echo_jax.learner import batching, sharding
 from echo_jax.learner.checkpoint import Checkpointer
 from echo_jax.learner.losses import finish_metrics
+from echo_jax.learner.step import ShardedModel
+from echo_jax.model import huggingface
 from echo_jax.policy.scripted import ScriptedPolicy
 from echo_jax.run import entry, report
+from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox import SandboxError
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.rollouts import RolloutStore
@@ -26,20 +33,47 @@ from echo_jax.types import Role, Rollout, Status, Task
 LEARNED_ROLES = tuple(role for role in Role if role != Role.PROMPT)
 
 
-def warm_start(work, params, sharded, tokenizer, protocol, stop, clock) -> nnx.State:
-    """Supervised steps; the parameters that reinforcement learning starts from.
+def first_params(
+    work: Workdir,
+    model: ShardedModel,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    protocol: Protocol,
+    stop: entry.Stop,
+    clock: entry.Clock,
+) -> nnx.State:
+    """What reinforcement learning starts from: `model.path` or random, then the warm start."""
+    path = work.config.model.path
+    if path:
+        params = huggingface.load_params(path, model.abstract, model.placed)
+    else:
+        params = model.random_params()
+    if work.config.warm_start.steps:
+        params = warm_start(work, params, model, tokenizer, protocol, stop, clock)
+    return params
 
-    First, plain language modelling of exploration transcripts; then, in turn with these, training
-    tasks gone about by `warm_start.habits`, of which only the agent's tokens are learned. So the
-    model has the format and has seen terminal output, sometimes solves and sometimes guesses or
-    leaves, and has still to learn what its tasks' terminal prints. Both are rollouts: a scripted
-    policy wrote them through the protocol, in real sandboxes.
+
+def warm_start(
+    work: Workdir,
+    params: nnx.State,
+    model: ShardedModel,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    protocol: Protocol,
+    stop: entry.Stop,
+    clock: entry.Clock,
+) -> nnx.State:
+    """The parameters after `warm_start.steps` supervised steps, which resume like a run.
+
+    First comes plain language modelling of exploration transcripts. Then these alternate with
+    training tasks that are gone about by `warm_start.habits`, of which only the agent's tokens are
+    learned. So the model knows the format and has seen terminal output; it sometimes solves a task
+    and sometimes guesses or leaves, and has still to learn what its tasks' terminal prints.
     """
     config, options = work.config, work.config.warm_start
-    step, abstract_state, initial_state = sharded.step(options.optimizer)
+    step, abstract_state, initial_state = model.step(options.optimizer)
     checkpointer = Checkpointer(work.url('checkpoints', 'warm_start'), keep=1)
     state, done = initial_state(params), 0
-    if restored := checkpointer.restore(abstract_state):
+    restored = checkpointer.restore(abstract_state)
+    if restored is not None:
         state, extra, done = restored
         clock.resume(extra['seconds'])
     if done == options.steps:
@@ -48,26 +82,12 @@ def warm_start(work, params, sharded, tokenizer, protocol, stop, clock) -> nnx.S
     work.take('warm_start.jsonl')
     metrics = report.Metrics(work.path, 'warm_start.jsonl')
     metrics.resume(done)
+    transcripts = write_transcripts(work, tokenizer, protocol, stop)
 
     def save():
         if checkpointer.latest() != done:
             work.share('warm_start.jsonl', 'tensorboard')
             checkpointer.save(done, state, {'seconds': clock.seconds()})
-
-    draw = functools.partial(
-        collect,
-        config=config,
-        make_sandbox=sandbox_maker(config, options.sandbox),
-        protocol=protocol,
-    )
-    transcripts = {}
-    for name, tasks, habits in (
-        ('explore', work.tasks('explore'), ['solve']),
-        ('practice', work.tasks('train')[: options.demonstrations], options.habits),
-    ):
-        store = RolloutStore(work.url('rollouts', f'warm_start_{name}'))
-        policy = demonstrator(tokenizer, habits)
-        transcripts[name] = write_transcripts(name, tasks, store, policy, draw, stop)
 
     try:
         with report.Progress('warm start', options.steps, done) as progress:
@@ -78,7 +98,7 @@ def warm_start(work, params, sharded, tokenizer, protocol, stop, clock) -> nnx.S
                 batch = batching.make_supervised_batch(
                     [transcripts[name][i] for i in chosen], config, roles
                 )
-                state, sums = step(state, sharding.put_batch(batch, sharded.mesh), 1.0, None)
+                state, sums = step(state, sharding.put_batch(batch, model.mesh), 1.0, None)
                 done += 1
                 saving = done % options.save_every == 0 or done == options.steps
                 if saving or done % 10 == 0:
@@ -97,7 +117,7 @@ def warm_start(work, params, sharded, tokenizer, protocol, stop, clock) -> nnx.S
 
 
 def lesson(done: int, explore_steps: int) -> tuple[str, int, tuple[Role, ...]]:
-    """What the warm start's next step reads: (kind, its how-many-eth batch, the roles learned)."""
+    """What the next step of the warm start reads: (transcripts, number of the batch, roles)."""
     since = done - explore_steps
     if since < 0:
         return 'explore', done, LEARNED_ROLES
@@ -106,37 +126,68 @@ def lesson(done: int, explore_steps: int) -> tuple[str, int, tuple[Role, ...]]:
     return 'practice', since // 2, (Role.ACTION,)
 
 
-def write_transcripts(name, tasks, store, policy, collect, stop) -> list[Rollout]:
-    """The scripted rollouts, drawn unless the store has them, less those whose sandbox failed."""
-    written = len(store.groups())
-    with report.Progress(f'transcripts: {name}', len(tasks), written) as progress:
+def write_transcripts(
+    work: Workdir,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    protocol: Protocol,
+    stop: entry.Stop,
+) -> dict[str, list[Rollout]]:
+    """The scripted rollouts, 'explore' and 'practice'; those in the store are not drawn again.
 
-        def count(_group):
+    Rollouts whose sandbox failed are left out. Raises SandboxError if all of them failed.
+    """
+    config, options = work.config, work.config.warm_start
+    tasks = {
+        'explore': work.tasks('explore'),
+        'practice': work.tasks('train')[: options.demonstrations],
+    }
+    habits = {'explore': ['solve'], 'practice': options.habits}
+    transcripts = {}
+    with contextlib.closing(sandbox_maker(config, options.sandbox)) as make_sandbox:
+        for name in tasks:
+            draw = functools.partial(
+                collect,
+                list(enumerate(tasks[name])),
+                config=config,
+                make_sandbox=make_sandbox,
+                protocol=protocol,
+                policy_for=demonstrator(tokenizer, habits[name], protocol.dialect),
+                group_size=1,
+                temperature=1.0,
+            )
+            store = RolloutStore(work.url('rollouts', f'warm_start_{name}'))
+            transcripts[name] = _drawn(name, len(tasks[name]), store, draw, stop)
+    return transcripts
+
+
+def _drawn(
+    name: str, count: int, store: RolloutStore, draw: Callable, stop: entry.Stop
+) -> list[Rollout]:
+    written = len(store.groups())
+    with report.Progress(f'transcripts: {name}', count, written) as progress:
+
+        def on_group(_group: list[Rollout]) -> None:
             nonlocal written
             written += 1
             progress.show(written)
 
-        stop.run(
-            collect(
-                list(enumerate(tasks)),
-                store,
-                policy=policy,
-                group_size=1,
-                temperature=1.0,
-                on_group=count,
-            )
-        )
-    rollouts = [group[0] for group in store.read_groups(range(len(tasks)))]
-    failed = sum(rollout.status == Status.INFRA_ERROR for rollout in rollouts)
-    if failed:
-        report.CONSOLE.print(f'{failed} of {len(rollouts)} transcripts left out: INFRA_ERROR')
-    if failed == len(rollouts):
+        stop.run(draw(store=store, on_group=on_group))
+    rollouts = [group[0] for group in store.read_groups(range(count))]
+    usable = [rollout for rollout in rollouts if rollout.status != Status.INFRA_ERROR]
+    if not usable:
         raise SandboxError(f'every transcript in {store.url} is an INFRA_ERROR; see the log')
-    return [rollout for rollout in rollouts if rollout.status != Status.INFRA_ERROR]
+    if len(usable) < count:
+        report.CONSOLE.print(f'{count - len(usable)} of {count} transcripts left out: INFRA_ERROR')
+    return usable
 
 
 def shuffled(count: int, size: int, batch: int, seed: int) -> list[int]:
-    """The indices of one batch: epochs of `count` shuffled by (seed, epoch) and laid end to end."""
+    """The indices of one batch, out of epochs of `count` that are shuffled by (seed, epoch).
+
+    Grain, which draws the tasks, could shuffle here too. This stays by hand because it needs no
+    state to resume: a batch is a function of its number; and because grain's order is another, so
+    that recorded runs would no longer repeat.
+    """
     places = range(batch * size, (batch + 1) * size)
     orders = {
         epoch: np.random.default_rng([seed, epoch]).permutation(count)
@@ -145,8 +196,10 @@ def shuffled(count: int, size: int, batch: int, seed: int) -> list[int]:
     return [int(orders[place // count][place % count]) for place in places]
 
 
-def demonstrator(tokenizer, habits: Sequence[str]) -> Callable[[Task], ScriptedPolicy]:
-    """Policies that replay a task's own solution, a command a turn, by the habits in turn.
+def demonstrator(
+    tokenizer: transformers.PreTrainedTokenizerFast, habits: Sequence[str], dialect: Dialect
+) -> Callable[[Task], ScriptedPolicy]:
+    """A function that makes the policy of a task: it replays the task's own solution by a habit.
 
     A task always gets the same habit: by the number in its id, else by the length of its id.
     """
@@ -155,6 +208,6 @@ def demonstrator(tokenizer, habits: Sequence[str]) -> Callable[[Task], ScriptedP
         digits = re.search(r'\d+', task.task_id)
         number = int(digits[0]) if digits else len(task.task_id)
         turns = practice(task, habits[number % len(habits)])
-        return ScriptedPolicy(tokenizer, [format_reply(*turn) for turn in turns])
+        return ScriptedPolicy(tokenizer, [format_reply(*turn, dialect) for turn in turns])
 
     return policy

@@ -1,21 +1,20 @@
 """The folder or bucket of a run: what lies where in it, and that it belongs to one config.
 
 config.json      the recipe it was made with; another one is refused
-tasks/           generated tasks, where the config names none
+tasks/           generated tasks, if the config names none
 tokenizer/       a Hugging Face tokenizer directory
-model/           config.json and tokenizer for the workers' engines, where the config names no model
+model/           config.json and tokenizer for the workers' engines, if the config names no model
 fleet/           which groups are due, and how the workers are
 rollouts/, weights/, checkpoints/    the stores and the learner's state
 metrics.jsonl, summary.json, curves.png, tensorboard/    what a person reads
 
-Stores and checkpoints are used where they lie. Everything else is files: of a run in a bucket, each
-machine has those that it needs in a folder of its cache, and `share` and `take` move them. Tasks
-are not moved: every machine makes the same ones.
+Stores and checkpoints are used where they lie. Everything else is files. If the run is in a bucket,
+each machine keeps the files that it needs in a folder of its cache, and `share` and `take` move
+them. Tasks are not moved: every machine makes the same ones.
 """
 
 import contextlib
 import hashlib
-import importlib.resources
 import json
 import os
 import pathlib
@@ -27,15 +26,15 @@ import ml_collections
 import tensorstore as ts
 import transformers
 
-from echo_jax.agent.tokenizer import build_tokenizer, training_texts
+from echo_jax.agent.dialects import find_dialect
+from echo_jax.agent.tokenizer import build_tokenizer, chat_template, training_texts
 from echo_jax.store.kvstore import inside, open_kvstore, write_once
 from echo_jax.tasks.generate import generate_tasks
 from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Task
 
-_CHAT_TEMPLATE = importlib.resources.files('echo_jax.agent') / 'chat_template.jinja'
-_WHOLE = '.whole'  # is written last of what is shared as a folder
-_TOKENIZER_TASKS = 500  # of the training tasks, for the small tokenizer's merges
+_WHOLE = '.whole'  # is written last when a folder is shared
+_TOKENIZER_TASKS = 500  # training tasks that the small tokenizer is trained on
 
 
 class Workdir:
@@ -44,45 +43,49 @@ class Workdir:
     def __init__(self, place: str | os.PathLike, config: ml_collections.ConfigDict):
         """Makes the run at `place`, a folder or a gs:// URL, or opens it again.
 
-        ValueError where it is of another config, or this machine may not write there.
+        Raises ValueError if it is of another config, or this machine may not write there.
         """
         self.config = config
         self._root, self._bucket = _locate(place)
-        document = json.dumps(ours := json.loads(config.to_json()), indent=1)
+        ours = json.loads(config.to_json())
+        document = json.dumps(ours, indent=1)
         if self._bucket is None:
             self.path = pathlib.Path(self._root)
-            theirs = self._in_folder(document)
+            found = self._in_folder(document)
         else:
-            theirs, made = self._in_bucket(document)
-            # A run deleted and made again at the same place finds nothing of the old one.
+            found, made = self._in_bucket(self._bucket, document)
+            # A run that is deleted and made again at the same place finds nothing of the old one.
             name = hashlib.sha256(self._root.encode() + made).hexdigest()[:16]
             self.path = _cache() / name
             self.path.mkdir(parents=True, exist_ok=True)
-        if ours != (theirs := json.loads(theirs)):
+        theirs = json.loads(found)
+        if ours != theirs:
             raise ValueError(
                 f'{self._root} is a run of another config ({_difference(theirs, ours)}); '
                 'resume it with its own, or give another --workdir'
             )
 
     def _in_folder(self, document: str) -> str:
-        """The config that is there, by now."""
+        """The config that is there, after `document` was written if there was none."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not (file := self.path / 'config.json').exists():
+        file = self.path / 'config.json'
+        if not file.exists():
             if any(path.name != 'config.json.partial' for path in self.path.iterdir()):
                 raise self._strange()
             write_whole(file, document)
         return file.read_text()
 
-    def _in_bucket(self, document: str) -> tuple[bytes, bytes]:
-        """The config that is there, by now, and what tells when it was written."""
-        if (found := _config_in(self._root, self._bucket)).state == 'missing':
-            if self._bucket.list().result():
+    def _in_bucket(self, bucket: ts.KvStore, document: str) -> tuple[bytes, bytes]:
+        """The same in a bucket, with what tells when the config was written."""
+        found = _config_in(self._root, bucket)
+        if found.state == 'missing':
+            if bucket.list().result():
                 raise self._strange()
             try:
-                write_once(self._bucket, 'config.json', document.encode())
+                write_once(bucket, 'config.json', document.encode())
             except ValueError as error:
                 raise _refused(self._root, error) from error
-            found = _config_in(self._root, self._bucket)
+            found = _config_in(self._root, bucket)
         return found.value, found.stamp.generation
 
     def _strange(self) -> ValueError:
@@ -97,7 +100,7 @@ class Workdir:
 
     @classmethod
     def open(cls, place: str | os.PathLike) -> 'Workdir':
-        """The run that is there, with its own config; ValueError where there is none."""
+        """Opens the run that is there with its own config; raises ValueError if there is none."""
         root, bucket = _locate(place)
         if not cls.holds_run(place):
             raise ValueError(f'{root} holds no run; name the --workdir of echo_jax.train')
@@ -106,36 +109,36 @@ class Workdir:
         return cls(place, ml_collections.FrozenConfigDict(json.loads(document)))
 
     def url(self, *parts: str) -> str:
-        """Of a store, for any machine of the run."""
+        """The URL of a store, for any machine of the run."""
         return '/'.join([self._root, *parts])
 
     @property
     def poll_seconds(self) -> float:
-        """Between two looks for what others write; every look into a bucket is paid for."""
+        """Seconds between two looks for what others write; a look into a bucket costs money."""
         return 0.1 if self._bucket is None else 1.0
 
     def share(self, *names: str) -> None:
-        """Puts files and folders of `path`, as they are now, where the other machines find them.
+        """Copies files and folders of `path`, as they are now, to where other machines find them.
 
-        One that is not here is left out. Others see a file whole or not at all, and a folder once
+        What is not here is left out. Others see a file whole or not at all, and a folder only when
         all of it is there.
         """
-        for name in names if self._bucket is not None else ():
+        if self._bucket is None:
+            return
+        for name in names:
             local = self.path / name
             if local.is_dir():
                 files = [file for file in sorted(local.rglob('*')) if file.is_file()]
-                self._put({file.relative_to(self.path).as_posix(): file for file in files})
+                keys = [file.relative_to(self.path).as_posix() for file in files]
+                writes = [self._bucket.write(k, f.read_bytes()) for k, f in zip(keys, files)]
+                for write in writes:
+                    write.result()
                 self._bucket[f'{name}/{_WHOLE}'] = b''
             elif local.exists():
-                self._put({name: local})
-
-    def _put(self, files: dict[str, pathlib.Path]) -> None:
-        writes = [self._bucket.write(key, file.read_bytes()) for key, file in files.items()]
-        for write in writes:
-            write.result()
+                self._bucket[name] = local.read_bytes()
 
     def take(self, name: str) -> bool:
-        """Brings what was shared as `name` to `path`; True where it is there now.
+        """Brings what was shared as `name` to `path`; returns whether it is there now.
 
         A file replaces the one that is here; a folder that is here stays.
         """
@@ -148,13 +151,14 @@ class Workdir:
         partial = pathlib.Path(tempfile.mkdtemp(prefix='taking-', dir=self.path))
         try:
             for key in keys or [name]:
-                if (found := self._bucket.read(key).result()).state == 'missing':
+                found = self._bucket.read(key).result()
+                if found.state == 'missing':
                     return local.exists()
                 (partial / key).parent.mkdir(parents=True, exist_ok=True)
                 (partial / key).write_bytes(found.value)
             (partial / name).replace(local)
         except OSError:
-            if not local.is_dir():  # which another process took meanwhile
+            if not local.is_dir():  # else another process has taken the folder meanwhile
                 raise
         finally:
             shutil.rmtree(partial)
@@ -163,22 +167,24 @@ class Workdir:
     def served_model(self) -> pathlib.Path:
         """The Hugging Face directory that a worker's engine starts from: sizes and tokenizer.
 
-        Its weights, where it has any, are not used: published ones are.
+        If it has weights they are not used: the published ones are.
         """
-        if path := self.config.model.path:
-            return pathlib.Path(path)
+        if self.config.model.path:
+            return pathlib.Path(self.config.model.path)
         self.take('model')
         return self.path / 'model'
 
     def tasks(self, split: str) -> list[Task]:
         """The tasks of 'train', 'heldout' or 'explore': the config's own folder, or generated."""
         tasks = self.config.tasks
-        if folder := tasks.get(split, ''):
-            return load_tasks(folder, self.path / 'tasks' / 'unpacked')
-        count = (
-            self.config.warm_start.explorations if split == 'explore' else tasks[f'{split}_count']
-        )
-        folder = self.path / 'tasks' / split
+        if tasks.get(split, ''):  # no recipe names tasks of 'explore'
+            return load_tasks(tasks[split], self.path / 'tasks' / 'unpacked')
+        counts = {
+            'train': tasks.train_count,
+            'heldout': tasks.heldout_count,
+            'explore': self.config.warm_start.explorations,
+        }
+        count, folder = counts[split], self.path / 'tasks' / split
         generate_tasks(folder, split=split, count=count, seed=self.config.seed)
         return load_tasks(folder)
 
@@ -188,12 +194,13 @@ class Workdir:
             return read_tokenizer(self.config.model.path)
         folder = self.path / 'tokenizer'
         if not self.take('tokenizer'):
+            protocol = self.config.protocol
             texts = training_texts(
-                self.tasks('train')[:_TOKENIZER_TASKS], self.config.protocol.system_prompt
+                self.tasks('train')[:_TOKENIZER_TASKS],
+                protocol.system_prompt,
+                find_dialect(protocol.dialect),
             )
-            tokenizer = build_tokenizer(
-                texts, self.config.model.vocab_size, _CHAT_TEMPLATE.read_text()
-            )
+            tokenizer = build_tokenizer(texts, self.config.model.vocab_size, chat_template())
             partial = self.path / 'tokenizer.partial'
             tokenizer.save_pretrained(partial)
             partial.rename(folder)
@@ -202,7 +209,7 @@ class Workdir:
 
 
 def _locate(place: str | os.PathLike) -> tuple[str, ts.KvStore | None]:
-    """Where a run is, as a person names it, and its store where that is a bucket."""
+    """Where a run is, as a person names it, and its store if that is a bucket."""
     root = os.fspath(place).removeprefix('file://')
     if '://' not in root:
         return root, None
@@ -232,7 +239,7 @@ def _cache() -> pathlib.Path:
 
 @contextlib.contextmanager
 def unpacked(work: Workdir | None) -> Iterator[pathlib.Path]:
-    """Where the archives of a .parquet go: the run's folder, or one that lasts as long as this."""
+    """The folder for the archives of a .parquet: the run's, or one that is removed afterwards."""
     if work is not None:
         yield work.path / 'tasks' / 'unpacked'
         return
@@ -241,14 +248,20 @@ def unpacked(work: Workdir | None) -> Iterator[pathlib.Path]:
 
 
 def read_tokenizer(folder: str | os.PathLike) -> transformers.PreTrainedTokenizerFast:
-    """Of a Hugging Face directory. ValueError without one: transformers makes up an empty one."""
+    """The tokenizer of a Hugging Face directory.
+
+    Raises ValueError if there is none, for which transformers would make up an empty one.
+    """
     if not any((pathlib.Path(folder) / file).exists() for file in ('tokenizer.json', 'vocab.json')):
         raise ValueError(f'{folder} has no tokenizer.json; copy the tokenizer of its model there')
-    return transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
+        raise ValueError(f'{folder} has no fast tokenizer; save it with its tokenizer.json')
+    return tokenizer
 
 
 def write_whole(file: pathlib.Path, text: str) -> None:
-    """Replaces a file at once: a reader and a crash see the old one or the new one."""
+    """Replaces a file in one go: a reader, or a crash, finds the old text or the new one."""
     partial = file.with_name(file.name + '.partial')
     partial.write_text(text)
     partial.rename(file)

@@ -1,12 +1,12 @@
-"""Which groups are due, from the learner to its workers, and how the workers are, back again.
+"""Tells the workers which groups are due, and tells the learner how its workers are.
 
-    due/train/000000000012    the groups of one step: numbers from 12 on, a task each
-    workers/NAME                 what a worker last said of itself
-    finished                     nothing is due any more
+    due/train/000000000012       groups that are drawn alike: numbers from 12 on, with their tasks
+    workers/NAME                 the last report of a worker
+    finished                     exists when nothing will be due any more
 
-It draws nothing and hands out nothing: a worker takes its share of the numbers (worker.py), or Ray
-gives groups to workers (launch/ray). A group is done when the rollout store has it. Every document
-has a checksum and is written whole, so a reader sees an old one or a new one.
+It draws no groups and gives none to anybody: each worker takes its share of the numbers
+(worker.py), or Ray gives groups to workers (launch/ray). A group is done when the rollout store has
+it. Every document has a checksum and is written whole: a reader sees an old one or a new one.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from echo_jax.store.kvstore import inside, open_kvstore, seal, unseal
 
 @dataclasses.dataclass(frozen=True)
 class DueGroups:
-    """Groups that are drawn alike: those of a step, or of an evaluation."""
+    """Groups that are drawn alike: those of one step, or of one evaluation."""
 
     store: str  # name of the rollout store that they go to
     split: str  # 'train' or 'heldout': whose tasks
@@ -34,7 +34,7 @@ class DueGroups:
 
     @property
     def assignments(self) -> list[tuple[int, str]]:
-        """(group's number, task's id) of each."""
+        """(number, task's id) of each group."""
         return list(zip(self.group_ids, self.task_ids))
 
 
@@ -46,44 +46,41 @@ class DueStore:
         self._kvstore = open_kvstore(url)
 
     def post(self, due: DueGroups) -> None:
-        """Makes a round due; posting it again changes nothing."""
+        """Makes these groups due; posting them again changes nothing."""
         self._kvstore[_key(due)] = seal(dataclasses.asdict(due))
 
     def listed(self) -> list[DueGroups]:
-        """The rounds that were posted and not withdrawn, by store and number."""
+        """What was posted and not withdrawn, by store and number."""
         documents = self._read('due')
-        return [
-            DueGroups(**document | {'task_ids': tuple(document['task_ids'])})
-            for document in documents
-        ]
+        return [DueGroups(**{**each, 'task_ids': tuple(each['task_ids'])}) for each in documents]
 
     def withdraw(self, due: DueGroups) -> None:
-        """Takes a round back, whole or not: the learner has what it wants of it."""
+        """Makes these groups due no longer, whether or not they have been drawn."""
         self._kvstore.write(_key(due), None).result()
 
     def clear(self) -> None:
-        """Withdraws every round: for a learner that starts, before it posts its own."""
+        """Withdraws everything: for a learner that starts, before it posts groups of its own."""
         self._kvstore.delete_range(inside('due')).result()
 
     def finish(self) -> None:
-        """Lets every worker end."""
+        """Tells every worker to end."""
         self._kvstore['finished'] = seal({'at': time.time()})
 
     def finished(self) -> bool:
         return self._kvstore.read('finished').result().state == 'value'
 
     def report(self, worker: str, values: dict) -> None:
-        """What `worker` says of itself, with the time, in place of what it said before."""
+        """Replaces the last report of `worker` by `values`, with its name and the time."""
         document = {'worker': worker, 'at': time.time()} | values
         self._kvstore[f'workers/{worker}'] = seal(document)
 
     def reports(self) -> list[dict]:
-        """The newest of each worker; `at` is in seconds since 1970, by that worker's clock."""
+        """The last report of each worker; `at` is in seconds since 1970, by that worker's clock."""
         return self._read('workers')
 
     def _read(self, folder: str) -> list[dict]:
         keys = sorted(self._kvstore.list(inside(folder)).result())
-        keys = [key for key in keys if not key.endswith(b'.__lock')]
+        keys = [key for key in keys if not key.endswith(b'.__lock')]  # see kvstore.py
         found = [future.result() for future in [self._kvstore.read(key) for key in keys]]
         return [unseal(result.value) for result in found if result.state == 'value']
 

@@ -1,12 +1,12 @@
-"""What both stores need of a TensorStore key-value store: opening a URL, and write-once keys.
+"""What all stores need of TensorStore: opening a URL, write-once keys, sealed documents, arrays.
 
-It knows nothing of rollouts or weights. Both stores rest on one property of every TensorStore
+It knows nothing of rollouts or weights. The stores rest on one property of every TensorStore
 driver: the write of one key is atomic, so a reader sees the old value or the new one, never a part.
 
-There may be more, though. The `file` driver writes into KEY.__lock and renames it, and where a
-killed writer left that file behind, the next one writes over it without cutting it (TensorStore
-0.1.86): a shorter value keeps the tail of the longer one. So each value under a name that can be
-written twice says how long it is, and readers leave the rest alone.
+A value may have more bytes than were written, though. The `file` driver writes KEY.__lock and
+renames it. If a writer is killed in between, the file stays, and the next writer writes over it
+without cutting it (TensorStore 0.1.86): a shorter value keeps the tail of the longer one. So each
+value whose key can be written twice says how long it is, and readers ignore what follows.
 """
 
 import json
@@ -45,8 +45,8 @@ def inside(folder: str) -> ts.KvStore.KeyRange:
 def write_once(kvstore: ts.KvStore, key: str, value: bytes) -> bool:
     """Writes `key` unless it exists; True if this call wrote it.
 
-    Among writers at the same moment the first wins where the driver has conditional writes
-    (`file`, `memory`, `gs`). On an S3 service without them the last wins, still with a whole value.
+    If several write at the same moment, the first wins on drivers with conditional writes (`file`,
+    `memory`, `gs`). On an S3 service without them the last wins, still with a whole value.
     """
     found = kvstore.read(key).result()
     if found.state == 'value':
@@ -62,9 +62,36 @@ def seal(document: dict) -> bytes:
 
 
 def unseal(data: bytes) -> dict:
-    """The document that `seal` got, whatever follows it; CorruptError on any other bytes."""
+    """The document that `seal` got, whatever follows it; CorruptError for any other bytes."""
     line, _, text = data.partition(b'\n')
     text = text[: int(line[9:])] if line[9:].isdigit() else text
     if line != b'%08x %010d' % (zlib.crc32(text), len(text)):
         raise CorruptError(f'checksum of a {len(data)} byte document does not match')
     return json.loads(text)
+
+
+def open_array(
+    kvstore: ts.KvStore, shape: list[int], dtype: str, chunk: list[int], codecs: list[dict]
+) -> ts.TensorStore:
+    """The zarr3 array in `kvstore`, whose metadata are these arguments and are stored nowhere.
+
+    A chunk that is not there is an error. By default TensorStore stores no chunk that is all zeros
+    and reads a missing one as zeros, so a lost file would be read as data.
+    """
+    metadata = {
+        'zarr_format': 3,
+        'node_type': 'array',
+        'shape': shape,
+        'data_type': dtype,
+        'fill_value': 0,
+        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': chunk}},
+        'chunk_key_encoding': {'name': 'default', 'configuration': {'separator': '.'}},
+        'codecs': [{'name': 'bytes', 'configuration': {'endian': 'little'}}, *codecs],
+    }
+    spec = {
+        'driver': 'zarr3',
+        'metadata': metadata,
+        'store_data_equal_to_fill_value': True,
+        'fill_missing_data_reads': False,
+    }
+    return ts.open(spec, kvstore=kvstore, open=True, assume_metadata=True).result()

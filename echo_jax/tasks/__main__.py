@@ -5,8 +5,9 @@
     python -m echo_jax.tasks --tasks=DIR --parquet=FILE
 
 `--check` runs each task's own solution, which must earn the reward, and nothing at all, which must
-earn 0. `--build` makes every image that the Docker sandboxes of a run will want; what is built is
-not built again, so run it again after a failure. Exit code 1 where a task failed. It needs no JAX.
+earn 0. `--build` makes every image that the Docker sandboxes of a run will want; an image that is
+there is not built again, so run the same command again after a failure. The exit code is 1 if a
+task failed. It needs no JAX.
 """
 
 import pathlib
@@ -19,7 +20,7 @@ from ml_collections import config_flags
 
 from echo_jax.agent.protocol import Protocol
 from echo_jax.run import entry
-from echo_jax.run.oracle import faults, show_failures, watched
+from echo_jax.run.oracle import faults, run_agent, show_failures
 from echo_jax.run.report import CONSOLE, Progress
 from echo_jax.run.workdir import Workdir, read_tokenizer, unpacked
 from echo_jax.sandbox.make import docker_images
@@ -40,7 +41,7 @@ _CHECK = flags.DEFINE_bool('check', False, 'Run oracle and nop.')
 def build_images(
     stop: entry.Stop, tasks: Sequence[Task], config: ml_collections.ConfigDict
 ) -> dict[str, str]:
-    """Builds or pulls the image of every task; why not, by the id of each that failed."""
+    """Builds or pulls the image of every task; returns why an image failed, by task id."""
     if config.sandbox.backend != 'docker':
         raise ValueError(
             f"--build makes images for sandbox.backend='docker', which is "
@@ -48,15 +49,15 @@ def build_images(
         )
     images, done, failures = docker_images(config), 0, {}
 
-    def progress(task: Task, error: Exception | None) -> None:
+    def on_image(task: Task, error: Exception | None) -> None:
         nonlocal done
         done += 1
-        bar.show(done)
+        progress.show(done)
 
     async def run() -> None:
-        failures.update(await images.build(tasks, progress))
+        failures.update(await images.build(tasks, on_image))
 
-    with Progress('build', len(tasks)) as bar:
+    with Progress('build', len(tasks)) as progress:
         try:
             stop.run(run())
         finally:
@@ -65,10 +66,10 @@ def build_images(
     return failures
 
 
-def fitting(
+def drop_long_prompts(
     tasks: Sequence[Task], config: ml_collections.ConfigDict, work: Workdir | None
 ) -> list[Task]:
-    """The tasks whose prompts fit, where there is a tokenizer to know that by; says what it did."""
+    """The tasks whose prompts fit, if there is a tokenizer to count with; says what it did."""
     if not (work or config.model.path):
         CONSOLE.print('prompts not counted: the tokenizer is the one of a --workdir or model.path')
         return list(tasks)
@@ -79,8 +80,8 @@ def fitting(
     return source.tasks
 
 
-def sets_of(work: Workdir | None, cache: pathlib.Path) -> list[tuple[object, list[Task]]]:
-    """(name, tasks) of what --tasks names, else of the run's own sets; lists them."""
+def read_sets(work: Workdir | None, cache: pathlib.Path) -> list[Task]:
+    """The tasks that --tasks names, else those of the run; lists the sets."""
     if _TASKS.value:
         sets = load_sources(_TASKS.value, cache)
     elif work:
@@ -90,7 +91,7 @@ def sets_of(work: Workdir | None, cache: pathlib.Path) -> list[tuple[object, lis
     for name, tasks in sets:
         mark = ', environment only' if tasks[0].environment_only else ''
         CONSOLE.print(entry.printable(f'{name}: {len(tasks)} tasks{mark}'), markup=False)
-    return sets
+    return [task for _, tasks in sets for task in tasks]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -101,22 +102,22 @@ def main(argv: Sequence[str]) -> None:
     work = Workdir(_WORKDIR.value, config) if _WORKDIR.value else None
     failed: dict[str, dict[str, str]] = {}
     with unpacked(work) as cache:
-        tasks = [task for _, tasks in sets_of(work, cache) for task in tasks]
+        tasks = read_sets(work, cache)
         if _PARQUET.value:
-            from echo_jax.tasks.parquet import write_parquet
+            from echo_jax.tasks.parquet import write_parquet  # here: directories need no pyarrow
 
             write_parquet(tasks, pathlib.Path(_PARQUET.value))
             CONSOLE.print(f'{len(tasks)} tasks packed into {_PARQUET.value}', markup=False)
         if config:
-            tasks = fitting(tasks, config, work)
+            tasks = drop_long_prompts(tasks, config, work)
         stop = entry.Stop()
         try:
             if _BUILD.value:
                 failed['without an image'] = build_images(stop, tasks, config)
-            for agent in ('oracle', 'nop') if _CHECK.value else ():
-                failed[f'where {agent} is wrong'] = faults(
-                    watched(stop, tasks, config, agent), agent
-                )
+            if _CHECK.value:
+                for agent in ('oracle', 'nop'):
+                    outcomes = run_agent(stop, tasks, config, agent)
+                    failed[f'where {agent} is wrong'] = faults(outcomes, agent)
         except entry.Stopped:
             sys.exit('stopped')
     for what, failures in failed.items():

@@ -1,8 +1,9 @@
-"""A task directory as the bytes of a tar, and back out of a tar that nobody vouches for.
+"""Packs a task directory as a tar, and unpacks a tar that nobody vouches for.
 
-Knows no parquet and no task: paths, kinds and sizes only. Files are written by hand and not by
-tarfile's 'data' filter, which takes a leading `/` and a setuid bit off in silence, bounds neither
-bytes nor members, and let long chains of links out until Python 3.11.13 (CVE-2025-4517).
+Knows paths, kinds and sizes, but neither parquet nor tasks. Members are checked and written by hand
+instead of by tarfile's 'data' filter, because that filter silently takes off a leading `/` and a
+setuid bit, limits neither bytes nor members, and let long chains of links lead outside until
+Python 3.11.13 (CVE-2025-4517).
 """
 
 import bz2
@@ -17,18 +18,21 @@ import zlib
 
 MAX_BYTES = 1 << 30  # of a whole archive, unpacked
 MAX_MEMBERS = 20_000
-_MAX_NAME = 1024  # bytes; so that realpath never meets a path that is too long for it
-_MAX_PART = 255  # bytes between two slashes, as file systems have it
+_MAX_NAME = 1024  # bytes; keeps every path short enough for realpath
+_MAX_PART = 255  # bytes between two slashes, the limit of file systems
 _MAGIC = {b'\x1f\x8b': gzip.open, b'BZh': bz2.open, b'\xfd7zXZ\0': lzma.open}
-# The last two: what tarfile raises for a size that no file has, and for headers of headers.
 _DAMAGE = (
-    *(tarfile.TarError, EOFError, zlib.error, lzma.LZMAError),
-    *(OverflowError, RecursionError),
+    tarfile.TarError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    OverflowError,  # tarfile, for a size that no file has
+    RecursionError,  # tarfile, for a long chain of extended headers
 )
 
 
 def pack(directory: pathlib.Path) -> bytes:
-    """The directory's content as a plain tar: the same files give the same bytes, wherever.
+    """The directory's content as a plain tar; the same files give the same bytes everywhere.
 
     Raises ValueError for what `unpack` would refuse.
     """
@@ -36,7 +40,7 @@ def pack(directory: pathlib.Path) -> bytes:
     def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.mtime = member.uid = member.gid = 0
         member.uname = member.gname = ''
-        if not member.mode & 0o6000 or member.isdir():  # else left for `_check` to refuse
+        if not member.mode & 0o6000 or member.isdir():  # setuid files are kept for _check to refuse
             member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
         return member
 
@@ -50,14 +54,15 @@ def pack(directory: pathlib.Path) -> bytes:
 
 
 def unpack(data: bytes, directory: pathlib.Path) -> None:
-    """Writes the archive's files into `directory`, which is empty; one leading folder is left out.
+    """Writes the archive's files into the empty `directory`, without a folder that holds them all.
 
-    `data` is a tar, plain or packed by gzip, bzip2 or xz. Owners and times are not kept; of the
-    mode, only whether the owner may run a file; hard links become copies. Raises ValueError, which
-    names the member, before anything is written for: absolute names, `..`, names that are no UTF-8
-    or too long, a name that comes twice or lies under what is no directory, links that lead
-    outside, devices, FIFOs, setuid and setgid files, more than MAX_BYTES or MAX_MEMBERS, damage. A
-    link that leads outside by way of other links is found last, when the files are there.
+    `data` is a tar, plain or compressed by gzip, bzip2 or xz. Owners and times are not kept; of the
+    mode, only whether the owner may run a file; hard links become copies. Before anything is
+    written, raises ValueError, which names the member, for: absolute names, `..`, names that are
+    not UTF-8 or too long, a name that comes twice or lies under something that is not a directory,
+    links that lead outside, devices, FIFOs, setuid and setgid files, more than MAX_BYTES or
+    MAX_MEMBERS, and damage. Only a link that leads outside by way of other links is found after the
+    files are written.
     """
     try:
         data = _decompress(data)
@@ -81,7 +86,7 @@ def _decompress(data: bytes) -> bytes:
             with opener(io.BytesIO(data)) as stream:
                 try:
                     data = stream.read(MAX_BYTES + 1)
-                except OSError as error:  # what gzip and bz2 say of damage
+                except OSError as error:  # gzip and bz2 raise it for damaged data
                     raise tarfile.ReadError(str(error)) from error
             break
     if len(data) > MAX_BYTES:
@@ -90,7 +95,10 @@ def _decompress(data: bytes) -> bytes:
 
 
 def _check(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
-    """What goes to which path below the directory; a hard link stands as the file it links to."""
+    """The members by their path below the directory; a hard link is the file that it links to.
+
+    Raises ValueError for whatever `unpack` refuses before it writes.
+    """
     named = []
     for member in tar:
         named.append((_name(member.name), member))
@@ -106,13 +114,14 @@ def _check(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
             continue
         name = name.removeprefix(f'{lead}/')
         parents = [str(parent) for parent in pathlib.PurePosixPath(name).parents]
-        if under := next((p for p in parents if p in checked and not checked[p].isdir()), None):
-            raise ValueError(f'{name!r} lies under {under!r}, which is no directory')
+        for parent in parents:
+            if parent in checked and not checked[parent].isdir():
+                raise ValueError(f'{name!r} lies under {parent!r}, which is no directory')
         both_folders = member.isdir() and checked.get(name, member).isdir()
         if (name in checked or name in folders) and not both_folders:
             raise ValueError(f'{name!r} comes twice')
         folders.update(parents)
-        if len(folders) > MAX_MEMBERS:  # those that are only named on the way to a file
+        if len(folders) > MAX_MEMBERS:  # they count even if only a file's name implies them
             raise ValueError(f'{name!r} takes the folders over {MAX_MEMBERS}; make it smaller')
         checked[name] = _checked(name, member, checked, lead)
         total += checked[name].size
@@ -124,7 +133,7 @@ def _check(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
 
 
 def _name(name: str) -> str:
-    """The member's name, normalized; ValueError where it is none to write to."""
+    """The member's name, normalized; raises ValueError for a name that must not be written."""
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
@@ -138,7 +147,7 @@ def _name(name: str) -> str:
 
 
 def _leading_folder(names: list[str]) -> str:
-    """The folder that all lies in, where that is not the task directory itself; else ''."""
+    """The one folder that everything lies in, '' if the archive itself is the task directory."""
     tops = {name.partition('/')[0] for name in names} - {'.'}
     inside = any('/' in name for name in names) and 'task.toml' not in names
     return tops.pop() if inside and len(tops) == 1 else ''

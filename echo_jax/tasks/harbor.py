@@ -1,4 +1,4 @@
-"""Reads one Harbor task directory (PROTOCOL 15). Runs nothing."""
+"""Reads one Harbor task directory (docs/protocol.md#tasks). Runs nothing."""
 
 import math
 import os
@@ -6,48 +6,15 @@ import pathlib
 import re
 import tomllib
 from collections.abc import Callable
+from typing import Any
 
 from echo_jax.types import Task
 
 TASK_FILES = ('task.toml', 'instruction.md', 'tests/test.sh')
 
 
-def load_task(path: str | os.PathLike) -> Task:
-    """One task directory; its name is the task's id. Raises ValueError naming the bad file."""
-    path = pathlib.Path(path)
-    texts = {file: _read(path / file) for file in TASK_FILES}
-    return make_task(path, texts['task.toml'], texts['instruction.md'])
-
-
-def make_task(path: pathlib.Path, task_toml: str, instruction: str) -> Task:
-    """A Task from the texts of its two files; `path` is where its other files lie.
-
-    Keys that Task does not have are left alone: Harbor's format has more of them than we use.
-    """
-    source = path / 'task.toml'
-    try:
-        config = tomllib.loads(task_toml)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f'{source} is not TOML ({error}); correct it') from error
-    fields = {}
-    for section, key, field, kind in _KEYS:
-        table = config.get(section, {})
-        if not isinstance(table, dict):
-            raise ValueError(f'{source}: {section} is {table!r}, expected a table; correct it')
-        if key in table:
-            expected, accepts = _KINDS[kind]
-            if not accepts(table[key]):
-                got = f'[{section}] {key} = {table[key]!r}'
-                raise ValueError(f'{source}: {got}, expected {expected}; correct it')
-            fields[field] = table[key]
-    if 'workdir' not in fields and (workdir := _dockerfile_workdir(path)):
-        fields['workdir'] = workdir
-    if not instruction.strip():
-        raise ValueError(f'{path / "instruction.md"} is empty; write what the agent shall do')
-    return Task(task_id=path.name, path=path, instruction=instruction.strip(), **fields)
-
-
-_KEYS = (  # section and key of task.toml, field of Task, kind of value
+# Where task.toml holds what Task's fields hold: section, key, field, kind of value.
+_KEYS = (
     ('agent', 'timeout_sec', 'agent_timeout_sec', 'number'),
     ('verifier', 'timeout_sec', 'verifier_timeout_sec', 'number'),
     ('environment', 'build_timeout_sec', 'build_timeout_sec', 'number'),
@@ -58,23 +25,59 @@ _KEYS = (  # section and key of task.toml, field of Task, kind of value
     ('environment', 'workdir', 'workdir', 'path'),
     ('environment', 'env', 'env', 'texts'),
 )
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
-_KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    'number': ('a finite number above 0', _is_number),
-    'count': ('a whole number above 0', lambda v: type(v) is int and v > 0),
-    'bool': ('true or false', lambda v: type(v) is bool),
-    'text': ('a text that is not empty', lambda v: isinstance(v, str) and v != ''),
-    'path': ('an absolute path', lambda v: isinstance(v, str) and v.startswith('/')),
+# type() and not isinstance(), since True is an int.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    'number': (
+        'a finite number above 0',
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    ),
+    'count': ('a whole number above 0', lambda value: type(value) is int and value > 0),
+    'bool': ('true or false', lambda value: type(value) is bool),
+    'text': ('a text that is not empty', lambda value: isinstance(value, str) and value != ''),
+    'path': ('an absolute path', lambda value: isinstance(value, str) and value.startswith('/')),
     'texts': (
         'a table of texts',
-        lambda v: isinstance(v, dict) and all(isinstance(x, str) for x in v.values()),
+        lambda value: isinstance(value, dict) and all(isinstance(x, str) for x in value.values()),
     ),
 }
+
+
+def load_task(path: str | os.PathLike) -> Task:
+    """Reads one task directory, whose name is the task's id.
+
+    Keys of task.toml that Task has no field for are left alone: Harbor's format has more of them
+    than we use. Raises ValueError, naming the file, if one is missing or malformed.
+    """
+    path = pathlib.Path(path)
+    texts = {file: _read(path / file) for file in TASK_FILES}
+    fields = _fields(path / 'task.toml', texts['task.toml'])
+    workdir = _dockerfile_workdir(path)
+    if workdir:
+        fields.setdefault('workdir', workdir)
+    instruction = texts['instruction.md'].strip()
+    if not instruction:
+        raise ValueError(f'{path / "instruction.md"} is empty; write what the agent shall do')
+    return Task(task_id=path.name, path=path, instruction=instruction, **fields)
+
+
+def _fields(file: pathlib.Path, text: str) -> dict[str, Any]:
+    """What a task.toml says of Task's fields."""
+    try:
+        config = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f'{file} is not TOML ({error}); correct it') from error
+    fields = {}
+    for section, key, field, kind in _KEYS:
+        table = config.get(section, {})
+        if not isinstance(table, dict):
+            raise ValueError(f'{file}: {section} is {table!r}, expected a table; correct it')
+        if key in table:
+            expected, accepts = _KINDS[kind]
+            if not accepts(table[key]):
+                got = f'[{section}] {key} = {table[key]!r}'
+                raise ValueError(f'{file}: {got}, expected {expected}; correct it')
+            fields[field] = table[key]
+    return fields
 
 
 def _read(path: pathlib.Path) -> str:

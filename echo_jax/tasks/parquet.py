@@ -1,7 +1,7 @@
-"""Task sets as one parquet file: columns `prompt`, `path`, `task_binary` (PROTOCOL 15).
+"""Task sets as one parquet file: columns `prompt`, `path`, `task_binary` (docs/protocol.md#tasks).
 
-Reads a file into task directories in a cache, which a second reader finds there, and writes a file
-from task directories. Builds nothing, runs nothing.
+Reads a file into task directories in a cache, where a second reader finds them, and writes a file
+from task directories. Builds nothing and runs nothing.
 """
 
 import dataclasses
@@ -23,8 +23,9 @@ _MESSAGE = pa.struct([('role', pa.string()), ('content', pa.string())])
 SCHEMA = pa.schema(
     [('prompt', pa.list_(_MESSAGE)), ('path', pa.string()), ('task_binary', pa.binary())]
 )
-_ROWS = 32  # in memory at a time
-_TASK_PREFIX_END = '\n\nTask: '  # ends what a prompt says before the instruction (PROTOCOL 1)
+_ROWS = 32  # how many are in memory at a time
+# Ends what a prompt says before the instruction (docs/protocol.md#prompt).
+_TASK_PREFIX_END = '\n\nTask: '
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +37,24 @@ class _Row:
 
 
 def read_parquet(file: pathlib.Path, cache: pathlib.Path) -> list[Task]:
-    """The tasks of a file, sorted by id, their files in `cache`.
+    """The tasks of a file, sorted by id, with their files in `cache`.
 
-    A task's id is its row's `path`: a plain name, since results, groups and images go by it. Its
-    instruction is the archive's instruction.md; where the archive has none, the prompt's last user
-    message, without what stands before `Task: `. Its files lie in a folder of `cache` that is named
-    by their content, whole or not at all: what is there is not written again, by whatever run.
+    A task's id is its row's `path`, a plain name, since results, groups and images are named after
+    it. Its instruction is the archive's instruction.md or, if the archive has none, the prompt's
+    last user message from `Task: ` on. Its files lie in a folder of `cache` that is named by their
+    content. A folder is there whole or not at all, so no reader ever writes it again.
 
-    Raises ValueError in one line, naming the row, the id and the member, for a file that is no
-    such parquet, ids that are no plain names or differ in nothing but case, and every archive that
-    `archives.unpack` refuses. Nothing is skipped.
+    Raises ValueError in one line, naming the row, the id and the member, for a file that is not
+    such a parquet, ids that are not plain names or differ in nothing but case, and every archive
+    that `archives.unpack` refuses. No row is skipped.
     """
     cache.mkdir(parents=True, exist_ok=True)
     tasks: dict[str, Task] = {}
     with open(cache / '.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the system takes it back from a killed process
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if this process is killed
         for row in _rows(file):
-            if (other := tasks.get(row.task_id.casefold())) is not None:
+            other = tasks.get(row.task_id.casefold())
+            if other is not None:
                 raise ValueError(f'{row.where}: its id is taken, by {other.task_id!r}; rename one')
             try:
                 task = load_task(_extract(row, cache))
@@ -65,9 +67,10 @@ def read_parquet(file: pathlib.Path, cache: pathlib.Path) -> list[Task]:
 
 
 def write_parquet(tasks: Sequence[Task], file: pathlib.Path) -> None:
-    """Packs task directories into a file, at once or not at all; the same tasks, the same rows.
+    """Packs task directories into a file, which appears whole; the same tasks give the same rows.
 
-    `prompt` is the bare instruction as a user message: what stands around it is the reader's.
+    `prompt` is the bare instruction as a user message, without the text that a prompt puts before
+    it. Raises ValueError for a task that `archives.pack` refuses.
     """
     partial = file.with_name(file.name + '.partial')
     with pq.ParquetWriter(partial, SCHEMA, compression='zstd') as writer:
@@ -105,7 +108,8 @@ def _rows(file: pathlib.Path) -> Iterator[_Row]:
 
 
 def _check_columns(file: pathlib.Path, schema: pa.Schema) -> None:
-    if missing := [name for name in SCHEMA.names if name not in schema.names]:
+    missing = [name for name in SCHEMA.names if name not in schema.names]
+    if missing:
         raise ValueError(
             f'{file} lacks the column {missing[0]}; it has {", ".join(schema.names)}, a task set '
             f'has {", ".join(SCHEMA.names)}'
@@ -113,7 +117,7 @@ def _check_columns(file: pathlib.Path, schema: pa.Schema) -> None:
 
 
 def _row(where: str, row: dict) -> _Row:
-    """ValueError where a value is not of its column's kind."""
+    """Checks one row; raises ValueError if a value is not what its column should hold."""
     task_id, archive, prompt = row['path'], row['task_binary'], row['prompt']
     if not isinstance(task_id, str) or not _is_plain(task_id):
         raise ValueError(f'{where}: path is {_short(task_id)}, expected a plain name, the id')
@@ -131,12 +135,13 @@ def _row(where: str, row: dict) -> _Row:
 
 
 def _is_plain(name: str) -> bool:
-    """Fit for a folder's name, a label and a line of text."""
+    """Whether the name is fit for a folder, an image's label and a line of text."""
     return (
         name.isprintable()
         and 0 < len(name.encode()) <= 200
         and not set(name) & set('/\\')
-        and (name[0] not in '.-' and name == name.strip())
+        and name[0] not in '.-'
+        and name == name.strip()
     )
 
 
@@ -148,12 +153,12 @@ def _short(value: object) -> str:
 def _extract(row: _Row, cache: pathlib.Path) -> pathlib.Path:
     """The folder with the row's files; the caller holds the cache's lock."""
     digest = hashlib.sha256(row.archive)
-    digest.update(row.instruction.encode())  # it may become a file
+    digest.update(row.instruction.encode())  # it becomes a file if the archive has none
     folder = cache / digest.hexdigest()[:32]
     if folder.is_dir():
         return folder
     partial = cache / '.partial'
-    shutil.rmtree(partial, ignore_errors=True)  # a killed reader's
+    shutil.rmtree(partial, ignore_errors=True)  # left by a reader that was killed
     partial.mkdir()
     archives.unpack(row.archive, partial)
     instruction = partial / 'instruction.md'

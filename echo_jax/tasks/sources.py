@@ -1,6 +1,6 @@
-"""Sets of tasks: directories of Harbor tasks, and .parquet files of them.
+"""Reads sets of tasks: directories of Harbor tasks, and .parquet files of them.
 
-Reading them needs neither grain nor JAX. Builds no sandbox and runs nothing.
+Reading needs neither grain nor JAX. This module builds no sandbox and runs nothing.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from echo_jax.types import Task
 
 log = logging.getLogger(__name__)
 
-_MARK = ':environment_only'  # after a source
+_MARK = ':environment_only'  # ends a source whose tasks train the environment term alone
 
 
 def load_tasks(sources: str | os.PathLike, cache: str | os.PathLike | None = None) -> list[Task]:
@@ -24,21 +24,23 @@ def load_tasks(sources: str | os.PathLike, cache: str | os.PathLike | None = Non
 def load_sources(
     sources: str | os.PathLike, cache: str | os.PathLike | None = None
 ) -> list[tuple[pathlib.Path, list[Task]]]:
-    """(path, its tasks sorted by id) of one source or of several, with commas between them.
+    """(path, its tasks sorted by id) of one source, or of several with commas between them.
 
     A source is a directory of task directories or a .parquet file, whose rows are unpacked into
-    `cache` (parquet.py); `:environment_only` after it marks its tasks. A path that exists is taken
-    as it is spelled, commas and all. Raises ValueError for a source without tasks, a malformed
-    task, an id that two sources have.
+    `cache` (parquet.py). `:environment_only` after it marks its tasks. If the whole text is a path
+    that exists, it is one source, even if it holds commas. Raises ValueError for a source without
+    tasks, a malformed task, and an id that two sources have.
     """
-    loaded, owners = [], {}
-    for path, environment_only in parse_sources(sources):
+    loaded: list[tuple[pathlib.Path, list[Task]]] = []
+    owners: dict[str, pathlib.Path] = {}
+    for path, environment_only in _parse(sources):
         tasks = [
             dataclasses.replace(task, environment_only=environment_only)
             for task in _load_source(path, cache)
         ]
         for task in tasks:
-            if (owner := owners.setdefault(task.task_id, path)) is not path:
+            owner = owners.setdefault(task.task_id, path)
+            if owner is not path:
                 raise ValueError(
                     f'{path} and {owner} both have a task {task.task_id!r}; results go by the id: '
                     'rename one, or leave one out'
@@ -47,7 +49,7 @@ def load_sources(
     return loaded
 
 
-def parse_sources(sources: str | os.PathLike) -> list[tuple[pathlib.Path, bool]]:
+def _parse(sources: str | os.PathLike) -> list[tuple[pathlib.Path, bool]]:
     """(path, environment_only) of each source in 'DIR,FILE.parquet:environment_only'."""
     text = os.fspath(sources)
     if text and os.path.exists(text):
@@ -55,7 +57,7 @@ def parse_sources(sources: str | os.PathLike) -> list[tuple[pathlib.Path, bool]]
     items = [item.strip() for item in text.split(',') if item.strip()]
     if not items:
         raise ValueError(f'{text!r} names no tasks; name a directory or a .parquet file')
-    return [(pathlib.Path(x.removesuffix(_MARK)), x.endswith(_MARK)) for x in items]
+    return [(pathlib.Path(item.removesuffix(_MARK)), item.endswith(_MARK)) for item in items]
 
 
 def _load_source(path: pathlib.Path, cache: str | os.PathLike | None) -> list[Task]:
@@ -64,8 +66,8 @@ def _load_source(path: pathlib.Path, cache: str | os.PathLike | None) -> list[Ta
     if not path.is_file():
         raise ValueError(f'{path} is not there; name a directory of tasks or a .parquet file')
     if cache is None:
-        raise ValueError(f'{path} has to be unpacked; say where, by --workdir')
-    # Here, not above: it imports this module, and pyarrow, which directories do not need.
+        raise ValueError(f'{path} has to be unpacked; say where to with --workdir')
+    # Imported here because it imports pyarrow, which is slow to load and not needed otherwise.
     from echo_jax.tasks import parquet
 
     return parquet.read_parquet(path, pathlib.Path(cache))
@@ -74,8 +76,8 @@ def _load_source(path: pathlib.Path, cache: str | os.PathLike | None) -> list[Ta
 def _load_directory(directory: pathlib.Path) -> list[Task]:
     """The tasks of a directory of task directories, sorted by id.
 
-    A folder that holds none of a task's files is no task: it is left out, with a warning that names
-    it. Hidden ones are not read.
+    A folder that holds none of a task's files is left out, with a warning that names it. Hidden
+    folders are not read.
     """
     if not directory.is_dir():
         raise ValueError(f'{directory} is no directory; name one that holds task directories')

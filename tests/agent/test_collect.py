@@ -1,14 +1,13 @@
 """collect with real sandboxes and a real store, and replies that need no model."""
 
 import asyncio
-import importlib.resources
 
 import pytest
 
 from configs.tiny import get_config
 from echo_jax.agent.collect import collect as draw_missing
 from echo_jax.agent.protocol import Protocol
-from echo_jax.agent.tokenizer import build_tokenizer, training_texts
+from echo_jax.agent.tokenizer import build_tokenizer, chat_template, training_texts
 from echo_jax.run.sources import waves
 from echo_jax.run.warm_start import demonstrator
 from echo_jax.sandbox import SandboxError, local
@@ -38,8 +37,7 @@ def tasks(tmp_path_factory):
 def collect(tasks):
     config = get_config()
     config.protocol.max_total_tokens = config.protocol.max_context_tokens = 1024
-    template = importlib.resources.files('echo_jax.agent') / 'chat_template.jinja'
-    tokenizer = build_tokenizer(training_texts(tasks), 400, template.read_text())
+    tokenizer = build_tokenizer(training_texts(tasks), 400, chat_template())
     protocol = Protocol(tokenizer, config.protocol)
 
     def run(assignments, store, group_size=1, at_once=4, **options):
@@ -51,7 +49,7 @@ def collect(tasks):
                 config=config,
                 make_sandbox=sandbox_maker(config),
                 protocol=protocol,
-                policy=demonstrator(tokenizer, ['solve']),
+                policy_for=demonstrator(tokenizer, ['solve'], protocol.dialect),
                 group_size=group_size,
                 temperature=1.0,
                 **options,

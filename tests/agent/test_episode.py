@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from echo_jax.agent.episode import run_episode, run_group, verify
+from echo_jax.agent.episode import run_episode, run_group
 from echo_jax.agent.observations import describe
 from echo_jax.agent.protocol import Protocol, format_reply
+from echo_jax.agent.verifier import verify
 from echo_jax.policy.scripted import ScriptedPolicy
 from echo_jax.sandbox import CommandResult, SandboxError
 from echo_jax.sandbox.local import LocalSandbox
@@ -151,9 +152,11 @@ def test_an_episode_that_solves_its_task(make_task, episodes):
 
 def test_a_rollout_says_whether_its_task_is_environment_only(make_task, episodes):
     task = make_task()
-    assert episodes.run(task, [DONE]).metrics['environment_only'] == 0
+    assert episodes.run(task, [DONE]).environment_only is False
     marked = dataclasses.replace(task, environment_only=True)
-    assert episodes.run(marked, [DONE]).metrics['environment_only'] == 1
+    rollout = episodes.run(marked, [DONE])
+    assert rollout.environment_only is True
+    assert 'environment_only' not in rollout.metrics  # metrics are for people; nothing reads them
 
 
 def test_the_verifier_alone_is_for_oracle_and_nop(make_task):
@@ -546,14 +549,16 @@ def test_a_group_retries_and_then_records(make_task, tiny_tokenizer, protocol_co
     sandbox = type('Sandbox', (Counted,), {'failures': failures})
     policy = ScriptedPolicy(tiny_tokenizer, [bash('echo 42 > /app/answer.txt'), DONE])
     protocol = Protocol(tiny_tokenizer, protocol_config)
+    task = dataclasses.replace(make_task(), environment_only=True)
 
     async def run():
-        return await group(make_task(), policy, protocol, sandbox)
+        return await group(task, policy, protocol, sandbox)
 
     rollouts = asyncio.run(run())
     assert [rollout.sample_id for rollout in rollouts] == [0, 1, 2, 3]
     for rollout in rollouts:
         assert_valid(rollout)
+        assert rollout.environment_only is True  # also when nothing was sampled
         if failures < 100:
             assert (rollout.reward, rollout.status, rollout.group_id) == (1.0, Status.OK, 9)
         else:

@@ -130,7 +130,7 @@ def test_ids_are_those_of_the_template(tokenizer, protocol_config):
     """A whole conversation token by token, against one rendering of its messages."""
     protocol = Protocol(tokenizer, protocol_config)
     assert protocol.encoder.observation_role == 'tool'
-    messages = prompts.messages('Do it: a  b\n(c)', 'brief', 30)
+    messages = prompts.messages('Do it: a  b\n(c)', 'brief', 30, protocol.dialect)
     conversation = protocol.start(messages[-1]['content'])
     prompt = list(conversation.tokens)
     for output in ('one', ' two\n\n', '(3)\n'):

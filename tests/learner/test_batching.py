@@ -75,7 +75,7 @@ def test_infra_error_is_nobodys_reward():
 
 def test_environment_only_has_no_policy_gradient():
     second = make_rollout('PPAAOW', reward=0.0, group=0, sample=1, first_token=11)
-    marked = [dataclasses.replace(r, metrics={'environment_only': 1.0}) for r in (FIRST, second)]
+    marked = [dataclasses.replace(r, environment_only=True) for r in (FIRST, second)]
     other = make_rollout('PAAO', reward=1.0, group=1, sample=0, first_token=17)
     worse = make_rollout('PAO', reward=0.0, group=1, sample=1, first_token=21)
     batch = make_batch([*marked, other, worse], small_config())
@@ -97,18 +97,19 @@ def test_environment_only_has_no_policy_gradient():
 
 
 def test_environment_only_skips_a_rollout_with_an_invalid_call():
-    def batch_of(**metrics):
+    def batch_of(environment_only):
         refused = make_rollout('PAFAO', reward=1.0, group=0, sample=0, first_token=1)
         valid = make_rollout('PAO', reward=0.0, group=0, sample=1, first_token=11)
-        return make_batch(
-            [dataclasses.replace(r, metrics=metrics) for r in (refused, valid)], small_config()
-        )
+        rollouts = [
+            dataclasses.replace(r, environment_only=environment_only) for r in (refused, valid)
+        ]
+        return make_batch(rollouts, small_config())
 
-    batch = batch_of(environment_only=1.0)
+    batch = batch_of(True)
     assert not batch.env_weight[batch.tokens < 10].any()
     # It is a sequence all the same: the other one weighs 1/(2*1).
     assert batch.env_weight[batch.tokens == 13] == np.float32(1 / 2)
-    assert batch_of().env_weight[batch.tokens == 5] == np.float32(1 / 4)
+    assert batch_of(False).env_weight[batch.tokens == 5] == np.float32(1 / 4)
 
 
 @pytest.mark.parametrize('reduction', ['sequence_mean', 'token_mean', 'dr_grpo'])
@@ -224,7 +225,10 @@ def test_metrics_by_hand():
         dataclasses.replace(FIRST, metrics={'seconds_sampling': 2.0, 'turns': 99.0}),
         dataclasses.replace(SECOND, metrics={'seconds_sampling': 4.0}),
         make_rollout('PAA', reward=1.0, group=1, sample=0, version=1),
-        make_rollout('P', reward=9.0, group=1, sample=1, status=Status.INFRA_ERROR),
+        dataclasses.replace(
+            make_rollout('P', reward=9.0, group=1, sample=1, status=Status.INFRA_ERROR),
+            environment_only=True,
+        ),
     ]
     metrics = rollout_metrics(rollouts, version=4)
     expected = {
@@ -235,6 +239,7 @@ def test_metrics_by_hand():
         'max_tokens': 10,
         'action_tokens': (4 + 2 + 2 + 0) / 4,
         'observation_tokens': (4 + 1) / 4,
+        'environment_only': 1 / 4,  # the INFRA_ERROR is one, and counts here
         'staleness': (1 + 1 + 3) / 3,  # versions 3, 3, 1 under 4
         'max_staleness': 3,
         'uninformative_groups': 1 / 2,  # group 1 has a single reward

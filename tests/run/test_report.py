@@ -83,7 +83,7 @@ def roll(tokenizer, task_id: str) -> Rollout:
 
 
 def test_no_control_code_of_a_rollout_reaches_the_terminal(terminal, tokenizer):
-    report.rollout(tokenizer, roll(tokenizer, f'task[red]{HOSTILE}'))
+    report.show_rollout(tokenizer, roll(tokenizer, f'task[red]{HOSTILE}'))
     shown = terminal.getvalue()
     # The only escape sequences are colours of ours, which end at once in an `m`.
     pieces = shown.split('\x1b')[1:]

@@ -23,7 +23,7 @@ pytest.importorskip('gcsfs')  # which requirements-dev.txt brings
 @contextlib.contextmanager
 def serving(*flags: str):
     """What is in the environment of a process that finds the server, with the bucket `bucket`."""
-    command = [sys.executable, 'tests/gcs_server.py', *flags, 'bucket']
+    command = [sys.executable, 'tests/support/gcs_server.py', *flags, 'bucket']
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:

@@ -1,4 +1,4 @@
-"""Rounds and reports on a real TensorStore folder."""
+"""What is due, and the reports of workers, on a real TensorStore folder."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ def due_store(request, tmp_path) -> DueStore:
     return DueStore(tmp_path / 'fleet' if request.param == 'folder' else 'memory://')
 
 
-def test_a_round_numbers_its_groups():
+def test_due_groups_are_numbered():
     assert list(TRAIN.group_ids) == [8, 9, 10]
     assert TRAIN.assignments == [(8, 'a'), (9, 'b'), (10, 'a')]  # a task may come twice
 
@@ -60,7 +60,7 @@ def test_a_report_takes_the_place_of_the_last(due_store):
     assert abs(second['at'] - time.time()) < 60
 
 
-def test_what_a_killed_writer_left_is_no_round(tmp_path):
+def test_what_a_killed_writer_left_is_not_due(tmp_path):
     due_store = DueStore(tmp_path)
     due_store.post(TRAIN)
     folder = tmp_path / 'due' / 'train'

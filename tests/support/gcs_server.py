@@ -1,6 +1,6 @@
 """Google Cloud Storage's JSON API on this machine, as far as a run in a bucket goes.
 
-    python tests/gcs_server.py --port=9000 BUCKET...
+    python tests/support/gcs_server.py --port=9000 BUCKET...
 
 Objects live in memory, each with a generation, and requests keep the conditions on it, as the
 service's documentation has them: https://cloud.google.com/storage/docs/json_api/v1/objects. It

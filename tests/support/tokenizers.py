@@ -1,13 +1,14 @@
 """Small real tokenizers with Qwen's added tokens, and the protocol config to go with them."""
 
 import functools
-import importlib.resources
 
 import ml_collections
 import pytest
 import tokenizers
 import transformers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from echo_jax.agent.tokenizer import chat_template
 
 SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
 ADDED = [
@@ -55,12 +56,11 @@ def build(pattern: str) -> transformers.PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(_TEXT, trainer)
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in SPECIAL])
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in ADDED])
-    template = importlib.resources.files('echo_jax.agent') / 'chat_template.jinja'
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token='<|im_end|>',
         pad_token='<|endoftext|>',
-        chat_template=template.read_text(),
+        chat_template=chat_template(),
     )
 
 

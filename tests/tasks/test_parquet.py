@@ -219,7 +219,7 @@ def test_files_that_are_no_parquet(tmp_path):
     with pytest.raises(ValueError, match='cannot be read') as error:
         load_tasks(file, tmp_path / 'cache')
     assert '\n' not in str(error.value)
-    with pytest.raises(ValueError, match='has to be unpacked; say where, by --workdir'):
+    with pytest.raises(ValueError, match='has to be unpacked; say where to with --workdir'):
         load_tasks(file)
 
 

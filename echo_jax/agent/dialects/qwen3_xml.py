@@ -1,67 +1,90 @@
-"""Reads what the policy wrote: calls (PROTOCOL 7.4, 8) and format warnings (PROTOCOL 9).
+"""The released dialect: `<think>` and `<tool_call>` tags, a call in Qwen3-Coder's XML.
 
-Runs nothing and knows no tokenizer. The text is hostile and up to megabytes long, so every scan is
-linear: no lazy regular expression that restarts at each opening tag.
+The rules are in docs/protocol.md#call-format, docs/protocol.md#parser and
+docs/protocol.md#warnings. The text is hostile and up to megabytes long, so every scan is linear: a
+lazy pattern ends with `|\\Z`, which makes it match at each opening tag instead of searching the
+rest of the text in vain and starting over at the next one.
 """
 
-import dataclasses
+import json
 import re
+from typing import Any
 
-THINK_OPEN = '<think>\n'  # the generation prompt ends with it; the policy never samples it
-TAGS = ('think', 'tool_call')
+from echo_jax.agent.dialects.dialect import Command, ParsedResponse
 
+THINK_TAGS = ('<think>', '</think>')
+THINK_OPEN = '<think>\n'
+TAGS = (*THINK_TAGS, '<tool_call>', '</tool_call>')
+
+_NAMES = ('think', 'tool_call')
 _TAG = re.compile(r'<(/?)(think|tool_call)>')
-_EMPTY = {tag: re.compile(rf'<{tag}>\s*</{tag}>') for tag in TAGS}
+_EMPTY = {name: re.compile(rf'<{name}>\s*</{name}>') for name in _NAMES}
+_THINKING = re.compile(r'<think>.*?(?:</think>|\Z)', re.DOTALL)
+_CALL = re.compile(r'<tool_call>(.*?)(?:</tool_call>|\Z)', re.DOTALL)
 _FUNCTION = re.compile(r'<function=([\w.-]+)>')
-_PARAMETER = re.compile(r'<parameter=(\w+)>')
+_PARAMETER = re.compile(r'<parameter=(\w+)>(.*?)(</parameter>|\Z)', re.DOTALL)
+
+_CALL_FORMAT = """\
+To call a function, end your answer with a call of exactly this form:
+
+<tool_call>
+<function=example_function>
+<parameter=example_parameter>
+value
+</parameter>
+<parameter=another_parameter>
+a value that
+spans several lines
+</parameter>
+</function>
+</tool_call>
+
+<IMPORTANT>
+- A call is an inner <function=...></function> block inside <tool_call></tool_call> tags.
+- Required parameters must be given.
+- Reason in plain language before a call if you need to, never after it.
+</IMPORTANT>"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """One call that is not `done`. A call with an error still counts as a command."""
-
-    name: str  # the function's name, '' where the tag is missing
-    arguments: dict[str, str]  # stripped values by parameter name
-    error: str = ''  # why it cannot be run, '' where it can
-    raw: str = ''  # the call between its tags, stripped
+def tools_prompt(tools: list[dict[str, Any]]) -> str:
+    """The `# Tools` block of the system message (docs/protocol.md#prompt)."""
+    schemas = '\n'.join(json.dumps(tool) for tool in tools)
+    return f'# Tools\n\nYou have these functions:\n\n<tools>\n{schemas}\n</tools>\n\n{_CALL_FORMAT}'
 
 
-@dataclasses.dataclass(frozen=True)
-class ParsedResponse:
-    commands: list[Command]
-    is_done: bool = False
-    error: str = ''  # of the whole response; there are no commands then
+def write_response(thought: str, command: str | None, done: bool) -> str:
+    """A response without THINK_OPEN, which the generation prompt holds, and without its end."""
+    functions = []
+    if command is not None:
+        functions.append(
+            f'<function=bash>\n<parameter=command>\n{command}\n</parameter>\n</function>'
+        )
+    if done:
+        functions.append('<function=done>\n</function>')
+    calls = '\n'.join(f'<tool_call>\n{function}\n</tool_call>' for function in functions)
+    return f'{thought}\n</think>\n\n{calls}'
 
 
 def strip_thinking(text: str) -> str:
-    """Takes closed think blocks out, then an unclosed one to the end (PROTOCOL 7.4)."""
-    kept, at = [], 0
-    while (start := text.find('<think>', at)) >= 0:
-        kept.append(text[at:start])
-        end = text.find('</think>', start)
-        if end < 0:
-            at = len(text)
-            break
-        at = end + len('</think>')
-    kept.append(text[at:])
+    """Takes closed think blocks out, then an unclosed one to the end (docs/protocol.md#a-turn)."""
     # Taking a block out can join a new opening tag; like any other it now runs to the end.
-    return ''.join(kept).partition('<think>')[0].strip()
+    return _THINKING.sub('', text).partition('<think>')[0].strip()
 
 
 def text_after_thinking(text: str) -> str:
-    """What follows the last `</think>` ('' where there is none): `parse_after_think=True`."""
+    """What follows the last `</think>`, '' if there is none: for `parse_after_think=True`."""
     return text.rpartition('</think>')[2].strip() if '</think>' in text else ''
 
 
 def parse_response(text: str) -> ParsedResponse:
-    """Reads the calls of one response whose thinking has been stripped (PROTOCOL 8).
+    """Reads the calls of one response whose thinking has been stripped (docs/protocol.md#parser).
 
-    PROTOCOL's third whole-response error, `No valid tool calls or done signal found.`, cannot
-    arise in this dialect: every call is a command, be it a broken one, or done.
+    The third whole-response error of that page, `No valid tool calls or done signal found.`, cannot
+    arise here: every call is either `done` or a command, even if a broken one.
     """
     if not text:
         return ParsedResponse([], error='Empty response')
-    calls = _calls(text)
+    calls = _CALL.findall(text)
     if not calls:
         return ParsedResponse([], error='No <tool_call> found in response.')
     commands, is_done = [], False
@@ -72,42 +95,19 @@ def parse_response(text: str) -> ParsedResponse:
         elif function[1] == 'done':
             is_done = True
         else:
-            arguments = _parameters(call)
+            # If two parameters have one name, the later counts. One that is never closed is none.
+            found = _PARAMETER.findall(call)
+            arguments = {name: value.strip() for name, value, closing in found if closing}
             error = '' if arguments else 'No parameters found'
             commands.append(Command(function[1], arguments, error, call.strip()))
     return ParsedResponse(commands, is_done)
 
 
-def _calls(text: str) -> list[str]:
-    """What stands between each `<tool_call>` and the next `</tool_call>` or the end."""
-    calls, at = [], 0
-    while (start := text.find('<tool_call>', at)) >= 0:
-        start += len('<tool_call>')
-        end = text.find('</tool_call>', start)
-        if end < 0:
-            return [*calls, text[start:]]
-        calls.append(text[start:end])
-        at = end + len('</tool_call>')
-    return calls
-
-
-def _parameters(call: str) -> dict[str, str]:
-    """Stripped values by name; of two with one name the later counts."""
-    parameters, at = {}, 0
-    while (opening := _PARAMETER.search(call, at)) is not None:
-        end = call.find('</parameter>', opening.end())
-        if end < 0:
-            break
-        parameters[opening[1]] = call[opening.end() : end].strip()
-        at = end + len('</parameter>')
-    return parameters
-
-
 def format_warnings(text: str, opening: str = THINK_OPEN) -> list[str]:
-    """Warnings on one response as it was sampled, exact and in the order of PROTOCOL 9.
+    """Warnings on one sampled response, exact and in the order of docs/protocol.md#warnings.
 
-    `opening` is the part of the response that the generation prompt already holds; it is put
-    before the text, so with the dialect's own a think block is never missing.
+    `opening` is the part of the response that the generation prompt already holds. It is put before
+    the text, so a think block can only be missing if `opening` is given as ''.
     """
     if not text:
         return []
@@ -118,16 +118,16 @@ def format_warnings(text: str, opening: str = THINK_OPEN) -> list[str]:
         warnings.append('Missing <think> block')
     elif blocks > 1:
         warnings.append(f'Found {blocks} <think> blocks, expected 1')
-    for tag in TAGS:
-        if text.count(f'<{tag}>') > text.count(f'</{tag}>'):
-            warnings.append(f'Unclosed <{tag}> tag')
-        if _EMPTY[tag].search(text):
-            warnings.append(f'Empty <{tag}> block')
+    for name in _NAMES:
+        if text.count(f'<{name}>') > text.count(f'</{name}>'):
+            warnings.append(f'Unclosed <{name}> tag')
+        if _EMPTY[name].search(text):
+            warnings.append(f'Empty <{name}> block')
     tags = list(_TAG.finditer(text))
     return warnings + _nesting_warning(tags) + _stray_text_warnings(text, tags)
 
 
-def _nesting_warning(tags: list[re.Match]) -> list[str]:
+def _nesting_warning(tags: list[re.Match[str]]) -> list[str]:
     """The first opening tag inside a tag that is still open."""
     inside = None
     for tag in tags:
@@ -141,7 +141,7 @@ def _nesting_warning(tags: list[re.Match]) -> list[str]:
     return []
 
 
-def _stray_text_warnings(text: str, tags: list[re.Match]) -> list[str]:
+def _stray_text_warnings(text: str, tags: list[re.Match[str]]) -> list[str]:
     """Text before the first opening tag, or else between tags; and after the last closing one."""
     warnings = []
     opens = [tag for tag in tags if not tag[1]]
@@ -155,8 +155,11 @@ def _stray_text_warnings(text: str, tags: list[re.Match]) -> list[str]:
     return warnings
 
 
-def _has_text_between(text: str, tags: list[re.Match]) -> bool:
-    """Anything but space from a closing tag to the next opening one; a second close is text too."""
+def _has_text_between(text: str, tags: list[re.Match[str]]) -> bool:
+    """Whether anything but white space stands from a closing tag to the next opening one.
+
+    A second closing tag before that opening one counts as text.
+    """
     closed_at = None
     for tag in tags:
         if tag[1]:

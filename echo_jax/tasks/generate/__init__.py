@@ -1,18 +1,15 @@
 """Seeded generator of small Harbor task directories, for runs and tests that must be short.
 
-    python -m echo_jax.tasks.generate --output=DIR --split=train --count=500 --seed=0
-
-A task is a function of (seed, split, index) alone. Every family needs a look at a file or folder
-before its answer is known; the instruction names the candidates, so that little of what the
-terminal prints cannot be predicted. Split 'explore' holds terminal sessions without a goal, on
-training words: text for language modelling of the terminal, not tasks to be solved. This module
+A task is a function of (seed, split, index) alone. In every family of tasks the answer is known
+only after a look at a file or folder. The instruction names the candidates, so that most of what
+the terminal prints can be predicted. The split 'explore' holds terminal sessions without a goal, on
+training words: text for language modelling of the terminal, not tasks to be solved. This package
 runs no command and tokenizes nothing.
 """
 
-from echo_jax.tasks.generate.drafts import FAMILIES, Draft
-from echo_jax.tasks.generate.words import NUMBERS, SPLITS, SYLLABLES, WORDS, is_heldout
+from echo_jax.tasks.generate.drafts import FAMILIES
+from echo_jax.tasks.generate.words import NUMBERS, SPLITS, SYLLABLES, WORDS
 from echo_jax.tasks.generate.write import (
-    HABITS,
     demonstration,
     draft_task,
     generate_tasks,
@@ -22,16 +19,13 @@ from echo_jax.tasks.generate.write import (
 
 __all__ = [
     'FAMILIES',
-    'HABITS',
     'NUMBERS',
     'SPLITS',
     'SYLLABLES',
     'WORDS',
-    'Draft',
     'demonstration',
     'draft_task',
     'generate_tasks',
-    'is_heldout',
     'practice',
     'write_task',
 ]

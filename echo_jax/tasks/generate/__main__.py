@@ -1,4 +1,7 @@
-"""Command line of the task generator; see the package's docstring."""
+"""The generator's program. It needs no recipe, so its flags are argparse's.
+
+python -m echo_jax.tasks.generate --output=DIR --split=train --count=500 --seed=0
+"""
 
 import argparse
 
@@ -13,10 +16,13 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--families', default=','.join(FAMILIES), help='comma-separated')
     args = parser.parse_args()
-    families = tuple(args.families.split(','))
     try:
         generate_tasks(
-            args.output, split=args.split, count=args.count, seed=args.seed, families=families
+            args.output,
+            split=args.split,
+            count=args.count,
+            seed=args.seed,
+            families=args.families.split(','),
         )
     except ValueError as error:
         parser.error(str(error))

@@ -1,6 +1,10 @@
-"""The families: what a generated task says, holds and asks for. Writes nothing to disk."""
+"""The families of generated tasks: what a task says, holds and asks for.
+
+Writes nothing to disk.
+"""
 
 import dataclasses
+import random
 from collections.abc import Callable
 
 
@@ -11,11 +15,12 @@ class Draft:
     instruction: str
     files: dict[str, str]  # path -> text, as the sandbox starts
     commands: list[str]  # a look first, then the action; one line each, one turn each
-    # path -> text after the task is done, None where nothing may be; files not named stay.
+    # path -> text after the task is done, None if nothing may be there. Other files stay as is.
     changes: dict[str, str | None]
 
 
-# Each family takes a random stream, eight distinct words and three distinct numbers.
+# A family: (random stream, eight distinct words, three distinct numbers) -> draft.
+Family = Callable[[random.Random, list[str], list[str]], Draft]
 
 
 def _copy(rng, w, _numbers):
@@ -133,10 +138,16 @@ def _join(rng, w, _numbers):
     )
 
 
-FAMILIES: dict[str, Callable[..., Draft]] = {
-    function.__name__[1:]: function
-    for function in (
-        *(_copy, _find, _rename, _config, _count),
-        *(_delete, _after, _folder, _join, _last),
-    )
+# Families take turns in this order.
+FAMILIES: dict[str, Family] = {
+    'copy': _copy,
+    'find': _find,
+    'rename': _rename,
+    'config': _config,
+    'count': _count,
+    'delete': _delete,
+    'after': _after,
+    'folder': _folder,
+    'join': _join,
+    'last': _last,
 }

@@ -1,27 +1,47 @@
 """Terminal sessions without a goal: text for language modelling of the terminal.
 
-They use the commands of the families' solutions and more, on random files, with the words that the
-instruction names. No output in them depends on the time or the machine.
+They use the commands of the solutions of generated tasks and more, on random files, with the words
+that the instruction names. Nothing that they print depends on the time or the machine. Writes
+nothing to disk.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable
 
 from echo_jax.tasks.generate.drafts import Draft
 
 
-def explore(rng: random.Random, w: list[str], _numbers) -> Draft:
-    """A session of three commands: some 320 tokens with the small tokenizer.
+@dataclasses.dataclass
+class _Session:
+    """What a session's actions share."""
 
-    `now` follows what the files hold, so that later commands make sense.
-    """
+    rng: random.Random
+    now: dict[str, list[str]]  # the files and their lines after the actions so far
+    words: list[str]
+    fresh: str  # a file that is not there at first
+    folder: str  # likewise
+
+    def any_file(self) -> str:
+        return self.rng.choice(sorted(self.now))
+
+
+# An action gives a command and changes `session.now` as the command changes the files. It gives
+# None, and changes nothing, if its command would make no sense now.
+Action = Callable[[_Session], str | None]
+
+
+def explore(rng: random.Random, w: list[str], _numbers: list[str]) -> Draft:
+    """A session of three commands: some 320 tokens with the small tokenizer."""
     names = [f'{word}.txt' for word in w[:2]]
-    words, fresh, folder = w[2:6], f'{w[6]}.txt', w[7]
+    words = w[2:6]
     files = {name: rng.choices(words, k=rng.randint(1, 3)) for name in names}
     now = {name: list(lines) for name, lines in files.items()}
-    commands = []
+    session = _Session(rng, now, words, f'{w[6]}.txt', w[7])
+    commands: list[str] = []
     while len(commands) < 3:
-        if command := rng.choice(_STEPS)(rng, now, words, fresh, folder):
+        command = rng.choice(_ACTIONS)(session)
+        if command is not None:
             commands.append(command)
     return Draft(
         f'Look at {" and ".join(names)}. Words: {", ".join(words)}.',
@@ -31,84 +51,76 @@ def explore(rng: random.Random, w: list[str], _numbers) -> Draft:
     )
 
 
-# A step takes the random stream, the files now, the words, the name of a file that is not there at
-# first and that of a folder. It returns a command and changes `now` alike, or None if none is apt.
+def _on_file(form: str, change: Callable[[list[str], str, str], list[str]] | None = None) -> Action:
+    """An action on a file {f} that is there, with a word {a} of it and any word {b}.
 
+    `change` gives the file's new lines from its lines, {a} and {b}.
+    """
 
-def _on_file(form: str, change: Callable[[list, str, str], object] | None = None):
-    """An exploration step on a file `f` that exists: `a` is a word of it, `b` any word."""
-
-    def step(rng, now, words, _fresh, _folder):
-        name = rng.choice(sorted(now))
-        old, new = rng.choice(now[name]), rng.choice(words)
+    def action(session: _Session) -> str:
+        name = session.any_file()
+        lines = session.now[name]
+        old, new = session.rng.choice(lines), session.rng.choice(session.words)
         if change:
-            change(now[name], old, new)
+            session.now[name] = change(lines, old, new)
         return form.format(f=name, a=old, b=new)
 
-    return step
+    return action
 
 
-def _overwrite(lines, _old, new):
-    lines[:] = [new]
-
-
-def _pair(lines, old, new):
-    lines[:] = [f'{new}={old}']
-
-
-def _substitute(lines, old, new):
-    lines[:] = [new if word == old else word for word in lines]
-
-
-def _move(rng, now, _words, fresh, _folder):
-    if fresh in now:
+def _move(session):
+    if session.fresh in session.now:
         return None
-    name = rng.choice(sorted(now))
-    now[fresh] = now.pop(name)
-    return f'mv {name} {fresh}; ls'
+    name = session.any_file()
+    session.now[session.fresh] = session.now.pop(name)
+    return f'mv {name} {session.fresh}; ls'
 
 
-def _copy_file(rng, now, _words, fresh, _folder):
-    if fresh in now:
+def _copy(session):
+    if session.fresh in session.now:
         return None
-    name = rng.choice(sorted(now))
-    now[fresh] = list(now[name])
-    return f'cp {name} {fresh}; cat {fresh}'
+    name = session.any_file()
+    session.now[session.fresh] = session.now[name]
+    return f'cp {name} {session.fresh}; cat {session.fresh}'
 
 
-def _remove(rng, now, _words, _fresh, _folder):
-    if len(now) < 2:
+def _remove(session):
+    if len(session.now) < 2:
         return None
-    name = rng.choice(sorted(now))
-    del now[name]
+    name = session.any_file()
+    del session.now[name]
     return f'rm {name}; ls'
 
 
-def _into_folder(rng, now, _words, _fresh, folder):
-    if len(now) < 2 or any(name.startswith(folder) for name in now):
+def _into_folder(session):
+    folder = session.folder
+    if len(session.now) < 2 or any(name.startswith(folder) for name in session.now):
         return None
-    name = rng.choice(sorted(now))
-    now[f'{folder}/{name}'] = now.pop(name)
+    name = session.any_file()
+    session.now[f'{folder}/{name}'] = session.now.pop(name)
     return f'mkdir {folder}; mv {name} {folder}; ls {folder}'
 
 
-_STEPS = (
+_ACTIONS: list[Action] = [
     _on_file('cat {f}'),
-    _on_file('echo {b} > {f}; cat {f}', _overwrite),
-    _on_file('echo {b} >> {f}; cat {f}', lambda lines, _old, new: lines.append(new)),
-    _on_file('sed -i s/{a}/{b}/ {f}; cat {f}', _substitute),
-    _on_file('echo {b}={a} > {f}; grep {b} {f}', _pair),
+    _on_file('echo {b} > {f}; cat {f}', lambda lines, old, new: [new]),
+    _on_file('echo {b} >> {f}; cat {f}', lambda lines, old, new: [*lines, new]),
+    _on_file(
+        'sed -i s/{a}/{b}/ {f}; cat {f}',
+        lambda lines, old, new: [new if line == old else line for line in lines],
+    ),
+    _on_file('echo {b}={a} > {f}; grep {b} {f}', lambda lines, old, new: [f'{new}={old}']),
     _on_file('grep {a} {f}'),
     _on_file('grep -A1 {a} {f}'),
     _on_file('head -n1 {f}'),
     _on_file('tail -n1 {f}'),
     _on_file('wc -l < {f}'),
     _on_file('grep -l {a} *.txt'),
-    lambda rng, now, words, fresh, folder: 'ls',
-    lambda rng, now, words, fresh, folder: None if fresh in now else f'cat {fresh}',
-    lambda rng, now, words, fresh, folder: f'echo {"-".join(rng.sample(words, 2))}',
+    lambda session: 'ls',
+    lambda session: None if session.fresh in session.now else f'cat {session.fresh}',
+    lambda session: f'echo {"-".join(session.rng.sample(session.words, 2))}',
     _move,
-    _copy_file,
+    _copy,
     _remove,
     _into_folder,
-)
+]

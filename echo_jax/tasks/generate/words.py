@@ -2,15 +2,15 @@
 
 import hashlib
 
-# Syllables are the pieces that a small tokenizer cuts names into. Left out are those that make
-# words of the instructions and of the shell: do, go, no, so, to, be, me, re, le, ne.
+# Syllables are the pieces that a small tokenizer cuts names into. Those that are words of the
+# instructions or of the shell, or make such words, are left out.
 SYLLABLES = tuple(
     consonant + vowel
     for consonant in 'bdfgklmnprstvz'
     for vowel in 'aeiou'
     if consonant + vowel not in ('do', 'go', 'no', 'so', 'to', 'be', 'me', 're', 'le', 'ne')
 )
-# English words of two such syllables that instructions or prompts may use, and unfortunate ones.
+# Words of two such syllables that instructions or prompts may use, and words nobody wants to read.
 # fmt: off
 RESERVED = frozenset((
     'base', 'data', 'date', 'give', 'life', 'like', 'made', 'make', 'move', 'late',
@@ -23,7 +23,7 @@ SPLITS = ('train', 'heldout')
 
 
 def is_heldout(name: str) -> bool:
-    """A fifth of all words and numbers, by a hash that never changes, is for held-out tasks."""
+    """Whether a word or number is for held-out tasks: a fifth is, by a hash that never changes."""
     return hashlib.sha256(name.encode()).digest()[0] < 51
 
 

@@ -1,4 +1,4 @@
-"""Drafts as Harbor task directories, a whole set at a time; demonstrations read back from them."""
+"""Writes drafts as Harbor task directories, and reads demonstrations back from them."""
 
 import fcntl
 import json
@@ -7,6 +7,7 @@ import pathlib
 import random
 import shlex
 import shutil
+from collections.abc import Sequence
 
 from echo_jax.tasks.generate.drafts import FAMILIES, Draft
 from echo_jax.tasks.generate.explore import explore
@@ -14,10 +15,13 @@ from echo_jax.tasks.generate.words import NUMBERS, SPLITS, WORDS
 from echo_jax.types import Task
 
 
-def draft_task(seed: int, split: str, index: int, families=tuple(FAMILIES)) -> tuple[str, Draft]:
+def draft_task(
+    seed: int, split: str, index: int, families: Sequence[str] = tuple(FAMILIES)
+) -> tuple[str, Draft]:
     """The task id and the draft of one task; families take turns by index.
 
-    `split` is 'train', 'heldout' (words disjoint from training's) or 'explore'.
+    `split` is 'train', 'heldout' (words disjoint from training's) or 'explore'. Raises ValueError
+    for another split or family.
     """
     if split not in (*SPLITS, 'explore'):
         raise ValueError(f"split {split!r} is unknown; take 'train', 'heldout' or 'explore'")
@@ -69,7 +73,7 @@ echo $reward > /logs/verifier/reward.txt
 
 
 def _checks(draft: Draft) -> str:
-    # A session has no goal: nothing in it earns a reward.
+    # A session has no goal, so nothing that is done in it earns a reward.
     checks = [] if draft.changes else ['false']
     for path, text in sorted({**draft.files, **draft.changes}.items()):
         quoted = shlex.quote(path)
@@ -101,14 +105,14 @@ def generate_tasks(
     split: str,
     count: int,
     seed: int = 0,
-    families: tuple[str, ...] = tuple(FAMILIES),
+    families: Sequence[str] = tuple(FAMILIES),
 ) -> pathlib.Path:
-    """Writes `count` task directories to `output`, all or nothing; returns `output`.
+    """Writes `count` task directories to `output`, all or none; returns `output`.
 
-    A finished set carries `generated.json`; asked for again, it is left as it is. What a killed
-    call left behind is written afresh by the next one; two calls at once take turns.
+    A finished set has a file generated.json, and is left as it is if it is asked for again. What a
+    killed call left behind is written anew by the next one. Two calls at once take turns.
 
-    Raises ValueError where `output` holds anything but this very set.
+    Raises ValueError if `output` holds anything but this very set.
     """
     output = pathlib.Path(output)
     if count < 1:
@@ -148,10 +152,10 @@ _THOUGHTS = {
 
 
 def demonstration(task: Task) -> list[tuple[str, str | None, bool]]:
-    """The turns (thought, command, done) of `solution/solve.sh`, then one that is done alone.
+    """The turns (thought, command, done) of `solution/solve.sh`, then a turn that only says done.
 
-    For solutions of one command a line, as this module writes them; a script with multi-line
-    commands does not come apart this way. Raises ValueError where there is no command.
+    Every line is taken for one command, as this module writes them; a script with longer commands
+    would be torn apart. Raises ValueError if there is no command.
     """
     path = task.path / 'solution' / 'solve.sh'
     lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
@@ -162,22 +166,15 @@ def demonstration(task: Task) -> list[tuple[str, str | None, bool]]:
     return [*turns, ('Done.', None, True)]
 
 
-HABITS = ('solve', 'guess', 'leave')
-
-
 def practice(task: Task, habit: str) -> list[tuple[str, str | None, bool]]:
     """The turns of somebody who goes about a task in a certain way, as `demonstration` gives them.
 
-    'solve' is the demonstration; 'guess' is the same without its first command, the look, so that
-    who imitates it can only guess; 'leave' looks and does no more. Raises ValueError for another
-    habit.
+    'solve' is the demonstration. 'guess' is the same without its first command, the look, so that
+    whoever imitates it can only guess. 'leave' looks and then gives up. Raises ValueError for
+    another habit.
     """
     turns = demonstration(task)
-    match habit:
-        case 'solve':
-            return turns
-        case 'guess':
-            return turns[1:]
-        case 'leave':
-            return [turns[0], turns[-1]]
-    raise ValueError(f'warm_start.habits names {habit!r}; choose among {HABITS}')
+    ways = {'solve': turns, 'guess': turns[1:], 'leave': [turns[0], turns[-1]]}
+    if habit not in ways:
+        raise ValueError(f'warm_start.habits names {habit!r}; choose among {tuple(ways)}')
+    return ways[habit]
