@@ -227,7 +227,7 @@ def test_turns_that_run_end_on_their_version(rig):
 def test_a_seed_repeats_its_sample(rig):
     again = [rig.generate([PROMPTS[2]], max_tokens=40, seed=s)[0].token_ids for s in (5, 5, 6)]
     assert np.array_equal(again[0], again[1]) and not np.array_equal(again[1], again[2])
-    (large,) = rig.generate([PROMPTS[0]], seed=2**63 - 1)  # PROTOCOL 7.2: 63 bits
+    (large,) = rig.generate([PROMPTS[0]], seed=2**63 - 1)  # docs/protocol.md#a-turn: 63 bits
     assert len(large.token_ids) == 16
 
 
