@@ -27,6 +27,7 @@ from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
 from echo_jax.policy.jax import JaxPolicy
 from echo_jax.run import entry
+from echo_jax.run.inert import check_inert
 from echo_jax.run.measures import env_ce, pass_rates
 from echo_jax.run.oracle import run_agent, show_failures
 from echo_jax.run.report import CONSOLE, Progress
@@ -138,6 +139,7 @@ def _read_tasks(work: Workdir | None, cache: pathlib.Path) -> list[Task]:
 def main(argv: Sequence[str]) -> None:
     del argv
     config, agent, samples = _CONFIG.value, _AGENT.value, _SAMPLES.value
+    check_inert(config, entry.overrides())
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
     work = _open_run()

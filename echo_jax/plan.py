@@ -19,6 +19,7 @@ from echo_jax.learner.batching import batch_rows
 from echo_jax.planner.estimate import GPUS, mesh_sizes, plan, plan_line, rollout_plan, search
 from echo_jax.planner.topology import hbm_limit, tpu_devices
 from echo_jax.run import entry
+from echo_jax.run.inert import check_inert
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
 _TOPOLOGY = flags.DEFINE_string(
@@ -50,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)
     config = _CONFIG.value.copy_and_resolve_references()
+    check_inert(config, entry.overrides())
     if _MESH.value:
         config.mesh.update(mesh_sizes(_MESH.value))
     config.batch.seq_len = _SEQ_LEN.value or config.batch.seq_len

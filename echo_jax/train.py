@@ -22,7 +22,7 @@ from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_rea
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
-from echo_jax.run.checks import check_choices, sandboxes_here
+from echo_jax.run.checks import check_config, sandboxes_here
 from echo_jax.run.measures import env_ce, seconds_under_time, solve_rate
 from echo_jax.run.sources import GroupsAhead, draw_heldout, make_source, read_splits
 from echo_jax.run.warm_start import first_params
@@ -148,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
     distributed.start()
-    check_choices(config)  # before the workdir is this config's for good
+    check_config(config, entry.overrides())  # before the workdir is this config's for good
     check_reach(_WORKDIR.value)
     for backend in sandboxes_here(config):
         sandbox_maker(config, backend).close()  # fails now if this machine allows no sandbox

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
-# What the launch scripts share: flags as the programs take them, quoting, dry runs. To be sourced;
-# it starts nothing itself.
+# What the launch scripts share: flags like those of the programs, quoting, dry runs. Scripts source
+# it; it starts nothing itself.
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
   echo "error: this is bash $BASH_VERSION; bash 4.4 or newer is needed, install it" >&2
@@ -46,7 +46,7 @@ need() {
   [[ ${flags[$1]} ]] || die "--$1 is missing; $2"
 }
 
-# The words as one line that a shell reads as the same words.
+# Prints the words as one line that a shell reads as the same words.
 quoted() {
   local word line=()
   for word; do
@@ -56,7 +56,7 @@ quoted() {
   echo "${line[*]}"
 }
 
-# Runs the command, or prints it in a dry run.
+# Runs the command, or only prints it in a dry run.
 run() {
   if ${flags[dry_run]}; then quoted "$@"; else "$@"; fi
 }

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One long process on this machine: started once, ended gently, told about. It restarts nothing.
+# Starts one long process on this machine, only once, tells how it is, and ends it gently. It restarts nothing.
 #
 #   launch/process.sh start NAME COMMAND...     unless NAME runs already
 #   launch/process.sh status NAMES...           names may be patterns: 'worker*'
 #   launch/process.sh stop SECONDS NAMES...     SIGTERM, then so long for it to save and end
 #   launch/process.sh log NAME                  follows its output
 #
-# Files in runs/launch: NAME.log; NAME.pid; NAME.lock, locked by the process as long as it lives, so
-# that no process number is ever taken for another's.
+# It writes NAME.log, NAME.pid and NAME.lock in runs/launch. The process holds the lock as long as it
+# lives, so that a process number that now belongs to another process is never signalled.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p runs/launch
@@ -54,7 +54,7 @@ stop() {
   say 'stopped'
 }
 
-# Those of the names and patterns that were ever started here.
+# Prints which of the names and patterns were ever started here.
 started() {
   local pattern
   for pattern; do

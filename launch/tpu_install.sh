@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts the checkout that this script lies in, and its environment, at ~/echo_jax: one host of a pod.
-# `tpu_pod.sh install` runs it on all of them. What is in ~/echo_jax/runs stays.
+# Installs the checkout that this script lies in at ~/echo_jax, with its environment, on one host of a
+# pod. `tpu_pod.sh install` runs it on every host. It leaves ~/echo_jax/runs as it is.
 set -euo pipefail
 new=$(cd "$(dirname "$0")/.." && pwd)
 home=$HOME/echo_jax
@@ -14,12 +14,12 @@ cp -a "$new/." "$home/"
 rm -rf "$new"
 cd "$home"
 
-# Sandboxes of the embedded policy; a new machine may still be busy with its own updates.
+# For the sandboxes of the embedded policy. A new machine may still hold the lock for its own updates.
 if ! command -v bwrap > /dev/null; then
   sudo apt-get -o DPkg::Lock::Timeout=600 install -y -qq bubblewrap > /dev/null
 fi
-# TPU images come with Python 3.10; uv brings the one that the pinned versions were tried with.
-export PIP_BREAK_SYSTEM_PACKAGES=1 # it goes to ~/.local, where images that refuse this allow it
+# TPU images come with Python 3.10. uv brings the Python that the pinned versions were tried with.
+export PIP_BREAK_SYSTEM_PACKAGES=1 # newer images refuse pip without it; uv goes to ~/.local
 python3 -m pip install --quiet --user uv==0.13.9
 uv=(python3 -m uv --quiet)
 [[ -x .venv/bin/python ]] || "${uv[@]}" venv --python 3.11 .venv

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU pod through Google Cloud's CLI: made, installed, and one learner run on all its hosts.
+# Makes a TPU pod with Google Cloud's CLI, installs this checkout, and runs a learner on all its hosts.
 #
 #   launch/tpu_pod.sh COMMAND [--flag=VALUE ...] [-- flags of echo_jax.train]
 #
@@ -23,7 +23,7 @@ source "$root/launch/flags.sh"
 flags+=([name]=echo-jax [zone]='' [project]='' [topology]=v5p:2x2x4 [runtime_version]='' [spot]=false
   [commit]=HEAD [worker]=0 [config]=configs/qwen3_8b.py [workdir]='' [patience]=900)
 
-# Sets accelerator, chips, hosts and runtime by --topology. Google Cloud counts two cores a chip in
+# Sets accelerator, chips, hosts and runtime from --topology. Google Cloud counts two cores a chip in
 # the names of v4 and v5p, chips in those of v5e and v6e, and has one shape of each size.
 # https://cloud.google.com/tpu/docs: v4, v5e, v5p, v6e, and runtimes
 resolve_topology() {
@@ -50,11 +50,11 @@ END
   die "unknown --topology=${flags[topology]}; expected${known:- v4:, v5e:, v5p: or v6e: and a shape, as v5p:2x2x4}"
 }
 
-tpus() { # SERVICE VERB NAME ARGUMENTS...: the arguments that all calls share go after the name
+tpus() { # SERVICE VERB NAME ARGUMENTS...; puts what all calls share after the name
   run gcloud compute tpus "${@:1:3}" "${where[@]}" "${@:4}"
 }
 
-on_hosts() { # WORKERS COMMAND: a command line for the hosts' shells, in the home folder
+on_hosts() { # WORKERS COMMAND; the hosts' shells run the command line in the home folder
   tpus tpu-vm ssh "${flags[name]}" "--worker=$1" "--command=$2"
 }
 
@@ -107,7 +107,7 @@ start() {
   if ((hosts > 1)) && [[ ${flags[workdir]} != gs://?* ]]; then
     die "--workdir=${flags[workdir]} is on one host and ${flags[topology]} has $hosts; give one that all reach, as gs://bucket/run"
   fi
-  # Where the TPU does not come up, an error and not a run on the CPU.
+  # With this JAX_PLATFORMS, a TPU that does not come up is an error and not a run on the CPU.
   on_hosts all "cd echo_jax && $(quoted env JAX_PLATFORMS=tpu,cpu launch/process.sh start learner \
     .venv/bin/python -m echo_jax.train "--config=${flags[config]}" "--workdir=${flags[workdir]}" "${extra[@]}")"
 }
@@ -119,9 +119,9 @@ status() {
 
 delete() {
   if ${flags[dry_run]}; then
-    echo '# where it was queued:'
+    echo '# if it was queued:'
     tpus queued-resources delete "${flags[name]}" --force
-    echo '# else:'
+    echo '# otherwise:'
     tpus tpu-vm delete "${flags[name]}"
   elif tpus queued-resources describe "${flags[name]}" --format=none 2> /dev/null; then
     tpus queued-resources delete "${flags[name]}" --force # its pod as well

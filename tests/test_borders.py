@@ -46,6 +46,7 @@ MODULES_WITH_JAX = {
 }
 # What may be imported inside a function: it is optional, or takes long to load for few.
 LATE = {
+    'configs',
     'docker',
     'grain',
     'harbor',

@@ -10,11 +10,11 @@ from configs.tiny import get_config
 from echo_jax.learner.checkpoint import CheckpointError
 from echo_jax.model import safetensors
 from echo_jax.model.huggingface import SHARD_BYTES, read_config
-from echo_jax.run.checks import check_choices
+from echo_jax.run.checks import check_config
 from echo_jax.run.exporting import export_run
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.weights import WeightStore
-from tests.support.small_run import SETTINGS
+from tests.support.small_run import NO_WARM_START, SETTINGS
 
 STEPS = SETTINGS['num_steps']
 VOCABULARY = SETTINGS['model']['vocab_size']
@@ -74,9 +74,8 @@ def test_a_step_in_other_files(finished, exported, tmp_path):
 
 def test_the_next_run_starts_from_it(programs, exported, tmp_path):
     """At step 0 it publishes the very parameters that it was given."""
-    flags = [f'--config.model.path={exported}', '--config.num_steps=1']
-    flags += ['--config.warm_start.steps=0', '--config.warm_start.explore_steps=0']
-    programs.train(tmp_path / 'run', *flags)
+    flags = [f'--config.model.path={exported}', '--config.num_steps=1', *NO_WARM_START]
+    programs.train(tmp_path / 'run', *flags, without=['warm_start'])
     assert not (tmp_path / 'run' / 'tokenizer').exists()
     published = WeightStore(tmp_path / 'run' / 'weights').read(0)
     given = tensors(exported)
@@ -97,7 +96,7 @@ def test_models_that_no_run_starts_from(programs, exported, tmp_path):
         config.update(SETTINGS)
         config.model.update(path=str(folder), **sizes)
         with pytest.raises(ValueError) as error:
-            check_choices(config)
+            check_config(config)
         assert says in str(error.value)
 
     refused(exported, f'model.head_dim is 8 but 16 in {exported}/config.json', head_dim=8)

@@ -1,4 +1,7 @@
-"""A learner and its workers as processes of their own: real vLLM, sandboxes, stores and signals."""
+"""A learner and its workers as processes of their own.
+
+vLLM, sandboxes, stores and signals are real. Needs the environment of `make rollout`.
+"""
 
 import os
 import pathlib
@@ -12,7 +15,7 @@ import pytest
 from echo_jax.store.due import DueStore
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import Status
-from tests.support.small_run import ROOT, SETTINGS, metrics, wait_for
+from tests.support.small_run import NO_WARM_START, ROOT, SETTINGS, metrics, wait_for
 
 ROLLOUT_PYTHON = pathlib.Path(
     os.environ.get('ECHO_ROLLOUT_PYTHON', ROOT / '.venv-rollout/bin/python')
@@ -29,11 +32,12 @@ pytestmark = [
 
 
 class Fleet:
-    """Processes of one run, whose output goes to files beside its workdir."""
+    """The processes of one run. Their output goes to files beside its workdir."""
 
     def __init__(self, programs, folder: pathlib.Path, *flags: str):
         self.workdir, self._folder, self._programs = folder / 'run', folder, programs
-        self._flags = programs.train_flags(self.workdir, *VLLM, *flags)
+        without = ['warm_start'] if set(NO_WARM_START) <= set(flags) else []
+        self._flags = programs.train_flags(self.workdir, *VLLM, *flags, without=without)
         self.environment: dict[str, str] = {}
         self._started: list[subprocess.Popen] = []
 
@@ -41,7 +45,7 @@ class Fleet:
         return self._start('train')
 
     def learners(self) -> list[subprocess.Popen]:
-        """Two processes of one learner."""
+        """Starts the two processes of one learner."""
         with socket.create_server(('localhost', 0)) as free:
             port = free.getsockname()[1]
         address = {'JAX_COORDINATOR_ADDRESS': f'localhost:{port}', 'JAX_PROCESS_COUNT': '2'}
@@ -51,7 +55,7 @@ class Fleet:
         return self._start('worker', *flags, python=ROLLOUT_PYTHON)
 
     def ray(self, address: str, *flags: str) -> subprocess.Popen:
-        """launch/ray/fleet.py of this run."""
+        """Starts launch/ray/fleet.py for this run."""
         script = ROOT / 'launch' / 'ray' / 'fleet.py'
         return self._start(script, f'--address={address}', *flags, python=ROLLOUT_PYTHON)
 
@@ -90,7 +94,7 @@ def fleet(programs, tmp_path, request):
 
 
 def assert_whole(fleet: Fleet) -> list[dict]:
-    """Every group of every step is there, once, whole; the metrics of all steps."""
+    """Asserts that every group of every step is there, once and whole. Returns all metrics."""
     rows = metrics(fleet.workdir)
     assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
     assert fleet.groups() == list(range(STEPS * GROUPS))
@@ -131,15 +135,13 @@ def test_workers_and_learners_end_and_start_again(fleet):
     learner = fleet.learner()
     assert fleet.ends(learner) == 0 and [fleet.ends(worker) for worker in workers] == [0, 0]
     for row in assert_whole(fleet):
-        # Every step is sampled right after a swap; of float32.
+        # Every step is sampled right after a swap, and all weights are float32.
         assert 0 < row['train/logprob_gap'] <= 1e-3 and row['rollout/staleness'] == 0
 
 
-@pytest.mark.parametrize(
-    'fleet', [('--config.warm_start.steps=0', '--config.warm_start.explore_steps=0')], indirect=True
-)
+@pytest.mark.parametrize('fleet', [NO_WARM_START], indirect=True)
 def test_a_learner_of_two_processes(fleet):
-    """Each publishes its shards and reads all groups; stopped, they stop and resume together."""
+    """Each publishes its shards and reads all groups. They stop and resume together."""
     worker = fleet.worker()
     learners = fleet.learners()
     wait_for(lambda: len(fleet.groups()) >= 2 * GROUPS, seconds=400)
@@ -152,7 +154,7 @@ def test_a_learner_of_two_processes(fleet):
 
 @pytest.fixture
 def cluster(programs, tmp_path):
-    """A cluster.stdin that obeys, and the address that it said."""
+    """The process of ray_cluster.py: it obeys its stdin, and `address` is what it printed."""
     with (tmp_path / 'ray.txt').open('w') as log:
         process = subprocess.Popen(
             [ROLLOUT_PYTHON, ROOT / 'tests' / 'support' / 'ray_cluster.py'],
@@ -189,7 +191,10 @@ def test_a_worker_and_then_the_engine_die_under_running_containers(fleet, daemon
         pytest.skip('the Docker engine that answers is not ours to kill')
     client = docker.DockerClient(daemon.url)
     ours = {'label': 'echo_jax.run'}
-    running = lambda: client.containers.list(filters=ours)  # noqa: E731
+
+    def running() -> list:
+        return client.containers.list(filters=ours)
+
     fleet.environment['DOCKER_HOST'] = daemon.url
     learner, worker = fleet.learner(), fleet.worker()
     wait_for(lambda: len(fleet.groups()) >= 1 and running(), seconds=500)

@@ -1,4 +1,7 @@
-"""The launch scripts: what they would run, and what they run on this machine; no cloud, no GPU."""
+"""The launch scripts: what they would run in a cloud, and what they do run on this machine.
+
+No test needs a cloud or a GPU.
+"""
 
 import contextlib
 import importlib.util
@@ -11,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from packaging.requirements import Requirement
@@ -20,7 +24,10 @@ from tests.support.small_run import SETTINGS, config_flags, wait_for
 ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'
 IMAGES = LAUNCH / 'images'
-SCRIPTS = sorted(LAUNCH.rglob('*.sh'))
+SCRIPTS = [
+    ROOT / '.ci' / 'run',
+    *(file for folder in ('launch', 'echo_jax') for file in sorted((ROOT / folder).rglob('*.sh'))),
+]
 
 _spec = importlib.util.spec_from_file_location('replay', ROOT / 'tests/golden/launch/replay.py')
 replay = importlib.util.module_from_spec(_spec)
@@ -36,11 +43,13 @@ def test_transcripts(file):
 def test_shellcheck():
     shellcheck = shutil.which('shellcheck', path=pathlib.Path(sys.executable).parent)
     assert shellcheck, 'run: pip install -r requirements-dev.txt'
-    command = [shellcheck, '--external-sources', *SCRIPTS, ROOT / '.ci/run']
+    assert len(SCRIPTS) > 5
+    command = [shellcheck, '--external-sources', *SCRIPTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, '')
 
 
+@pytest.mark.slow
 def test_the_commands_are_gclouds(tmp_path):
     """Google Cloud's CLI parses every command of the transcripts, which takes no network."""
     if not shutil.which('gcloud'):
@@ -64,7 +73,7 @@ def test_the_commands_are_gclouds(tmp_path):
 
 
 def test_the_readme_can_be_followed():
-    """Its commands, as dry runs: the lines that call `pod` or a script of launch/."""
+    """Runs its commands as dry runs: every line that calls `pod` or a script of launch/."""
     lines = re.findall(r'^    (.*)$', (LAUNCH / 'README.md').read_text(), re.MULTILINE)
     calls = [x for x in lines if re.match(r'pod |launch/\S+\.sh ', x)]
     assert {shlex.split(x)[1] for x in calls} >= {'queue', 'install', 'start', 'stop', 'delete'}
@@ -78,7 +87,7 @@ def test_the_readme_can_be_followed():
 # ------------------------------------------------------------------------- processes that are run
 @pytest.fixture
 def checkout(tmp_path):
-    """A copy of what `install` sends, at home/echo_jax; nothing that it started is left."""
+    """A copy of what `install` sends, at `home/echo_jax`. Ends whatever a test started from it."""
     home = tmp_path / 'a home'
     for folder in ('launch', 'echo_jax', 'configs'):
         shutil.copytree(ROOT / folder, home / 'echo_jax' / folder)
@@ -90,7 +99,7 @@ def checkout(tmp_path):
 
 
 def sh(command: str | list, cwd: pathlib.Path, **environment: str) -> tuple[int, str]:
-    """The exit code and all that it prints, without the name of the machine."""
+    """Runs the command. Returns its exit code and all that it prints, without the host's name."""
     command = command if isinstance(command, str) else shlex.join(map(str, command))
     done = subprocess.run(
         ['bash', '-c', command],
@@ -140,6 +149,7 @@ def test_a_process_is_started_once_and_stopped_gently(checkout):
     assert start_sleeper(checkout, 'learner', 0)[2] != pid
 
 
+@pytest.mark.slow
 def test_a_process_that_saves_for_too_long_is_left_to_it(checkout):
     pid = start_sleeper(checkout, 'learner', 30)[2]
     code, said = sh('launch/process.sh stop 1 learner', checkout)
@@ -156,6 +166,7 @@ def test_a_process_that_ends_at_once_says_why(checkout):
     assert sh('launch/process.sh stop 1 other', checkout) == (0, 'other was never started\n')
 
 
+@pytest.mark.slow
 def test_the_pid_of_another_process_is_never_signalled(checkout):
     """After a crash or a reboot the number in the file may be anybody's."""
     other = start_sleeper(checkout, 'other', 0)[2]
@@ -168,14 +179,14 @@ def test_the_pid_of_another_process_is_never_signalled(checkout):
 
 
 def remote_line(*words: str) -> str:
-    """What a pod's hosts are sent by this call of tpu_pod.sh."""
+    """The command line that this call of tpu_pod.sh sends to the hosts of a pod."""
     command = shlex.join(['launch/tpu_pod.sh', words[0], '--dry_run', '--zone=z', *words[1:]])
     (line,) = replay.run(command).splitlines()
     return next(w for w in shlex.split(line) if w.startswith('--command=')).split('=', 1)[1]
 
 
 def test_a_host_of_a_pod_runs_what_was_typed(checkout):
-    """Its command line, through this machine's shell: no quote and no $ is lost on the way."""
+    """Runs the command line of a host in this machine's shell: no quote and no $ may be lost."""
     typed = ['--config.model.path=it\'s "quoted"; $HOME `id`\\', '--config.seed=1']
     flags = ["--workdir=gs://bucket/Ann's run", '--config=configs/tiny.py:grpo']
     code, said = sh(remote_line('start', *flags, '--', *typed), checkout.parent)
@@ -192,8 +203,9 @@ def test_a_host_of_a_pod_runs_what_was_typed(checkout):
     assert (code, said) == (0, 'learner stopped\n')
 
 
+@pytest.mark.slow
 def test_a_box_trains_stops_and_saves(checkout, tmp_path):
-    """A real run, on the CPU, as gpu_box.sh starts it."""
+    """A real training run on the CPU, started and stopped by gpu_box.sh."""
     flags = shlex.join(['--config=configs/tiny.py', '--workdir=runs/my run', '--learner_gpus=none'])
     start = f'launch/gpu_box/gpu_box.sh start {flags} -- {shlex.join(config_flags(SETTINGS))}'
     code, said = sh(start, checkout)
@@ -225,21 +237,12 @@ def pins() -> dict[str, str]:
     return {name.lower(): version for name, version in pinned.items()}
 
 
-def requirements(name: str) -> list[Requirement]:
-    found = []
-    for line in (ROOT / name).read_text().splitlines():
-        if line.startswith('-r '):
-            found += requirements(line[3:])
-        elif line and not line.startswith('#'):
-            found.append(Requirement(line))
-    return found
-
-
-@pytest.mark.parametrize('name', ['requirements-tpu.txt', 'requirements-cuda.txt'])
-def test_pins_are_within_what_is_required(name):
-    wanted = requirements(name)
-    assert len(wanted) > 10
-    for requirement in wanted:
+@pytest.mark.parametrize('extra', ['tpu', 'cuda'])
+def test_pins_are_within_what_is_required(extra):
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    lines = project['dependencies'] + project['optional-dependencies'][extra]
+    assert len(lines) > 10
+    for requirement in map(Requirement, lines):
         assert requirement.specifier.contains(pins()[requirement.name.lower()]), requirement
     assert pins()['jax'] == pins()['jaxlib'] == pins()['jax-cuda13-plugin']
 
@@ -247,31 +250,25 @@ def test_pins_are_within_what_is_required(name):
 @pytest.mark.parametrize('kind', ['tpu', 'cuda'])
 def test_images(kind):
     text = (IMAGES / f'Dockerfile.{kind}').read_text()
-    steps = re.sub(r'\\\n', ' ', re.sub(r'(?m)^#.*\n', '', text)).split('\n')
-    steps = [tuple(step.split(maxsplit=1)) for step in steps if step]
-    values = lambda name: [value for verb, value in steps if verb == name]  # noqa: E731
+    lines = re.sub(r'\\\n', ' ', re.sub(r'(?m)^#.*\n', '', text)).split('\n')
+    instructions = [tuple(line.split(maxsplit=1)) for line in lines if line]
+    verbs = [verb for verb, _ in instructions]
+
+    def values(name: str) -> list[str]:
+        return [value for verb, value in instructions if verb == name]
+
     assert re.fullmatch(r'python:3\.11\.\d+-slim-bookworm', *values('FROM'))
-    assert {verb for verb, _ in steps} <= {
-        'FROM',
-        'RUN',
-        'WORKDIR',
-        'COPY',
-        'USER',
-        'ENV',
-        'ENTRYPOINT',
-    }
+    assert set(verbs) <= {'FROM', 'RUN', 'WORKDIR', 'COPY', 'USER', 'ENV', 'ENTRYPOINT'}
 
     sources = [x for copy in values('COPY') for x in copy.split()[:-1] if not x.startswith('--')]
-    assert {'echo_jax', 'configs', f'requirements-{kind}.txt'} < set(sources)
+    assert {'echo_jax', 'configs', 'pyproject.toml', f'requirements-{kind}.txt'} < set(sources)
     for source in sources:
         tracked = subprocess.run(['git', 'ls-files', source], cwd=ROOT, capture_output=True)
         assert tracked.stdout, f'{source} is not in the repository'
     (install,) = (run for run in values('RUN') if 'pip' in run)
     assert f'--requirement requirements-{kind}.txt --constraint constraints.txt' in install
-    assert [verb for verb, _ in steps].index('USER') > max(
-        i for i, (verb, _) in enumerate(steps) if verb == 'RUN'
-    )
-    assert (
-        values('USER') == ['echo'] and 'useradd --create-home --uid 1000 echo' in values('RUN')[0]
-    )
+    last_run = max(i for i, verb in enumerate(verbs) if verb == 'RUN')
+    assert verbs.index('USER') > last_run  # which needs root
+    assert values('USER') == ['echo']
+    assert 'useradd --create-home --uid 1000 echo' in values('RUN')[0]
     assert json.loads(*values('ENTRYPOINT')) == ['python', '-m', 'echo_jax.train']

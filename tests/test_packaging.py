@@ -17,13 +17,13 @@ from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-# What only some users need: vLLM for workers, Harbor's sandboxes, and Docker's SDK, which brings
-# requests and urllib3 and raises their errors.
-OPTIONAL = {'docker', 'harbor', 'requests', 'urllib3', 'vllm'}
+# What only some users need: Harbor's sandboxes, vLLM, which brings torch, and Docker's SDK, which
+# brings requests and urllib3 and raises their errors.
+OPTIONAL = {'docker', 'harbor', 'requests', 'torch', 'urllib3', 'vllm'}
 
 
 def sources() -> dict[str, pathlib.Path]:
-    """The files of the package by their path in a wheel."""
+    """The files of the package, by their path in a wheel."""
     found = {}
     for file in (ROOT / 'echo_jax').rglob('*'):
         if file.is_file() and '__pycache__' not in file.parts:
@@ -44,6 +44,7 @@ def module_name(path: str) -> str:
     )
 
 
+# By its text, since importing two programs would define the same flags twice.
 PROGRAMS = sorted(module_name(path) for path, file in sources().items() if is_program(file))
 
 
@@ -96,6 +97,7 @@ def test_a_wheel_holds_the_package_with_its_data_and_nothing_else(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in name}
     expected = set(sources())
     assert {'echo_jax/py.typed', 'echo_jax/agent/chat_template.jinja'} < expected
+    assert 'echo_jax/sandbox/scripts/put.sh' in expected
     assert held == expected
 
 
@@ -158,7 +160,7 @@ def test_what_is_imported_is_declared():
                 imported |= {alias.name.split('.')[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add((node.module or '').split('.')[0])
-    others = imported - sys.stdlib_module_names - OPTIONAL - {'echo_jax'}
+    others = imported - sys.stdlib_module_names - OPTIONAL - {'echo_jax', 'configs'}
     assert {'jax', 'tensorstore', 'rich'} < others
     undeclared = {
         name

@@ -104,8 +104,6 @@ def test_the_rollout_side():
     config.policy.gpu_memory_utilization = 0.9  # 55.62e9
     assert estimate.rollout_plan(config, 'H100')['rollouts_at_once'] == 11
     assert estimate.rollout_plan(config, 'L4')['rollouts_at_once'] == 1  # 5.22e9
-    del config.policy.gpu_memory_utilization  # 0.9 where the recipe has none
-    assert estimate.rollout_plan(config, 'H100')['rollouts_at_once'] == 11
     config.model.update(num_hidden_layers=64, intermediate_size=25_600)
     assert estimate.rollout_plan(config, 'L4')['rollouts_at_once'] == 0
 

@@ -161,15 +161,18 @@ class Encoder:
 
     def decode(self, ids: np.ndarray) -> str:
         """A turn's text: the dialect's tags stay in, the chat's control tokens are left out."""
-        return self.tokenizer.decode(
-            [int(i) for i in ids if int(i) not in self._control_ids],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
+        kept = [int(i) for i in ids if int(i) not in self._control_ids]
+        return str(
+            self.tokenizer.decode(
+                kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
         )
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         )
 
     def _render_prompt(self, messages: list[dict[str, str]]) -> str:
@@ -201,7 +204,7 @@ class Encoder:
                 return role, self._checked_frame(role)
             except (ValueError, jinja2.exceptions.TemplateError) as error:
                 failures.append(f'{role!r}: {error}')
-        template = ' '.join(self.tokenizer.chat_template.split())[:80]
+        template = ' '.join(str(self.tokenizer.chat_template).split())[:80]
         raise ValueError(
             f'tokenizer {self.tokenizer.name_or_path!r} with the chat template {template!r}... '
             f'cannot append an observation and keep the earlier ids ({"; ".join(failures)}); '

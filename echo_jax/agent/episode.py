@@ -132,8 +132,9 @@ class _Episode:
             started = time.monotonic()
             if started >= deadline:
                 return 'agent_timeout'
+            clock = asyncio.timeout(deadline - started)
             try:
-                async with asyncio.timeout(deadline - started) as clock:
+                async with clock:
                     generation = await self.policy.generate(
                         np.asarray(conversation.context, np.int32),
                         max_tokens=min(config.max_turn_tokens, left),
@@ -238,7 +239,7 @@ async def run_group(
 
     def log_failure(state: tenacity.RetryCallState) -> None:
         sample = f'task {task.task_id}, group {group_id}, sample {state.args[0]}'
-        error = state.outcome.exception()
+        error = state.outcome and state.outcome.exception()
         logging.warning('%s, try %d of %d: %s', sample, state.attempt_number, tries, error)
 
     def infra_error(state: tenacity.RetryCallState) -> Rollout:

@@ -49,9 +49,8 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     A sequence that lacks such tokens still counts in N. A rollout that is `environment_only`
     trains the environment term alone: as if it had no ACTION tokens, and its advantage is 0. If it
     has a call that was not valid (a FEEDBACK token), it does not train that term either, since
-    without a reward its format would be learned (paper, environment loss alone). An INFRA_ERROR
-    counts nowhere and is left out of the rows, which changes no number since all its weights are
-    0; with `loss.count_infra_errors` it is a sequence like any other whose reward is 0.
+    without a reward its format would be learned (docs/deviations.md). An INFRA_ERROR counts nowhere
+    and gets no row; with `loss.count_infra_errors` it is a sequence like any other, of reward 0.
 
     Raises ValueError for a rollout longer than T, and for more rows than R.
     """
@@ -87,7 +86,7 @@ def make_supervised_batch(
     """A batch whose step with env_coef 1 is plain cross-entropy, the mean over tokens of `roles`.
 
     policy_weight is 0; env_weight is 1/count on those tokens, over the whole batch. Shapes as in
-    `make_batch`. Rewards and status play no part: choose the rollouts before.
+    `make_batch`. Rewards and status play no part: leave out rollouts before the call.
     """
     masks = [_mask(r, roles) for r in rollouts]
     count = sum(m.sum() for m in masks)
@@ -210,8 +209,13 @@ def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list
     by group and sample: every host packs the whole batch, and all of them have to pack it alike,
     whatever the order in which the rollouts were read. Empty rollouts get no row.
     """
+
+    def order(segment):
+        rollout = segment.rollout
+        return -len(rollout.tokens), rollout.group_id, rollout.sample_id
+
     rows, used = [], []
-    for segment in sorted(segments, key=_packing_order):
+    for segment in sorted(segments, key=order):
         rollout = segment.rollout
         length = len(rollout.tokens)
         if length == 0:
@@ -228,11 +232,6 @@ def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list
         rows[row].append(segment)
         used[row] += length
     return rows
-
-
-def _packing_order(segment: _Segment) -> tuple[int, int, int]:
-    rollout = segment.rollout
-    return -len(rollout.tokens), rollout.group_id, rollout.sample_id
 
 
 def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | None = None) -> Batch:

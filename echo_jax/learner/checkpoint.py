@@ -38,15 +38,13 @@ class Checkpointer:
         self._directory = _absolute(directory)
         check_reach(self._directory)
         self._saved = None
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.LatestN(keep),
-                cleanup_tmp_directories=not read_only,
-                create=not read_only,
-                read_only=read_only,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.LatestN(keep),
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(self, step: int, state: Any, extra: dict) -> None:
         """Begins to save `state`, a pytree of jax.Array, and `extra`, plain JSON, as `step`.
@@ -63,21 +61,14 @@ class Checkpointer:
                 f'cannot save step {step}: {self._directory} holds step {latest}; '
                 'to go back, remove the folders of the later steps'
             )
-        arrays = {
-            name: [*_dtype_and_shape(leaf), fingerprint]
-            for (name, leaf), fingerprint in zip(_named_leaves(state), _fingerprints(state))
-        }
-        # As JSON gives it back, with lists for tuples and text for keys, so that its sum agrees.
-        record = json.loads(json.dumps({'extra': extra, 'arrays': arrays}))
+        # As JSON gives it back, with lists for tuples and text for keys, so that its crc32 agrees.
+        record = json.loads(json.dumps({'extra': extra, 'arrays': _describe(state)}))
         _release_copies()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state),
-                extra=ocp.args.JsonSave(record | {'crc32': _crc32(record)}),
-            ),
-            force=True,
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state),
+            extra=ocp.args.JsonSave(record | {'crc32': _crc32(record)}),
         )
+        self._manager.save(step, args=args, force=True)
         self._saved = step
 
     def restore(
@@ -103,15 +94,12 @@ class Checkpointer:
         if crc32 != _crc32(record):
             raise self._damaged(step, 'extra does not match its checksum')
         self._check_same_arrays(step, record['arrays'], abstract_state, partial)
-        abstract_state = jax.tree.map(_placed, abstract_state)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        state = self._read(
-            step,
-            'state',
-            ocp.args.PyTreeRestore(abstract_state, restore_args=restore_args, partial_restore=True),
-        )
-        for (name, _), fingerprint in zip(_named_leaves(state), _fingerprints(state)):
-            if fingerprint != record['arrays'][name][-1]:
+        placed = jax.tree.map(_placed, abstract_state)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
+        args = ocp.args.PyTreeRestore(placed, restore_args=restore_args, partial_restore=True)
+        state = self._read(step, 'state', args)
+        for name, described in _describe(state).items():
+            if described != record['arrays'][name]:
                 raise self._damaged(step, f'{name} does not match its fingerprint')
         return state, record['extra'], step
 
@@ -168,15 +156,14 @@ def open_saved(directory: str | os.PathLike, step: int | None = None) -> tuple[C
     Raises ValueError if nothing is saved there.
     """
     check_reach(directory)
-    checkpointer = latest = None
     if epath.Path(_absolute(directory)).is_dir():  # Orbax raises an error of its own if it is not
         checkpointer = Checkpointer(directory, read_only=True)
         latest = checkpointer.latest()
-    if checkpointer is None or latest is None:
-        raise ValueError(
-            f'no checkpoint is saved in {directory}; run echo_jax.train until it saves one'
-        )
-    return checkpointer, latest if step is None else step
+        if latest is not None:
+            return checkpointer, latest if step is None else step
+    raise ValueError(
+        f'no checkpoint is saved in {directory}; run echo_jax.train until it saves one'
+    )
 
 
 def check_reach(directory: str | os.PathLike) -> None:
@@ -213,18 +200,23 @@ def _dtype_and_shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, list[
     return str(leaf.dtype), list(leaf.shape)
 
 
+def _describe(state: Any) -> dict[str, list]:
+    """{flat name: [dtype, shape, fingerprint]} of every array, the same on every mesh."""
+    leaves = _named_leaves(state)
+    fingerprints = jax.device_get([_fingerprint(leaf) for _, leaf in leaves])
+    return {
+        name: [*_dtype_and_shape(leaf), int(fingerprint)]
+        for (name, leaf), fingerprint in zip(leaves, fingerprints)
+    }
+
+
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return leaf.update(sharding=leaf.sharding or first)
 
 
 def _crc32(record: Any) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
-def _fingerprints(state: Any) -> list[int]:
-    """One uint32 for each leaf, the same on every mesh."""
-    return [int(x) for x in jax.device_get([_fingerprint(leaf) for leaf in jax.tree.leaves(state)])]
 
 
 @jax.jit

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from echo_jax.types import ENV_TARGETS, Batch
 
@@ -30,9 +31,10 @@ class Metric(NamedTuple):
 
 
 Metrics = dict[str, Metric]
+Array = jax.Array | np.ndarray  # a Batch's arrays are NumPy on the host, and traced in the step
 # (ratio [R, T], advantages [R, T], clip_low, clip_high) to the [R, T] values that the policy is to
 # raise, and a bool [R, T] that says which of them have no gradient because of a bound.
-Surrogate = Callable[[jax.Array, jax.Array, float, float], tuple[jax.Array, jax.Array]]
+Surrogate = Callable[[jax.Array, Array, float, float], tuple[jax.Array, jax.Array]]
 
 
 def echo_loss(
@@ -62,14 +64,25 @@ def echo_loss(
     Raises ValueError for arrays that are missing or misshapen, and for unknown options.
     """
     options = config.loss
-    _check(options, batch, logprobs, old_logprobs, reference_logprobs)
-    match options.old_logprobs:
-        case 'current':
-            before = logprobs
-        case 'recomputed':
-            before = old_logprobs
-        case 'rollout':
-            before = batch.rollout_logprobs
+    if logprobs.shape != batch.tokens.shape:
+        raise ValueError(
+            f'logprobs are {logprobs.shape}, but the batch is {batch.tokens.shape} tokens'
+        )
+    if options.kl_coef and reference_logprobs is None:
+        raise ValueError(f'loss.kl_coef is {options.kl_coef}: it needs reference_logprobs')
+    if options.old_logprobs == 'rollout' and options.mismatch != 'none':
+        raise ValueError(
+            "loss.mismatch corrects nothing with loss.old_logprobs 'rollout', whose ratio is "
+            "to the sampler already; set loss.mismatch='none'"
+        )
+    choices = {'current': logprobs, 'recomputed': old_logprobs, 'rollout': batch.rollout_logprobs}
+    if options.old_logprobs not in choices:
+        raise ValueError(
+            f'loss.old_logprobs is {options.old_logprobs!r}; expected one of {tuple(choices)}'
+        )
+    before = choices[options.old_logprobs]
+    if before is None:
+        raise ValueError("loss.old_logprobs 'recomputed' needs the old_logprobs array")
     policy_loss, metrics = policy_term(
         logprobs,
         before,
@@ -98,7 +111,7 @@ def echo_loss(
 
 def policy_term(
     logprobs: jax.Array,
-    old_logprobs: jax.Array,
+    old_logprobs: Array,
     batch: Batch,
     *,
     surrogate: Surrogate,
@@ -131,7 +144,7 @@ def policy_term(
 
 
 def clip_surrogate(
-    ratio: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float
+    ratio: jax.Array, advantages: Array, clip_low: float, clip_high: float
 ) -> tuple[jax.Array, jax.Array]:
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), PPO's (arXiv 1707.06347, eq. 7)."""
     gain = ratio * advantages
@@ -146,13 +159,15 @@ SURROGATES: Mapping[str, Surrogate] = {'clip': clip_surrogate}
 
 
 def mismatch_weight(
-    log_mismatch: jax.Array, segment_ids: jax.Array, kind: str, cap: float
+    log_mismatch: jax.Array, segment_ids: Array, kind: str, cap: float
 ) -> jax.Array:
     """w_t [R, T], from d_t: the old policy's log-probability minus the sampler's, both constants.
 
     'token': min(exp(d_t), cap), truncated importance sampling; 'sequence': the same with d summed
     over the rollout; 'mask': 1 if 1/cap <= exp(d_t) <= cap, else 0; 'none': 1.
     """
+    if kind != 'none' and cap < 1.0:
+        raise ValueError(f'loss.mismatch_cap is {cap}; it must be at least 1')
     match kind:
         case 'none':
             return jnp.ones_like(log_mismatch)
@@ -170,7 +185,7 @@ def mismatch_weight(
             )
 
 
-def _segment_sum(values: jax.Array, segment_ids: jax.Array) -> jax.Array:
+def _segment_sum(values: jax.Array, segment_ids: Array) -> jax.Array:
     """[T]: the sum of `values` [T] over the token's own segment of the row."""
     # A static bound for jit: a row of T tokens has at most T segments, and 0 is the padding.
     sums = jax.ops.segment_sum(values, segment_ids, num_segments=segment_ids.size + 1)
@@ -227,7 +242,7 @@ def total(value: jax.Array) -> Metric:
     return Metric(value, None)
 
 
-def _mean(values: jax.Array, mask: jax.Array) -> Metric:
+def _mean(values: jax.Array, mask: Array) -> Metric:
     return Metric(jnp.sum(jnp.where(mask, values, 0.0)), _count(mask))
 
 
@@ -252,30 +267,6 @@ def _bounded(log_ratio: jax.Array) -> jax.Array:
     return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def _count(mask: jax.Array) -> jax.Array:
+def _count(mask: Array) -> jax.Array:
     """The number of True. A float, like the sum that it divides; exact in float32 up to 2**24."""
     return jnp.sum(mask, dtype=jnp.float32)
-
-
-def _check(options, batch, logprobs, old_logprobs, reference_logprobs) -> None:
-    """ValueError for options that contradict each other or need an array that is not there."""
-    if options.old_logprobs not in ('current', 'recomputed', 'rollout'):
-        raise ValueError(
-            f"loss.old_logprobs is {options.old_logprobs!r}; expected 'current', 'recomputed' "
-            "or 'rollout'"
-        )
-    if options.old_logprobs == 'rollout' and options.mismatch != 'none':
-        raise ValueError(
-            "loss.mismatch corrects nothing with loss.old_logprobs 'rollout', whose ratio is "
-            "to the sampler already; set loss.mismatch='none'"
-        )
-    if options.mismatch != 'none' and options.mismatch_cap < 1.0:
-        raise ValueError(f'loss.mismatch_cap is {options.mismatch_cap}; it must be at least 1')
-    if options.old_logprobs == 'recomputed' and old_logprobs is None:
-        raise ValueError("loss.old_logprobs 'recomputed' needs the old_logprobs array")
-    if options.kl_coef and reference_logprobs is None:
-        raise ValueError(f'loss.kl_coef is {options.kl_coef}: it needs reference_logprobs')
-    if logprobs.shape != batch.tokens.shape:
-        raise ValueError(
-            f'logprobs are {logprobs.shape}, but the batch is {batch.tokens.shape} tokens'
-        )

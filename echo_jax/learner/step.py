@@ -1,14 +1,14 @@
-"""One learner update as one jitted function: losses, gradients, micro-batches, clip, optimizer.
+"""One learner update as one jitted function, docs/design.md#the-step.
 
-docs/design.md#the-step. The batch has one static shape, so nothing compiles twice. The step walks
-its micro-batches in a loop that stops behind the last one with a token, so a short batch costs only
-what it holds. What the loss is stands in losses.py, how arrays lie on the mesh in sharding.py.
+The batch has one static shape, so nothing compiles twice. The step walks its micro-batches in a
+loop that ends with the last one that holds a token, so a short batch costs only what it holds. What
+the loss is stands in losses.py, how arrays lie on the mesh in sharding.py.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +76,8 @@ def _sum_over_micro_batches(f: Callable[[Batch], Any], batch: Batch, micro_rows:
     def value_at(i):
         return f(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro))
 
-    def add(i, total):
-        return jax.tree.map(jnp.add, total, value_at(i))
+    def add(i, so_far):
+        return jax.tree.map(jnp.add, so_far, value_at(i))
 
     if len(micro.tokens) == 1:
         return value_at(0)
@@ -105,9 +105,8 @@ def make_step(
             # A batch gets one update, so the policy before it is the one of this forward pass.
             extra['old_logprobs'] = jax.lax.stop_gradient(scores.logprobs)
         if config.loss.kl_coef:
-            extra['reference_logprobs'] = token_scores(
-                graphdef, reference, batch, temperature
-            ).logprobs
+            frozen = token_scores(graphdef, reference, batch, temperature)
+            extra['reference_logprobs'] = frozen.logprobs
         return echo_loss(scores.logprobs, batch, config, env_coef, **extra)
 
     def step(state: TrainState, batch: Batch, env_coef, reference=None):
@@ -117,8 +116,8 @@ def make_step(
 
         grads, metrics = _sum_over_micro_batches(gradients, batch, config.batch.micro_rows)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics['grad_norm'] = total(optax.global_norm(grads))
+        params = cast(nnx.State, optax.apply_updates(state.params, updates))
+        metrics['grad_norm'] = total(optax.tree.norm(grads))
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
@@ -128,11 +127,11 @@ def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
     """`score(params, batch) -> float32 [R, T]` log-probabilities, one micro-batch at a time."""
 
     def score(params, batch: Batch):
+        def logprobs(rows: Batch):
+            return token_scores(graphdef, params, rows, temperature).logprobs
+
         micro, _ = micro_batches(batch, micro_rows)
-        logprobs = jax.lax.map(
-            lambda b: token_scores(graphdef, params, b, temperature).logprobs, micro
-        )
-        return logprobs.reshape(batch.tokens.shape)
+        return jax.lax.map(logprobs, micro).reshape(batch.tokens.shape)
 
     return score
 
@@ -173,18 +172,12 @@ class ShardedModel:
         return jax.jit(draw, out_shardings=self.placed)()
 
     def step(self, optimizer_config: ml_collections.ConfigDict):
-        """(the jitted step, which donates its state; the abstract state, with shardings; a function
-        from parameters to the first state).
-        """
+        """(jitted step, abstract state with shardings, function from parameters to first state)."""
         optimizer = make_optimizer(optimizer_config)
         init = functools.partial(init_state, optimizer=optimizer)
         shapes = jax.eval_shape(init, self.abstract)
         shardings = sharding.state_shardings(shapes, self.placed, self.mesh)
-        abstract_state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            shapes,
-            shardings,
-        )
+        abstract_state = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings)
         step = jax.jit(
             self._laid_out(make_step(self.graphdef, optimizer, self.config)),
             in_shardings=(shardings, sharding.batch_sharding(self.mesh), None),
@@ -196,9 +189,7 @@ class ShardedModel:
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
 
     def score(self, temperature: float = 1.0) -> Callable:
-        """`make_score`, jitted. Takes a batch of NumPy arrays, which every host has made alike; the
-        result is whole on every device.
-        """
+        """`make_score`, jitted. Every host passes the same batch and gets the whole result."""
         score = jax.jit(
             self._laid_out(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
             in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
@@ -209,10 +200,10 @@ class ShardedModel:
     def serving(self) -> Callable[[nnx.State], nnx.State]:
         """Casts parameters to the dtype that the model computes in, as a sampler has them."""
 
-        def cast(params):
+        def as_served(params):
             return jax.tree.map(lambda x: x.astype(self.model.dtype), params)
 
-        return jax.jit(cast, out_shardings=self.placed)
+        return jax.jit(as_served, out_shardings=self.placed)
 
     def _laid_out(self, f: Callable) -> Callable:
         """`f`, traced with the layout that the model's sharding constraints refer to."""

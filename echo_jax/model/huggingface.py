@@ -33,9 +33,10 @@ SHARD_BYTES = 5_000_000_000  # of one file
 def recipe_config(model: ml_collections.ConfigDict) -> ModelConfig:
     """The config that a recipe's `model` asks for, of its own sizes or of the directory `path`.
 
-    The recipe's other keys are fields of the config, or `model_type`, the family of own sizes.
+    The recipe's other keys are fields of the config, or `model_type`, the family of own sizes. A
+    key that is None is left to config.json or to the family's default.
     """
-    fields = {key: model[key] for key in model if key != 'path'}
+    fields = {key: value for key, value in model.items() if key != 'path' and value is not None}
     if model.path:
         return read_config(model.path, **fields)
     return FAMILIES[fields.pop('model_type', DEFAULT)](**fields)

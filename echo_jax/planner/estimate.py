@@ -38,8 +38,6 @@ from echo_jax.planner.topology import CHIPS, PlannedStep
 GIB = 2**30
 # Bytes of memory, as the vendor's data sheets count them, in powers of ten.
 GPUS = {'H100': 80e9, 'H200': 141e9, 'A100': 80e9, 'L4': 24e9, 'B200': 192e9}
-# The part of a GPU's memory that vLLM takes by default.
-GPU_UTILIZATION = 0.9
 # Parameters and AdamW's two moments are 3 float32 numbers each; their gradients are a 4th.
 _WITH_GRADIENTS = 4 / 3
 
@@ -130,7 +128,7 @@ def rollout_plan(config: ml_collections.ConfigDict, gpu: str) -> dict:
     if gpu not in GPUS:
         raise ValueError(f'gpu is {gpu!r}; expected one of {", ".join(GPUS)}')
     model = huggingface.recipe_config(config.model)
-    utilization = config.policy.get('gpu_memory_utilization', GPU_UTILIZATION)
+    utilization = config.policy.gpu_memory_utilization
     sizes = model.axis_sizes()
     weights = 2 * count_params(model)[0]
     per_token = 2 * 2 * sizes['layers'] * sizes['kv_heads']  # a key and a value, bfloat16

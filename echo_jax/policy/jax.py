@@ -54,6 +54,9 @@ class _Slot:
     last_used: int = 0  # the policy's clock when the slot was last given away
 
 
+_Busy = tuple[int, _Slot, _Request]  # a slot's number, the slot and its request
+
+
 class JaxPolicy:
     """Implements `Policy` over a model of any family; `load` gives it weights."""
 
@@ -82,8 +85,7 @@ class JaxPolicy:
         """Takes new weights once the running generations have ended, and drops every cache."""
         self._next_weights = (params, version)
         while self._next_weights is not None:
-            self._start_runner()
-            await self._runner
+            await self._running()
 
     async def generate(
         self,
@@ -117,7 +119,7 @@ class JaxPolicy:
         future = asyncio.get_running_loop().create_future()
         request = _Request(context, max_tokens, temperature, key, stop, future)
         self._waiting.append(request)
-        self._start_runner()
+        self._running()
         await future
         return Generation(
             np.array(request.tokens, np.int32),
@@ -126,21 +128,22 @@ class JaxPolicy:
             request.finish_reason,
         )
 
-    def _start_runner(self) -> None:
+    def _running(self) -> asyncio.Task[None]:
+        """The task that serves requests, started if it has ended."""
         if self._runner is None or self._runner.done():
             self._runner = asyncio.get_running_loop().create_task(self._run())
+        return self._runner
 
     async def _run(self) -> None:
         """Serves requests until none is left. If it fails, every request gets an error."""
         try:
             while True:
                 self._admit()
-                active = [slot for slot in self._slots if slot.request]
-                if not active:
+                busy = self._busy()
+                if not busy:
                     return
                 await asyncio.to_thread(self._advance)
-                for slot in active:
-                    request = slot.request
+                for _, slot, request in busy:
                     if request.finish_reason and not request.future.done():
                         request.future.set_result(None)
                     if request.future.done():  # delivered now, or cancelled by its episode
@@ -148,7 +151,7 @@ class JaxPolicy:
         except BaseException as error:
             # Nothing else would wake the waiting episodes, and what a call that failed midway left
             # in the cache is not to be trusted.
-            failed = [slot.request for slot in self._slots if slot.request] + self._waiting
+            failed = [request for _, _, request in self._busy()] + self._waiting
             self._waiting = []
             self._next_weights = None
             for slot in self._slots:
@@ -160,11 +163,13 @@ class JaxPolicy:
                     )
             raise
 
+    def _busy(self) -> list[_Busy]:
+        return [(i, slot, slot.request) for i, slot in enumerate(self._slots) if slot.request]
+
     def _admit(self) -> None:
         """Gives idle slots to waiting requests; new weights first, once every slot is idle."""
-        busy = any(slot.request for slot in self._slots)
         if self._next_weights is not None:
-            if busy:
+            if self._busy():
                 return
             self._params, self._version = self._next_weights
             self._next_weights = None
@@ -194,18 +199,14 @@ class JaxPolicy:
             pending = self._pending()
         self._decode_some()
 
-    def _pending(self) -> list[int]:
+    def _pending(self) -> list[_Busy]:
         """The slots that lack keys and values of their context.
 
         They need all tokens but the last, which is decode's first input: its logits are wanted.
         """
-        return [
-            i
-            for i, slot in enumerate(self._slots)
-            if slot.request and len(slot.cached) < len(slot.request.context) - 1
-        ]
+        return [busy for busy in self._busy() if len(busy[1].cached) < len(busy[2].context) - 1]
 
-    def _prefill_piece(self, pending: list[int]) -> None:
+    def _prefill_piece(self, pending: list[_Busy]) -> None:
         """Prefills the next piece of at most P slots.
 
         Pieces are cut by the slot's own tokens alone, never to fill the batch: the sums of another
@@ -215,14 +216,13 @@ class JaxPolicy:
         index = np.full(PREFILL_SLOTS, len(self._slots), np.int32)
         tokens = np.zeros((PREFILL_SLOTS, PREFILL_TOKENS), np.int32)
         start = np.zeros(PREFILL_SLOTS, np.int32)
-        for lane, i in enumerate(pending):
-            slot = self._slots[i]
-            piece = slot.request.context[:-1][len(slot.cached) :][:PREFILL_TOKENS]
+        for lane, (i, slot, request) in enumerate(pending):
+            piece = request.context[:-1][len(slot.cached) :][:PREFILL_TOKENS]
             index[lane], start[lane] = i, len(slot.cached)
             # A short piece is followed by zeros. Their keys and values lie past `cached`, where
             # causal attention does not reach before the real tokens overwrite them.
             tokens[lane, : len(piece)] = piece
-            slot.cached = slot.request.context[: len(slot.cached) + len(piece)]
+            slot.cached = request.context[: len(slot.cached) + len(piece)]
         self._cache = self._prefill(self._params, self._cache, index, tokens, start)
 
     def _decode_some(self) -> None:
@@ -236,7 +236,7 @@ class JaxPolicy:
         temperature, keys = np.ones(size, np.float32), np.zeros((size, 2), np.uint32)
         stop = np.full((size, MAX_STOP_TOKENS), -1, np.int32)
         positions = np.array([len(slot.cached) for slot in self._slots], np.int32)
-        busy = [(i, slot, slot.request) for i, slot in enumerate(self._slots) if slot.request]
+        busy = self._busy()
         for i, _, request in busy:
             tokens[i] = request.tokens[-1] if request.tokens else request.context[-1]
             remaining[i] = request.max_tokens - len(request.tokens)

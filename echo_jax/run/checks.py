@@ -1,66 +1,99 @@
-"""Refuses, before a run begins, a config that this program cannot do or would ignore."""
+"""Refuses, before a run begins, a recipe that the learner's program cannot do or would ignore.
+
+What only a part of the code can tell, such as an unknown dialect, that part refuses itself.
+"""
 
 import operator
+from collections.abc import Iterable
 
 import jax
 import ml_collections
 
 from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
+from echo_jax.run.inert import check_inert, sandbox_kinds
 from echo_jax.run.workdir import read_tokenizer
 
-_COUNTS = (
-    *('group_size', 'batch.groups', 'batch.micro_rows', 'policy.slots'),
-    *('sandbox.at_once', 'eval.samples', 'eval.every', 'checkpoint.every', 'checkpoint.keep'),
-    *('warm_start.rollouts', 'warm_start.demonstrations', 'warm_start.save_every'),
+_AT_LEAST_1 = (
+    'group_size',
+    'batch.groups',
+    'batch.micro_rows',
+    'policy.slots',
+    'sandbox.at_once',
+    'warm_start.rollouts',
+    'warm_start.demonstrations',
+    'warm_start.save_every',
+    'eval.samples',
+    'eval.every',
+    'checkpoint.every',
+    'checkpoint.keep',
 )
 
 
-def check_choices(config: ml_collections.ConfigDict) -> None:
-    """Refuses what this program cannot do, or would silently ignore."""
-    for key in _COUNTS:
-        if (value := operator.attrgetter(key)(config)) < 1:
+def check_config(config: ml_collections.ConfigDict, overrides: Iterable[str] = ()) -> None:
+    """Refuses what the learner's program cannot do here, or would ignore; see `check_inert`."""
+    check_inert(config, overrides)
+    _check_values(config)
+    _check_learner(config)
+
+
+def sandboxes_here(config: ml_collections.ConfigDict) -> set[str]:
+    """The kinds of sandbox that the learner's program itself runs commands in."""
+    if config.policy.backend == 'jax':
+        return sandbox_kinds(config)
+    return {config.warm_start.sandbox} if config.warm_start.steps else set()
+
+
+def _check_values(config: ml_collections.ConfigDict) -> None:
+    for key in _AT_LEAST_1:
+        value = operator.attrgetter(key)(config)
+        if value < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
     if config.policy.backend not in ('jax', 'vllm'):
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")
     if config.max_staleness < 0:
         raise ValueError(f'max_staleness is {config.max_staleness}; expected 0 or more steps')
-    if (count := jax.process_count()) > 1 and config.warm_start.steps:
+    if config.max_staleness and config.policy.backend == 'jax':
         raise ValueError(
-            f'this learner has {count} processes and warm_start.steps={config.warm_start.steps}, '
-            'which is for one; set it to 0 and name a model.path'
+            f'max_staleness is {config.max_staleness}; the embedded policy samples every step '
+            'from the weights that it updates, set it to 0'
         )
-    if config.policy.backend == 'jax':
-        if count > 1:
-            raise ValueError(
-                f"this learner has {count} processes, but policy.backend='jax' samples in one; "
-                "start it on one host, or set it to 'vllm'"
-            )
-        if config.max_staleness:
-            raise ValueError(
-                f'max_staleness is {config.max_staleness}; the embedded policy samples every step '
-                'from the weights that it updates, set it to 0'
-            )
     if config.batch.seq_len < config.protocol.max_total_tokens:
         raise ValueError(
             f'batch.seq_len={config.batch.seq_len} cannot hold a rollout of '
             f'protocol.max_total_tokens={config.protocol.max_total_tokens}; raise it'
         )
-    if config.policy.slots < (size := max(config.group_size, config.eval.samples)):
+    group = max(config.group_size, config.eval.samples)
+    if config.policy.slots < group:
         raise ValueError(
-            f'policy.slots={config.policy.slots} cannot hold a group of {size} rollouts; raise it'
+            f'policy.slots={config.policy.slots} cannot hold a group of {group} rollouts; raise it'
         )
     if not 0 <= config.warm_start.explore_steps <= config.warm_start.steps:
         raise ValueError(
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
             f'warm_start.steps={config.warm_start.steps}'
         )
-    model = ShardedModel.of(config).model  # raises where it does not fit the mesh
-    if path := config.model.path:
-        huggingface.check_tokenizer(read_tokenizer(path), model)
+    unknown = [f'model.{key}' for key, value in config.model.items() if value is None]
+    if unknown and not config.model.path:
+        raise ValueError(
+            f'{", ".join(unknown)} is None and there is no model.path whose config.json would say '
+            'it; set one of them'
+        )
 
 
-def sandboxes_here(config: ml_collections.ConfigDict) -> set[str]:
-    """The kinds of sandbox that this program itself runs commands in."""
-    warm_start = {config.warm_start.sandbox} if config.warm_start.steps else set()
-    return warm_start | ({config.sandbox.backend} if config.policy.backend == 'jax' else set())
+def _check_learner(config: ml_collections.ConfigDict) -> None:
+    """Refuses what this machine's JAX, or the model that is there, does not allow."""
+    processes = jax.process_count()
+    if processes > 1 and config.warm_start.steps:
+        raise ValueError(
+            f'this learner has {processes} processes and warm_start.steps='
+            f'{config.warm_start.steps}, which is for one; set it to 0 and name a model.path'
+        )
+    if processes > 1 and config.policy.backend == 'jax':
+        raise ValueError(
+            f"this learner has {processes} processes, but policy.backend='jax' samples in one; "
+            "start it on one host, or set it to 'vllm'"
+        )
+    model = ShardedModel.of(config).model  # raises ValueError if it does not fit the mesh
+    if config.model.path:
+        huggingface.check_tokenizer(read_tokenizer(config.model.path), model)

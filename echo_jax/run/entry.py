@@ -8,12 +8,14 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import pathlib
 import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 
 from absl import app, flags
+from ml_collections import config_flags
 
 from echo_jax.sandbox import SandboxError
 from echo_jax.store.kvstore import MissingError
@@ -48,7 +50,23 @@ def printable(text: str) -> str:
     return ''.join(c if c.isprintable() or c == '\n' else '\N{REPLACEMENT CHARACTER}' for c in text)
 
 
+def overrides() -> list[str]:
+    """The keys of the config that flags name, as 'batch.groups' of --config.batch.groups=8."""
+    return list(config_flags.get_override_values(flags.FLAGS['config']))
+
+
+def _let_recipes_import(argv: Sequence[str]) -> None:
+    """Lets a recipe say `from configs import base`, whatever folder the program is started in."""
+    for flag, value in zip(argv, [*argv[1:], '']):
+        name, _, file = flag.partition('=')
+        if name.lstrip('-') == 'config':
+            folder = pathlib.Path((file or value).partition(':')[0]).absolute().parent
+            if folder.name == 'configs' and str(folder.parent) not in sys.path:
+                sys.path.append(str(folder.parent))
+
+
 def _parse(argv: list[str]) -> list[str]:
+    _let_recipes_import(argv)
     try:
         rest = flags.FLAGS(argv)
     except (*_FLAG_ERRORS, *_KEY_ERRORS) as error:

@@ -1,11 +1,10 @@
 """What passes between host and sandbox: pipes, signed reports, archives, lines for bash.
 
-Knows nothing of namespaces, engines or shells' lives; see `local.py` and `docker.py`.
+Knows nothing of namespaces, engines or when shells begin and end; see the backends and `shell.py`.
 """
 
 import array
 import asyncio
-import binascii
 import contextlib
 import fcntl
 import io
@@ -16,55 +15,40 @@ import struct
 import tarfile
 import termios
 
-# A forked worker of this process must not keep its sandboxes alive (see `namespaces.py`).
+# A sandbox ends when these descriptors are closed. A fork of this process (such as a
+# worker of multiprocessing) has copies of them and would keep the sandboxes alive; it closes them.
 not_for_forks: set[int] = set()
 os.register_at_fork(after_in_child=lambda: [os.close(number) for number in not_for_forks])
 EMPTY_ARCHIVE = bytes(10240)  # a tar archive of nothing
-# How process 1, a bash, answers `put` and `get`: cases of its `case $request`, where size and path
-# are the request's. `place` is a function of its own, which makes room for a top-level directory.
-# Uploads are much of what a short episode costs, so what bash can do itself is no process.
-TRANSFERS = r"""
-    put)
-      error=$(head -c $size | {
-        place && {
-          { cd -P -- "$path" && [[ $PWD == "$path" ]]; } 2>/dev/null || {
-            [[ $(realpath -m -- "$path") == "$path" ]] ||
-              { echo "a link lies on the way"; false; } &&
-            mkdir -p -- "$path" && cd -- "$path"
-          }
-        } && tar -xpf - --no-same-owner
-        status=$?; [[ $status == 0 ]] && ! read -r -N 1 || cat >/dev/null; exit $status
-      } 2>&1) && echo done || echo "error ${error//$'\n'/; }" ;;
-    get)
-      if [[ -f $path && ! -L $path ]]; then
-        printf 'file '
-        dd if="$path" iflag=nonblock,nofollow,count_bytes count=$size bs=64K | base64 -w 0
-        echo
-      else echo missing; fi ;;
-"""
 
 
 def quote(text: str) -> str:
-    """`text` as one bash word on one line."""
+    """`text` as one bash word on one line, which shlex.quote would not make of a newline."""
     text = text.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
     escaped = text.replace('\\', '\\\\').replace("'", "\\'").replace('\n', '\\n')
     return f"$'{escaped}'"
 
 
 def escape(path: str) -> str:
-    """For `printf %b`: a path may hold spaces and newlines, a request is one line of words."""
+    """`path` for bash's `printf %b`. A path may hold spaces and newlines, but a request is one line
+    of words.
+    """
     safe = set(b'/._-') | set(range(48, 58)) | set(range(65, 91)) | set(range(97, 123))
     return ''.join(chr(b) if b in safe else f'\\0{b:03o}' for b in os.fsencode(path))
 
 
 def absolute(path: str) -> str:
+    """`path` without `.`, `..` and doubled slashes. ValueError if it is not absolute."""
     if not path.startswith('/') or '\0' in path:
-        raise ValueError(f'{path!r}: want an absolute path inside the sandbox')
+        raise ValueError(f'{path!r}: expected an absolute path inside the sandbox')
     return '/' + os.path.normpath(path).lstrip('/')
 
 
 def archive(path: pathlib.Path, name: str) -> bytes:
-    """`path` as a tar under `name`; its user may read all, write all, and enter directories."""
+    """`path` as a tar archive under `name`. Its owner may read and write all and enter directories.
+
+    Raises ValueError for a link that leads outside `path`, or for a device, socket or FIFO.
+    """
     root = path.resolve(strict=True)
     if path.is_symlink() and not path.is_dir():
         path = root
@@ -76,7 +60,7 @@ def archive(path: pathlib.Path, name: str) -> bytes:
             if not (place / member.linkname).resolve().is_relative_to(root):
                 raise ValueError(f'{path}: the link {member.name} leads outside, {member.linkname}')
         elif not (member.isfile() or member.isdir() or member.islnk()):
-            raise ValueError(f'{path}: {member.name} is no file, directory or link')
+            raise ValueError(f'{path}: {member.name} is neither a file nor a directory nor a link')
         return member
 
     buffer = io.BytesIO()
@@ -86,37 +70,27 @@ def archive(path: pathlib.Path, name: str) -> bytes:
 
 
 def packed(path: pathlib.Path, target: str) -> tuple[str, bytes]:
-    """(directory, archive): unpacked there it is a file, or a directory's content, at `target`.
-
-    Raises ValueError for a link that leads outside `path`.
+    """(directory, tar archive to unpack there) so that a file, or the content of a directory, comes
+    to lie at `target`. Raises ValueError for a link that leads outside `path`.
     """
-    path, target = pathlib.Path(path), absolute(target)
+    target = absolute(target)
     directory = target if path.is_dir() else os.path.dirname(target)
     return directory, archive(path, '.' if path.is_dir() else os.path.basename(target))
 
 
-def content(reply: str, path: str, limit: int) -> bytes:
-    """What was asked for. FileNotFoundError where there is none, OSError where over `limit`."""
-    kind, _, text = reply.partition(' ')
-    if kind != 'file':
-        raise FileNotFoundError(f'{path}: no regular file in the sandbox')
-    found = binascii.a2b_base64(text)
-    if len(found) > limit:
-        raise OSError(f'{path}: longer than the {limit} bytes that are read from a sandbox')
-    return found
-
-
 def pipe() -> tuple[int, int]:
-    """(read, write), numbered above what bash redirects by hand."""
-    ends = os.pipe()
-    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 64) for end in ends)
-    for end in ends:
-        os.close(end)
+    """(read end, write end), with numbers above those that bash scripts redirect by hand."""
+    reader, writer = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 64) for end in (reader, writer))
+    os.close(reader)
+    os.close(writer)
     return high
 
 
 def status_pair() -> tuple[socket.socket, int]:
-    """(ours, the sandbox's end). The kernel adds the sender's process id, as we number it."""
+    """(our end, the sandbox's end). To each message the kernel adds the sender's process id, as the
+    host numbers it, so that nobody can send in another's name.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     ours.setblocking(False)
@@ -129,12 +103,13 @@ _CREDENTIALS = struct.Struct('3i')  # struct ucred: pid, uid, gid
 
 
 def receive_now(sock: socket.socket) -> tuple[bytes, int]:
-    """(message, the sender's process id on the host, 0 where there was none)."""
+    """(message, the sender's process id on the host, or 0 if there was no sender)."""
     message, ancillary, _, _ = sock.recvmsg(1 << 18, socket.CMSG_SPACE(_CREDENTIALS.size))
     return message, _CREDENTIALS.unpack(ancillary[0][2])[0] if ancillary else 0
 
 
 async def receive(sock: socket.socket) -> tuple[bytes, int]:
+    """Waits for a message, and returns it as `receive_now` does."""
     while True:
         try:
             return receive_now(sock)
@@ -143,7 +118,7 @@ async def receive(sock: socket.socket) -> tuple[bytes, int]:
 
 
 async def receive_line(sock: socket.socket) -> str:
-    """What comes until a newline, without it. EOFError where the sender is gone."""
+    """The text up to a newline, without it. EOFError if the sender is gone."""
     parts = [b'']
     while not parts[-1].endswith(b'\n'):
         message, _ = await receive(sock)
@@ -154,25 +129,36 @@ async def receive_line(sock: socket.socket) -> str:
 
 
 def discard(sock: socket.socket) -> None:
+    """Reads away what has come."""
     with contextlib.suppress(BlockingIOError):
         while receive_now(sock)[0]:
             pass
 
 
 async def ready(descriptor: int, write: bool = False) -> None:
+    """Returns when `descriptor` can be read, or written."""
     loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    add, remove = (
-        (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-    )
-    add(descriptor, lambda: ready.done() or ready.set_result(None))
+    waiter = loop.create_future()
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    if write:
+        loop.add_writer(descriptor, wake)
+    else:
+        loop.add_reader(descriptor, wake)
     try:
-        await ready
+        await waiter
     finally:
-        remove(descriptor)
+        if write:
+            loop.remove_writer(descriptor)
+        else:
+            loop.remove_reader(descriptor)
 
 
 async def write(descriptor: int, data: bytes) -> None:
+    """Writes all of `data` to a descriptor that does not block."""
     view = memoryview(data)
     while view:
         try:
@@ -182,20 +168,35 @@ async def write(descriptor: int, data: bytes) -> None:
 
 
 def available(descriptor: int) -> bytes:
-    """What lies in the pipe now, and no more: a writer may never stop."""
+    """What lies in the pipe now, and no more, since a writer may never stop."""
     count = array.array('i', [0])
     fcntl.ioctl(descriptor, termios.FIONREAD, count)
     return os.read(descriptor, count[0]) if count[0] else b''
 
 
-def script(command: str, last_exit: int, nonce: str, then: str = '') -> bytes:
-    """The lines that make the shell run `command` and report; `then` more of the last line.
+# The lines below are built here and do not lie in scripts/, because the agent's shell reads them as
+# its input: it has no arguments or variables to spare for us, since the agent could see and change
+# them. All that is put into the text is a number or is quoted.
 
-    After a syntax error bash takes the next word for no keyword; the first line uses that up. The
-    second sets bash's line counter, so that messages count the command's own lines, as in
-    `bash -c`; an assignment inside a redirection is the one that bash does not undo. Then the last
-    exit code is put back into `$?`. Descriptors 8 and 9 are the real streams; bash moves its own
-    out of children's sight.
+
+def first_line(nonce: str, cwd: str, workdir: str, env: dict[str, str]) -> str:
+    """Makes a new shell ready and has it report.
+
+    `cwd`, quoted for bash, is the directory to begin in; if it is empty or gone, `workdir` is.
+    """
+    home = quote(workdir)
+    exports = ''.join(f'export {name}={quote(value)};' for name, value in env.items())
+    return f'cd -- {cwd or home} || cd -- {home};unset OLDPWD;{exports}{report(nonce)}\n'
+
+
+def command_lines(command: str, last_exit: int, nonce: str, then: str = '') -> bytes:
+    """Makes the shell run `command` and report; `then` is put behind that on the last line.
+
+    After a syntax error bash does not recognise a keyword as the next word; the first line uses
+    that up. The second sets bash's line counter, so that messages count the command's own lines, as
+    in `bash -c`; an assignment inside a redirection is the only one that bash does not undo. Then
+    the last exit code is put back into `$?`. Descriptors 8 and 9 are the real streams; bash moves
+    its own copies out of its children's sight.
     """
     status = f'(exit {last_exit});' if last_exit else ''
     return (
@@ -205,4 +206,5 @@ def script(command: str, last_exit: int, nonce: str, then: str = '') -> bytes:
 
 
 def report(nonce: str) -> str:
+    """Prints `nonce`, the exit code of what ran before, and the current directory, quoted."""
     return f"""builtin printf '%s %d %q\\n' {nonce} "$?" "${{PWD:0:500}}\""""

@@ -2,12 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import ml_collections
 
 from echo_jax.sandbox import Sandbox, local
 from echo_jax.types import Task
+
+if TYPE_CHECKING:
+    from echo_jax.sandbox.docker.images import Images
 
 
 class SandboxMaker(NamedTuple):
@@ -23,57 +26,64 @@ class SandboxMaker(NamedTuple):
 def sandbox_maker(
     config: ml_collections.ConfigDict, backend: str = '', *, run: str = '', worker: str = ''
 ) -> SandboxMaker:
-    """By `sandbox.backend`, or by `backend`; fails early where this machine allows no sandbox.
+    """Makes sandboxes of `sandbox.backend`, or of `backend` if it is given.
 
-    `run` and `worker` label what a Docker engine keeps for it; what a dead process of the same
-    labels left there is removed.
+    `run` and `worker` label what a Docker engine keeps; what a dead process with the same labels
+    left there is removed. Raises SandboxError if this machine allows no such sandbox, ValueError if
+    the recipe asks for what is not installed or not known.
     """
+    backend = backend or config.sandbox.backend
     limits = {key: config.sandbox[key] for key in ('processes', 'memory_mb', 'disk_mb')}
-    match backend or config.sandbox.backend:
-        case 'local':
-            local.check()
-            return SandboxMaker(functools.partial(local.LocalSandbox, **limits))
-        case 'docker':
-            images = docker_images(config, run, worker)
-            from echo_jax.sandbox import docker
-            from echo_jax.sandbox.docker import containers
+    if backend == 'local':
+        local.check()
+        return SandboxMaker(functools.partial(local.LocalSandbox, **limits))
+    if backend == 'docker':
+        return _docker_maker(config, limits, run, worker)
+    if backend == 'harbor':
+        from echo_jax.sandbox import harbor  # here, since Harbor is optional
 
-            containers.sweep(images.engine)
-
-            def close():
-                images.close()
-                containers.sweep(images.engine, own=True)
-                images.engine.close()
-
-            return SandboxMaker(
-                functools.partial(docker.DockerSandbox, images=images, **limits), close
-            )
-        case 'harbor':
-            from echo_jax.sandbox import harbor
-
-            harbor.check(config.sandbox.harbor_environment)
-            del limits['processes']
-            environment = config.sandbox.harbor_environment
-            return SandboxMaker(
-                functools.partial(harbor.HarborSandbox, environment=environment, **limits)
-            )
-        case backend:
-            raise ValueError(
-                f"sandbox.backend is {backend!r}; expected 'local', 'docker' or 'harbor'"
-            )
+        environment = config.sandbox.harbor_environment
+        harbor.check(environment)
+        del limits['processes']
+        make = functools.partial(harbor.HarborSandbox, environment=environment, **limits)
+        return SandboxMaker(make)
+    raise ValueError(f"sandbox.backend is {backend!r}; expected 'local', 'docker' or 'harbor'")
 
 
-def docker_images(config: ml_collections.ConfigDict, run: str = '', worker: str = ''):
-    """The images.Images of the engine at DOCKER_HOST; fails where it or the Docker SDK is not."""
-    try:  # here: no other backend needs the SDK
+def docker_images(config: ml_collections.ConfigDict, run: str = '', worker: str = '') -> 'Images':
+    """The images of the engine at DOCKER_HOST.
+
+    Raises SandboxError if no engine answers, ValueError if the Docker SDK is not installed.
+    """
+    try:  # here, since no other backend needs the SDK
         from echo_jax.sandbox.docker import engine, images
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"sandbox.backend='docker' needs the Docker SDK ({error}); pip install docker"
+            f"sandbox.backend='docker' needs the Docker SDK ({error}); pip install docker tenacity"
         ) from error
     return images.Images(
         engine.Engine(run=run, worker=worker),
         user=config.sandbox.user,
         network=config.sandbox.build_network,
-        seed=config.seed,
     )
+
+
+def _docker_maker(
+    config: ml_collections.ConfigDict, limits: dict[str, int], run: str, worker: str
+) -> SandboxMaker:
+    images = docker_images(config, run, worker)
+    from echo_jax.sandbox import docker  # here, since the SDK is optional
+    from echo_jax.sandbox.docker import containers
+
+    containers.check_runtime(images.engine, config.sandbox.runtime)
+    containers.sweep(images.engine)
+
+    def close() -> None:
+        images.close()
+        containers.sweep(images.engine, own=True)
+        images.engine.close()
+
+    make = functools.partial(
+        docker.DockerSandbox, images=images, runtime=config.sandbox.runtime, **limits
+    )
+    return SandboxMaker(make, close)

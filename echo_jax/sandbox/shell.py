@@ -1,40 +1,63 @@
-"""What the sandboxes have in common: one shell, and one thing at a time.
+"""What the sandboxes have in common: one shell, one thing at a time, and the ways a command ends.
 
-A backend says how a shell is opened, how one command runs in it, how files move, and how
-everything inside is ended; see `local.py`, `docker.py`, `harbor.py`.
+A backend says how a shell is opened, how one command runs in it, how an archive is unpacked inside,
+and how everything inside is ended; see `local/`, `docker/` and `harbor.py`.
 """
 
 import abc
 import asyncio
+import contextlib
+import enum
 import pathlib
+import secrets
+import signal
 from collections.abc import Awaitable, Callable
 
 from echo_jax.sandbox import CommandResult, SandboxError, channels
+from echo_jax.types import Task
 
+DISCARD_BYTES = 64 << 20  # output beyond this ends the command; up to it, it is only not kept
+KILLED = 128 + signal.SIGKILL  # bash's exit code
 _REPLY_SEC = 20.0  # for what takes milliseconds, on a machine that may be overloaded
-# No shell can hold one; said as bash would.
+# No shell can hold such a command. Bash would put it like this.
 _NUL_RESULT = CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, False)
 
 
-class ShellSandbox(abc.ABC):
-    """A sandbox (DESIGN 3.7) but for `start`, `stop` and what a backend does its own way.
+class Ending(enum.Enum):
+    """How a command ended. After all but REPORTED and DEAD, everything in the sandbox is killed."""
 
-    `output_bytes` of each stream of a command are kept, from its start, and read of a file.
+    REPORTED = enum.auto()  # the shell told the exit code and goes on
+    DEAD = enum.auto()  # the shell ended with the command (`exit`); its background lives on
+    TIMEOUT = enum.auto()
+    FLOOD = enum.auto()  # more than DISCARD_BYTES of output
+    FULL = enum.auto()  # more than `disk_mb` written
+    LOST = enum.auto()  # no report came, or not on its own channel: the command spoiled that
+
+
+class ShellSandbox(abc.ABC):
+    """A sandbox (docs/design.md#policy-and-sandbox) but for what a backend does its own way.
+
+    `output_bytes` of each stream of a command are kept, from its start.
     """
 
-    def __init__(self, output_bytes: int):
+    startup_sec = 20.0  # for a shell to open, which takes milliseconds unless all is overloaded
+
+    def __init__(self, task: Task, output_bytes: int):
+        self.task = task
         self._output_bytes = output_bytes
+        self._workdir = task.workdir
+        self._env: dict[str, str] = {}  # what a new shell exports
         self._lock = asyncio.Lock()  # one command or request at a time
-        self._shell = None  # the backend's handle, while there is a shell
+        self._shell_is_open = False
+        self._of_shell = contextlib.ExitStack()  # what is closed with the shell
         self._cwd = ''  # of the shell, quoted for bash; empty is the workdir
         self._last_exit = 0
         self._unclean = False  # a command was cancelled: kill before the next
-        self._requests: Requests | None = None  # to process 1, where it is ours
 
     async def run(self, command: str, timeout: float) -> CommandResult:
         """Runs `command` in the shell; `timeout` in seconds. The backend says what outlives what.
 
-        Raises SandboxError where the sandbox does not run, died or hangs, as all methods do.
+        Raises SandboxError if the sandbox does not run, died or hangs, as all methods do.
         """
         self._require_running()
         if '\0' in command:
@@ -42,18 +65,29 @@ class ShellSandbox(abc.ABC):
         async with self._lock:
             if self._unclean:
                 await self._kill()
-            if self._shell is None:
+            if not self._shell_is_open:
                 await self._open_shell()
             self._unclean = True  # until we know how it ended
-            result = await self._run(command, timeout)
+            ending, exit_code = await self._execute(command, secrets.token_hex(8), timeout)
+            if ending is Ending.DEAD:
+                self._close_shell()
+            elif ending is not Ending.REPORTED:
+                await self._kill()
             self._unclean = False
-            return result
+            self._last_exit = exit_code if ending is Ending.REPORTED else 0
+            streams = self._take_output()
+        stdout, stderr = (
+            stream[: self._output_bytes].decode(errors='replace') for stream in streams
+        )
+        if ending is Ending.FULL:
+            stderr += 'sandbox: disk limit exceeded\n'
+        return CommandResult(stdout, stderr, exit_code, ending is Ending.TIMEOUT)
 
     async def upload(self, path: pathlib.Path, target: str) -> None:
         """Copies a file to the path `target`, or a directory's content into the directory `target`.
 
         Makes directories on the way; all belongs to the sandbox's user and is readable. Raises
-        ValueError for a link that leads outside `path`, SandboxError where it cannot be written.
+        ValueError for a link that leads outside `path`, SandboxError if it cannot be written.
         """
         directory, content = channels.packed(path, target)
         self._require_running()
@@ -61,17 +95,6 @@ class ShellSandbox(abc.ABC):
             reply = await self._put(directory, content)
         if reply != 'done':
             raise SandboxError(f'cannot upload {path} to {target}: {reply.removeprefix("error ")}')
-
-    async def read(self, path: str) -> bytes:
-        """The bytes of a regular file inside; no link is followed to it, no FIFO is waited for.
-
-        Raises FileNotFoundError where there is none, OSError where it is over `output_bytes`.
-        """
-        limit, path = self._output_bytes, channels.absolute(path)
-        self._require_running()
-        async with self._lock:
-            reply = await self._get(path, limit + 1)
-        return channels.content(reply, path, limit)
 
     async def reset(self) -> None:
         """Kills everything that runs inside and opens a fresh shell in the task's workdir."""
@@ -81,38 +104,65 @@ class ShellSandbox(abc.ABC):
             self._cwd = ''
             await self._open_shell()
 
+    async def _open_shell(self) -> None:
+        """Opens a new shell in `_cwd`. Tries twice: a fork bomb may leave no room for the first."""
+        for attempt in (1, 2):
+            nonce = secrets.token_hex(8)
+            line = channels.first_line(nonce, self._cwd, self._workdir, self._env)
+            try:
+                async with asyncio.timeout(self.startup_sec):
+                    await self._start_shell(line, nonce)
+                self._shell_is_open, self._last_exit = True, 0
+                return
+            except (EOFError, ConnectionError, TimeoutError, ProcessLookupError):
+                self._close_shell()
+                if attempt == 2:
+                    message = f'{self.task.task_id}: no shell starts in the sandbox'
+                    raise SandboxError(message) from None
+                await self._kill()
+
+    def _close_shell(self) -> None:
+        self._of_shell.close()
+        self._shell_is_open = False
+
+    async def _kill(self) -> None:
+        """Ends every process of the agent, the shell among them."""
+        self._unclean = True
+        await self._end_all()
+        self._close_shell()
+        self._unclean = False
+
+    def _require_running(self) -> None:
+        if not self._running():
+            raise SandboxError('the sandbox is not running; call start() first')
+
     @abc.abstractmethod
     def _running(self) -> bool:
         """Whether it was started and not stopped."""
 
     @abc.abstractmethod
-    async def _open_shell(self) -> None:
-        """Sets `_shell`: a new one in `_cwd`. SandboxError where none can be had."""
+    async def _start_shell(self, line: str, nonce: str) -> None:
+        """Starts a shell, gives it `line`, and waits for the report that begins with `nonce`.
+
+        Leaves in `_of_shell` how the shell is closed. EOFError, ConnectionError, TimeoutError or
+        ProcessLookupError if it does not start.
+        """
 
     @abc.abstractmethod
-    async def _run(self, command: str, timeout: float) -> CommandResult:
-        """The same with a shell at hand; sets `_cwd` and `_last_exit`, `_shell` where it ended."""
+    async def _execute(self, command: str, nonce: str, timeout: float) -> tuple[Ending, int]:
+        """Runs `command` in the open shell: how it ended, and its exit code. Sets `_cwd`."""
 
-    async def _kill(self) -> None:
-        self._unclean = True
-        await self._end_all()
-        self._unclean = False
+    @abc.abstractmethod
+    def _take_output(self) -> tuple[bytes, bytes]:
+        """What the last command wrote to stdout and to stderr, at least `output_bytes` of each."""
 
     @abc.abstractmethod
     async def _end_all(self) -> None:
-        """Ends every process of the agent and forgets the shell."""
+        """Kills every process of the agent."""
 
+    @abc.abstractmethod
     async def _put(self, directory: str, content: bytes) -> str:
-        """Unpacks a tar archive into a directory of the sandbox; 'done', or what went wrong."""
-        return await self._requests.ask(f'put {len(content)} {channels.escape(directory)}', content)
-
-    async def _get(self, path: str, count: int) -> str:
-        """At most `count` bytes of a regular file, as `channels.content` takes them."""
-        return await self._requests.ask(f'get {count} {channels.escape(path)}')
-
-    def _require_running(self) -> None:
-        if not self._running():
-            raise SandboxError('the sandbox is not running; call start() first')
+        """Unpacks a tar archive into a directory inside; 'done', or what went wrong."""
 
 
 class Requests:
@@ -125,7 +175,7 @@ class Requests:
         self._pending = ''  # the request that has yet to be answered
 
     async def ask(self, line: str, payload: bytes = b'') -> str:
-        """`line` without its newline, and what follows it."""
+        """Sends `line`, which has no newline, and then `payload`."""
         if self._pending:
             raise SandboxError(f'the request {self._pending} was interrupted; open a new sandbox')
         self._pending = line.split()[0]
@@ -139,3 +189,7 @@ class Requests:
             ) from None
         self._pending = ''
         return reply
+
+    async def put(self, directory: str, content: bytes) -> str:
+        """Unpacks a tar archive into a directory of the sandbox; 'done', or what went wrong."""
+        return await self.ask(f'put {len(content)} {channels.escape(directory)}', content)

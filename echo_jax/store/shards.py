@@ -1,6 +1,6 @@
 """One host's shards of a version as zarr3 chunks: values, or their bits XOR those of the base.
 
-It knows arrays, shards and chunks, and nothing of versions, hosts that meet or manifests
+It knows arrays, shards and chunks, and nothing of manifests (versions.py) or of hosts that meet
 (weights.py). An update at a small learning rate leaves most bfloat16 values as they are and moves
 the rest by an ulp or two: the XOR of the bits is zero in most places and has few low bits in the
 others. blosc sorts it into byte planes and zstd packs them. XOR is exact for every bit pattern, and
@@ -12,6 +12,7 @@ that a chunk that is not there is an error, never zeros.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import tensorstore as ts
+
+from echo_jax.store.kvstore import open_array
 
 Index = tuple[slice, ...]
 Params = Mapping[str, np.ndarray]  # or jax.Array
@@ -33,59 +36,69 @@ _BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One host's part of a version: the layout of all arrays, and its own shards of each."""
+    """One host's part of a version: a description of all arrays, and its own shards of each."""
 
-    layout: dict[str, dict]  # name, in order: shape, dtype, chunk
+    arrays: dict[str, dict]  # name, in order: shape, dtype, chunk
     shards: dict[str, list[tuple[Index, np.ndarray]]]  # values (maybe jax.Arrays); bits in a copy
 
     @classmethod
     def of(cls, params: Params, process_index: int) -> 'Part':
-        layout, shards = {}, {}
+        arrays, shards = {}, {}
         for name in sorted(params):
             array = params[name]
             if array.dtype.name not in DTYPES:
                 raise ValueError(f'{name} is {array.dtype}; expected one of {", ".join(DTYPES)}')
-            layout[name] = {
+            if isinstance(array, np.ndarray):  # whole on every host, and process 0 writes it
+                shard_shape = array.shape
+                shards[name] = [((), array)] if process_index == 0 else []
+            else:  # each part of a jax.Array is replica 0 on exactly one host
+                shard_shape = array.sharding.shard_shape(array.shape)
+                mine = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+                shards[name] = [(shard.index, shard.data) for shard in mine]
+            arrays[name] = {
                 'shape': list(array.shape),
                 'dtype': array.dtype.name,
-                'chunk': _chunk_shape(_shard_shape(array), array.dtype.itemsize),
+                'chunk': _chunk_shape(tuple(shard_shape), array.dtype.itemsize),
             }
-            shards[name] = list(_shards(array, process_index))
-        return cls(layout, shards)
+        return cls(arrays, shards)
 
     def matches(self, other: 'Part') -> bool:
         """Whether both are the same shards of the same arrays, whatever their values."""
-        return self.layout == other.layout and self._places() == other._places()
+        return self.arrays == other.arrays and self._places() == other._places()
 
     def digest(self) -> int:
         """The same on every host that publishes the same arrays."""
-        return zlib.crc32(json.dumps(self.layout).encode())
+        return zlib.crc32(json.dumps(self.arrays).encode())
 
     def elements(self) -> list[int]:
         """How many elements of each array this host has."""
         return [sum(math.prod(s.shape) for _, s in shards) for shards in self.shards.values()]
 
     def copy(self, over: 'Part | None') -> 'Part':
-        """The bits, in memory of their own: that of `over`, an earlier copy, where it matches."""
+        """The bits, in memory of their own: that of the earlier copy `over`, if it matches.
+
+        Memory is taken again because a copy is as large as the shards: a new one beside the old
+        would double what a host needs, just while it publishes.
+        """
         if over is None or not self.matches(over):
             empty = {
                 name: [(index, np.empty(s.shape, _BITS[s.dtype.itemsize])) for index, s in shards]
                 for name, shards in self.shards.items()
             }
-            over = Part(self.layout, empty)
+            over = Part(self.arrays, empty)
         for name, shards in self.shards.items():
             for (_, shard), (_, copy) in zip(shards, over.shards[name]):
                 np.copyto(copy, _bits(np.asarray(shard)))
         return over
 
-    def write(self, open_array: Callable[[str], ts.TensorStore], base: 'Part | None') -> None:
-        """Writes the values, or the differences to the copy `base`."""
+    def write(self, open_named: Callable[[str], ts.TensorStore], base: 'Part | None') -> None:
+        """Writes the values, or the differences to the copy `base`, to arrays by name."""
         run(
             job
             for name, shards in self.shards.items()
             for number, (index, shard) in enumerate(shards)
             for job in _write(
-                open_array(name)[index or ...],
+                open_named(name)[index or ...],
                 np.asarray(shard),
                 base and base.shards[name][number][1],
             )
@@ -95,8 +108,8 @@ class Part:
         return [[index for index, _ in shards] for shards in self.shards.values()]
 
 
-def open_array(folder: ts.KvStore, array: dict, delta: bool) -> ts.TensorStore:
-    """The zarr3 array in `folder`, described by `array` (shape, dtype, chunk) alone."""
+def open_part(folder: ts.KvStore, array: dict, delta: bool) -> ts.TensorStore:
+    """The array in `folder` that holds the values, or differences, of what `array` describes."""
     dtype, pack = array['dtype'], []
     if delta:
         width = ts.dtype(dtype).numpy_dtype.itemsize
@@ -105,38 +118,26 @@ def open_array(folder: ts.KvStore, array: dict, delta: bool) -> ts.TensorStore:
         # twice the time, lz4 twice the bytes; blosc's own choice of a smaller block 5% more.
         blosc = {'cname': 'zstd', 'clevel': 1, 'shuffle': 'shuffle', 'blocksize': 1 << 20}
         pack = [{'name': 'blosc', 'configuration': blosc | {'typesize': width}}]
-    metadata = {
-        'zarr_format': 3,
-        'node_type': 'array',
-        'shape': array['shape'],
-        'data_type': dtype,
-        'fill_value': 0,
-        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': array['chunk']}},
-        'chunk_key_encoding': {'name': 'default', 'configuration': {'separator': '.'}},
-        'codecs': [
-            {'name': 'bytes', 'configuration': {'endian': 'little'}},
-            *pack,
-            {'name': 'crc32c'},
-        ],
-    }
-    spec = {
-        'driver': 'zarr3',
-        'metadata': metadata,
-        'store_data_equal_to_fill_value': True,
-        'fill_missing_data_reads': False,
-    }
-    return ts.open(spec, kvstore=folder, open=True, assume_metadata=True).result()
+    return open_array(folder, array['shape'], dtype, array['chunk'], [*pack, {'name': 'crc32c'}])
 
 
 def apply(source: ts.TensorStore, array: np.ndarray) -> Iterator[Job]:
-    """Changes `array` in place by the differences in `source`, chunk by chunk."""
-    array = _bits(array)
+    """Changes `array` in place by the differences in `source`, chunk by chunk.
+
+    By chunk, so that the differences of an array never lie in memory all at once beside it. The XOR
+    is of integers: as floats, a NaN would lose its payload and two zeros would be equal.
+    """
+    bits = _bits(array)
     for chunk, part in _chunks(source):
-        yield array[part].nbytes, _xor_into(array[part], source[chunk].read())
+        yield bits[part].nbytes, functools.partial(_xor_into, bits[part], source[chunk].read())
 
 
 def run(jobs: Iterable[Job]) -> None:
-    """Starts jobs ahead of those that finish, at most _MAX_PENDING bytes of them."""
+    """Starts jobs ahead of those that finish, at most _MAX_PENDING bytes of them.
+
+    A job starts when the iterator yields it, so this loop is what bounds the memory: without it all
+    reads or writes of a model would be under way at once.
+    """
     pending, size = collections.deque(), 0
     for job in jobs:
         pending.append(job)
@@ -153,14 +154,14 @@ def _write(target: ts.TensorStore, data: np.ndarray, base: np.ndarray | None) ->
     if base is None:
         yield data.nbytes, target.write(data).result
         return
-    data = _bits(data)
+    bits = _bits(data)
     for chunk, part in _chunks(target):  # one is packed while the next is made
-        difference = data[part] ^ base[part]
+        difference = bits[part] ^ base[part]
         yield difference.nbytes, target[chunk].write(difference).result
 
 
-def _xor_into(part: np.ndarray, difference: ts.Future) -> Callable[[], object]:
-    return lambda: np.bitwise_xor(part, difference.result(), out=part)
+def _xor_into(part: np.ndarray, difference: ts.Future) -> None:
+    np.bitwise_xor(part, difference.result(), out=part)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -169,11 +170,17 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def _chunks(view: ts.TensorStore) -> Iterator[tuple[Index, Index]]:
-    """The parts of a view that lie in one chunk each: where in the view, and where in its array."""
+    """The parts of a view that lie in one chunk each: where in the view, and where in its array.
+
+    A view of a TensorStore keeps the indices of the whole array, while the NumPy array read from it
+    counts from 0; so each part comes with both. A part of two chunks would fetch and unpack both
+    again for its neighbour.
+    """
     axes = []
     grid = view.chunk_layout.read_chunk.shape or ()  # None for a scalar
     for axis, length in zip(view.domain, grid):
         low, high = axis.inclusive_min, axis.exclusive_max
+        # A slice may begin inside a chunk, so the first border above low is the end of that one.
         borders = [low, *range(low - low % length + length, high, length), high]
         axes.append([(a, b, low) for a, b in itertools.pairwise(borders) if a < b])
     for part in itertools.product(*axes):
@@ -181,20 +188,6 @@ def _chunks(view: ts.TensorStore) -> Iterator[tuple[Index, Index]]:
             (*(slice(a, b) for a, b, _ in part), ...),
             (*(slice(a - low, b - low) for a, b, low in part), ...),
         )
-
-
-def _shard_shape(array) -> tuple[int, ...]:
-    sharding = getattr(array, 'sharding', None)
-    return tuple(sharding.shard_shape(array.shape) if sharding is not None else array.shape)
-
-
-def _shards(array, process_index: int) -> Iterator[tuple[Index, np.ndarray]]:
-    """What this host writes of an array: each part of it is replica 0 on exactly one host."""
-    if hasattr(array, 'addressable_shards'):
-        shards = array.addressable_shards
-        yield from ((shard.index, shard.data) for shard in shards if shard.replica_id == 0)
-    elif process_index == 0:
-        yield (), array
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
@@ -205,6 +198,8 @@ def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
     """
     chunk = [max(1, length) for length in shape]
     for axis, length in enumerate(chunk):
+        # A count that does not divide the length would leave chunks that two shards share, and
+        # two hosts that write one chunk lose what the other wrote.
         divisors = (n for n in itertools.count(1) if length % n == 0)
         while math.prod(chunk) * itemsize > MAX_CHUNK and chunk[axis] > 1:
             chunk[axis] = length // next(divisors)

@@ -1,53 +1,36 @@
 """Published weights, from every learner host to every worker, through any store TensorStore opens.
 
 Not a checkpoint: no optimizer, no step, and old versions go. It imports no JAX; an array is a NumPy
-array or anything with the `sharding` and `addressable_shards` of a `jax.Array`.
+array or anything with the `sharding` and `addressable_shards` of a `jax.Array`. What a version is
+made of, and how it is read, is in versions.py.
 
-    manifests/0000000007                the commit: attempt, bases, each array's shape and dtype
-    data/0000000007/attempt             names the attempt that is under way; process 0 writes it
-    data/0000000007/ATTEMPT/0012/c.0.3  one zarr3 chunk of array 12 (in order of name), with CRC-32C
-    data/0000000007/ATTEMPT/host.3      process 3 has written its shards
+The learner's hosts meet in the store, so publishing needs no collective. Process 0 draws a new
+attempt each time it starts on a version: what a killed learner left behind is never mixed in, and a
+host that began on an attempt of the past begins again. The manifest is written, once, when the
+markers of all hosts are there and together cover every element. Chunks are aligned with the shards,
+so no two hosts write the same one.
 
-The hosts meet in the store, so publishing needs no collective. Process 0 draws a new attempt each
-time it starts on a version: what a killed learner left behind is never mixed in, and a host that
-began on an attempt of the past begins again. The manifest is written, once, when the markers of all
-hosts are there and together cover every element. Metadata is in the manifest and nowhere else, so a
-read costs one GET and then the chunks. Chunks are aligned with the shards, hence no two hosts touch
-the same one, and at most 16 MiB, so that a slice reads little besides itself.
-
-A version is a key frame (kind 'full': its values, not compressed, since bfloat16 weights shrink by
-a fifth at ten times the cost) or a delta: the bits XOR those of its base, packed (shards.py). Its
-manifest lists the bases, key frame first, each by version and attempt, so a delta never meets other
-bits than it was made from, and reading it needs no other manifest. Every host holds its shards of
-the version it published last and makes its deltas to them. Process 0 begins an attempt as a delta
-where it can; a host that does not hold that base says so in its marker, and process 0 begins again
-with a key frame. A reader refuses kinds that it does not know.
+Every host holds its shards of the version that it published last and makes its deltas to them.
+Process 0 begins an attempt as a delta if it can. A host that does not hold that base says so in its
+marker, and process 0 begins again with a key frame.
 """
 
-import itertools
+import functools
 import math
 import pathlib
-import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import tensorstore as ts
 
-from echo_jax.store import shards
-from echo_jax.store.kvstore import (
-    CorruptError,
-    MissingError,
-    inside,
-    open_kvstore,
-    seal,
-    unseal,
-    write_once,
-)
+from echo_jax.store.kvstore import seal, unseal, write_once
 from echo_jax.store.shards import Index, Params, Part
+from echo_jax.store.versions import Link, Versions, chain, manifest_key
 
-Link = list  # [version, attempt]
+Answer = TypeVar('Answer')
 
 _POLL_SECONDS = 0.1
 
@@ -57,9 +40,9 @@ class WeightStore:
 
     keep: versions that can be read when newer ones are published; 2 lets a worker finish reading
         one while the next arrives. The bases of a delta among them stay with it.
-    keyframe_every: 1 (or 0) publishes each version whole; a larger number makes at least every so
-        many'th a key frame and the others deltas, for which each host of the learner keeps a copy
-        of its shards in memory (2 bytes a parameter over all hosts, in bfloat16).
+    keyframe_every: 1 (or 0) publishes each version whole. If N > 1, a full copy is published at
+        least every N versions and deltas in between; for these each host of the learner keeps a
+        copy of its shards in memory (2 bytes a parameter over all hosts, in bfloat16).
     """
 
     def __init__(self, url: str | pathlib.Path, keep: int = 2, keyframe_every: int = 1):
@@ -68,9 +51,10 @@ class WeightStore:
         self.url = str(url)
         self.keep = keep
         self.keyframe_every = keyframe_every
-        self._kvstore = open_kvstore(url)
-        # The chain, key frame first, and the bits of the version that this host published last.
-        self._held: tuple[list[Link], Part] = [], None
+        self._published = Versions(url)
+        # The chain, key frame first, of the version that this host published last, and its bits.
+        self._chain: list[Link] = []
+        self._copy: Part | None = None
 
     def publish(
         self,
@@ -89,17 +73,17 @@ class WeightStore:
         versions. Arrays are bfloat16, float16 or float32, of any shape. `about` is process 0's: a
         small JSON object that `about(version)` returns.
 
-        The version is a key frame where the one before it is not this learner's, has other arrays
-        or shards, or is `keyframe_every` versions away from its own; else a delta.
+        The version is a delta unless the one before it is not this learner's, has other arrays or
+        shards, or is `keyframe_every` versions away from its key frame.
 
-        Raises TimeoutError where other hosts have not done their part after `timeout` seconds, and
-        ValueError where the shards of all hosts do not make up the arrays.
+        Raises TimeoutError if other hosts have not done their part after `timeout` seconds, and
+        ValueError if the shards of all hosts do not make up the arrays.
         """
         if not 0 <= version < 10**10:
             raise ValueError(f'version is {version}; expected 0 to 10**10 - 1')
         part = Part.of(params, process_index)
         deadline = time.monotonic() + timeout
-        if self._find(version) is not None:
+        if self._published.find(version) is not None:
             return False
         if process_index == 0:
             done = self._lead(part, version, process_count, deadline, about or {})
@@ -109,24 +93,25 @@ class WeightStore:
 
     def versions(self) -> list[int]:
         """The published versions, ascending."""
-        found = self._kvstore.list(inside('manifests')).result()
-        matches = (re.fullmatch(rb'manifests/(\d{10})', key) for key in found)
-        return sorted(int(match[1]) for match in matches if match)
+        return self._published.numbers()
 
     def latest(self) -> int | None:
-        """The newest published version; None where there is none yet."""
+        """The newest published version; None if there is none yet."""
         return max(self.versions(), default=None)
 
     def newest(self) -> tuple[int, str] | None:
-        """(version, attempt) of the newest version; another attempt has other bits, maybe."""
-        while (version := self.latest()) is not None:
-            if manifest := self._find(version):  # unless it was rewound meanwhile
+        """(version, attempt) of the newest version; another attempt may have other bits."""
+        while True:
+            version = self.latest()
+            if version is None:
+                return None
+            manifest = self._published.find(version)
+            if manifest is not None:  # unless it was rewound meanwhile
                 return version, manifest['attempt']
-        return None
 
     def about(self, version: int) -> dict:
-        """What `publish` was told of a version; MissingError where it was collected."""
-        return self._manifest(version).get('about', {})
+        """What `publish` was told of a version; MissingError if it was collected."""
+        return self._published.get(version).get('about', {})
 
     def read(
         self,
@@ -140,37 +125,35 @@ class WeightStore:
             {'mlp/up': (slice(None), slice(0, 1024))}; nothing else is fetched but the rest of the
             chunks that it touches.
 
-        A delta is read with all of its bases; who follows the versions takes a `reader`. Raises
-        MissingError where the version was collected, before or during the read (take `latest()`
-        and retry), and CorruptError where its bytes are damaged.
+        A delta is read with all of its bases; use a `reader` to follow the versions. Raises
+        MissingError if the version was collected, before or during the read (take `latest()` and
+        retry), and CorruptError if its bytes are damaged.
         """
-        return self._fetch(self._manifest(version), names, slices)
+        return self._published.read(self._published.get(version), names, slices)
 
     def reader(
         self, names: list[str] | None = None, slices: Mapping[str, Index] | None = None
     ) -> 'WeightReader':
         """A reader that follows the versions of these arrays, or parts of them, as in `read`."""
-        return WeightReader(self, names, slices)
+        return WeightReader(self._published, names, slices)
 
     def rewind(self, version: int) -> None:
         """Forgets the versions after `version`: for a learner that resumes before them."""
-        for later in [later for later in self.versions() if later > version]:
-            self._kvstore.write(_manifest_key(later), None).result()
+        self._forget([later for later in self.versions() if later > version])
         beyond = ts.KvStore.KeyRange(f'data/{version + 1:010d}', 'data0')
-        self._kvstore.delete_range(beyond).result()
+        self._published.kvstore.delete_range(beyond).result()
 
     def _lead(
         self, part: Part, version: int, process_count: int, deadline: float, about: dict
     ) -> bool:
         """Process 0's part: opens an attempt, waits for the other hosts, commits."""
         for bases in (self._bases(part, version), []):
-            attempt = secrets.token_hex(8)
-            begun = {'attempt': attempt, 'bases': bases}
-            self._kvstore.write(_attempt_key(version), seal(begun)).result()
+            begun = {'attempt': secrets.token_hex(8), 'bases': bases}
+            self._put(_attempt_key(version), begun)
             written = self._write(part, version, begun)
             for process_index in range(1, process_count):
-                key = _host_key(version, attempt, process_index)
-                marker = self._wait(key, deadline, f'process {process_index} to publish {version}')
+                look = functools.partial(self._get, _host_key(version, begun, process_index))
+                marker = self._wait(look, deadline, f'process {process_index}', version)
                 if marker['layout'] != part.digest():
                     raise ValueError(
                         f'process {process_index} publishes version {version} with other names, '
@@ -183,7 +166,7 @@ class WeightStore:
                 written = [a + b for a, b in zip(written, marker['written'])]
             if written is not None:
                 break
-        for (name, array), count in zip(part.layout.items(), written):
+        for (name, array), count in zip(part.arrays.items(), written):
             if count != math.prod(array['shape']):
                 raise ValueError(
                     f'{process_count} processes wrote {count} elements of {name}; expected '
@@ -191,8 +174,8 @@ class WeightStore:
                 )
         kind = 'delta' if bases else 'full'
         manifest = {'kind': kind, 'version': version, **begun, 'about': about}
-        manifest['arrays'] = part.layout
-        done = write_once(self._kvstore, _manifest_key(version), seal(manifest))
+        manifest['arrays'] = part.arrays
+        done = write_once(self._published.kvstore, manifest_key(version), seal(manifest))
         if done:
             self._hold(part, manifest)
         return done
@@ -200,126 +183,84 @@ class WeightStore:
     def _follow(self, part: Part, version: int, process_index: int, deadline: float) -> bool:
         """Another process's part, again for each attempt that it sees, until one is committed."""
         mine = None
-        while (manifest := self._find(version)) is None:
-            begun = self._wait(_attempt_key(version), deadline, 'process 0 to begin')
-            if begun['attempt'] == mine:
-                time.sleep(_POLL_SECONDS)
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f'version {version} in {self.url}: no commit by process 0')
-                continue
+        while True:
+            look = functools.partial(self._news, version, mine)
+            manifest, begun = self._wait(look, deadline, 'process 0', version)
+            if manifest is not None:
+                break
             marker = {'layout': part.digest(), 'written': self._write(part, version, begun)}
             mine = begun['attempt']
-            key = _host_key(version, mine, process_index)
-            self._kvstore.write(key, seal(marker)).result()
+            self._put(_host_key(version, begun, process_index), marker)
         if manifest['attempt'] == mine:
             self._hold(part, manifest)
         return mine is not None
 
+    def _news(self, version: int, mine: str | None) -> tuple[dict | None, dict | None] | None:
+        """(manifest, None) of a committed version, or (None, an attempt other than `mine`)."""
+        manifest = self._published.find(version)
+        if manifest is not None:
+            return manifest, None
+        begun = self._get(_attempt_key(version))
+        return (None, begun) if begun is not None and begun['attempt'] != mine else None
+
     def _bases(self, part: Part, version: int) -> list[Link]:
         """What process 0 proposes to make `version` a delta to; empty: a key frame."""
-        chain, copy = self._held
-        if not chain or not copy.matches(part) or len(chain) >= self.keyframe_every:
+        if not self._holds(self._chain, part) or len(self._chain) >= self.keyframe_every:
             return []
-        base, attempt = chain[-1]
-        found = self._intact(base) if base < version else None
-        return chain if found and found['attempt'] == attempt else []
+        base, attempt = self._chain[-1]
+        found = self._published.intact(base) if base < version else None
+        return self._chain if found and found['attempt'] == attempt else []
 
     def _write(self, part: Part, version: int, begun: dict) -> list[int] | None:
         """Writes this host's shards; the elements of each array, or None without the base."""
-        bases, (chain, copy) = begun.get('bases', []), self._held
-        if bases and not (chain == bases and copy.matches(part)):
+        bases, link = begun.get('bases', []), [version, begun['attempt']]
+        if bases and not self._holds(bases, part):
             return None
-        link = [version, begun['attempt']]
         part.write(
-            lambda name: self._open(link, part.layout, name, bool(bases)), copy if bases else None
+            lambda name: self._published.open_array(link, part.arrays, name, bool(bases)),
+            self._copy if bases else None,
         )
         return part.elements()
 
+    def _holds(self, links: list[Link], part: Part) -> bool:
+        """Whether this host has the bits of that version, of the same shards as `part`."""
+        return bool(self._chain) and self._chain == links and self._copy.matches(part)
+
     def _hold(self, part: Part, manifest: dict) -> None:
         """Copies this host's shards of what was committed, over those of the version before."""
-        (_, over), self._held = self._held, ([], None)
+        self._chain = []  # a copy that is interrupted leaves bits of no version
         if self.keyframe_every > 1:
-            self._held = _chain(manifest), part.copy(over)
+            self._copy = part.copy(self._copy)
+            self._chain = chain(manifest)
 
-    def _fetch(
-        self,
-        manifest: dict,
-        names: list[str] | None,
-        slices: Mapping[str, Index] | None,
-        have: Link | None = None,
-        arrays: dict[str, np.ndarray] | None = None,
-    ) -> dict[str, np.ndarray]:
-        """The arrays of a manifest; `arrays`, of its base `have`, are changed in place."""
-        version, layout, chain = manifest['version'], manifest['arrays'], _chain(manifest)
-        names, slices = list(layout) if names is None else names, slices or {}
-        unknown = [name for name in {*names, *slices} if name not in layout]
-        if unknown or not {*slices} <= {*names}:
-            raise ValueError(
-                f'version {version} in {self.url} has no arrays {unknown}; it has {list(layout)}; '
-                f'slices are of arrays in names'
-            )
-        for link in chain[chain.index(have) + 1 :] if have else chain:
-            delta = link != chain[0]
-            parts = {
-                name: self._open(link, layout, name, delta)[slices.get(name, ...)] for name in names
-            }
-            try:
-                if delta:
-                    jobs = (shards.apply(parts[name], arrays[name]) for name in names)
-                    shards.run(itertools.chain.from_iterable(jobs))
-                else:
-                    futures = {name: part.read() for name, part in parts.items()}
-                    arrays = {name: np.asarray(future.result()) for name, future in futures.items()}
-            except ValueError as error:
-                if self._find(version) != manifest:
-                    raise self._missing(version) from error
-                raise self._corrupt(version, error, link[0]) from error
-        return arrays
+    def _put(self, key: str, document: dict) -> None:
+        self._published.kvstore.write(key, seal(document)).result()
 
-    def _open(self, link: Link, layout: dict, name: str, delta: bool) -> ts.TensorStore:
-        """The zarr3 array `name` of one version and attempt."""
-        version, attempt = link
-        number = sorted(layout).index(name)
-        folder = self._kvstore / f'data/{version:010d}/{attempt}/{number:04d}/'
-        return shards.open_array(folder, layout[name], delta)
+    def _get(self, key: str) -> dict | None:
+        found = self._published.kvstore.read(key).result()
+        return unseal(found.value) if found.state == 'value' else None
 
-    def _manifest(self, version: int) -> dict:
-        if (manifest := self._find(version)) is None:
-            raise self._missing(version)
-        return manifest
+    def _wait(
+        self, look: Callable[[], Answer | None], deadline: float, host: str, version: int
+    ) -> Answer:
+        """The first answer of `look` that is not None.
 
-    def _find(self, version: int) -> dict | None:
-        """The manifest of a version; None where there is none."""
-        found = self._kvstore.read(_manifest_key(version)).result()
-        if found.state == 'missing':
-            return None
-        try:
-            manifest = unseal(found.value)
-        except ValueError as error:
-            raise self._corrupt(version, error, version) from error
-        if manifest.get('kind') not in ('full', 'delta'):
-            raise ValueError(
-                f'version {version} in {self.url} is of kind {manifest.get("kind")!r}; '
-                f"this reader knows 'full' and 'delta': update it"
-            )
-        return manifest
-
-    def _intact(self, version: int) -> dict | None:
-        """`_find`, for what publishes: a damaged version has no reader, and goes like any other."""
-        try:
-            return self._find(version)
-        except CorruptError:
-            return None
-
-    def _wait(self, key: str, deadline: float, what: str) -> dict:
-        """The sealed document at `key` once it is there."""
+        A loop by hand: with a library for retries it takes more lines to say what None means.
+        """
         while True:
-            found = self._kvstore.read(key).result()
-            if found.state == 'value':
-                return unseal(found.value)
+            answer = look()
+            if answer is not None:
+                return answer
             if time.monotonic() > deadline:
-                raise TimeoutError(f'{self.url}: waited in vain for {what}; is that host alive?')
+                raise TimeoutError(
+                    f'{self.url}: waited in vain for {host} to publish version {version}; is that '
+                    f'host alive?'
+                )
             time.sleep(_POLL_SECONDS)
+
+    def _forget(self, versions: list[int]) -> None:
+        for version in versions:
+            self._published.kvstore.write(manifest_key(version), None).result()
 
     def _collect(self, version: int) -> None:
         """Deletes what is older than the newest `keep` versions and their bases.
@@ -328,24 +269,11 @@ class WeightStore:
         """
         versions = self.versions()
         kept = {*versions[-self.keep :], version}
-        for old in versions:
-            if old not in kept:
-                self._kvstore.write(_manifest_key(old), None).result()
-        chains = [_chain(manifest) for manifest in map(self._intact, kept) if manifest]
-        first = min((chain[0][0] for chain in chains), default=min(kept))
-        self._kvstore.delete_range(ts.KvStore.KeyRange('data/', f'data/{first:010d}')).result()
-
-    def _missing(self, version: int) -> MissingError:
-        return MissingError(
-            f'version {version} is not in {self.url}, which has {self.versions()}: it was '
-            f'collected or is not finished; take latest() and retry'
-        )
-
-    def _corrupt(self, version: int, error: Exception, damaged: int) -> CorruptError:
-        return CorruptError(
-            f'version {version} in {self.url} is corrupt ({error}); read another one, or let the '
-            f'learner publish it again after WeightStore({self.url!r}).rewind({damaged - 1})'
-        )
+        self._forget([old for old in versions if old not in kept])
+        chains = [chain(manifest) for manifest in map(self._published.intact, kept) if manifest]
+        first = min((links[0][0] for links in chains), default=min(kept))
+        old = ts.KvStore.KeyRange('data/', f'data/{first:010d}')
+        self._published.kvstore.delete_range(old).result()
 
 
 class WeightReader:
@@ -356,12 +284,9 @@ class WeightReader:
     """
 
     def __init__(
-        self,
-        store: WeightStore,
-        names: list[str] | None = None,
-        slices: Mapping[str, Index] | None = None,
+        self, published: Versions, names: list[str] | None, slices: Mapping[str, Index] | None
     ):
-        self._store, self._names, self._slices = store, names, slices
+        self._published, self._names, self._slices = published, names, slices
         self._link: Link | None = None
         self._arrays: dict[str, np.ndarray] = {}
 
@@ -376,30 +301,21 @@ class WeightReader:
         Copy what must outlive that, also before `jax.device_put` on a CPU: it may keep the memory.
         Raises what `WeightStore.read` raises; the next read then starts from a key frame.
         """
-        manifest = self._store._manifest(version)
-        chain = _chain(manifest)
-        have, arrays = (self._link, self._arrays) if self._link in chain else (None, None)
+        manifest = self._published.get(version)
+        links = chain(manifest)
+        have, arrays = (self._link, self._arrays) if self._link in links else (None, None)
         self._link, self._arrays = None, {}  # arrays that are half changed are of no version
-        self._arrays = self._store._fetch(manifest, self._names, self._slices, have, arrays)
-        self._link = chain[-1]
+        self._arrays = self._published.read(manifest, self._names, self._slices, have, arrays)
+        self._link = links[-1]
         views = {name: array.view() for name, array in self._arrays.items()}
         for view in views.values():
             view.flags.writeable = False
         return views
 
 
-def _chain(manifest: dict) -> list[Link]:
-    """What is read for a version, key frame first: its bases, and itself."""
-    return [*manifest.get('bases', []), [manifest['version'], manifest['attempt']]]
-
-
-def _manifest_key(version: int) -> str:
-    return f'manifests/{version:010d}'
-
-
 def _attempt_key(version: int) -> str:
     return f'data/{version:010d}/attempt'
 
 
-def _host_key(version: int, attempt: str, process_index: int) -> str:
-    return f'data/{version:010d}/{attempt}/host.{process_index}'
+def _host_key(version: int, begun: dict, process_index: int) -> str:
+    return f'data/{version:010d}/{begun["attempt"]}/host.{process_index}'

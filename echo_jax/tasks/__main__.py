@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from echo_jax.agent.protocol import Protocol
 from echo_jax.run import entry
+from echo_jax.run.inert import check_inert
 from echo_jax.run.oracle import faults, run_agent, show_failures
 from echo_jax.run.report import CONSOLE, Progress
 from echo_jax.run.workdir import Workdir, read_tokenizer, unpacked
@@ -99,6 +100,8 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value and ml_collections.FrozenConfigDict(_CONFIG.value)
     if config is None and (_WORKDIR.value or _BUILD.value or _CHECK.value):
         raise ValueError('--workdir, --build and --check go by a recipe; give its --config')
+    if config:
+        check_inert(config, entry.overrides())
     work = Workdir(_WORKDIR.value, config) if _WORKDIR.value else None
     failed: dict[str, dict[str, str]] = {}
     with unpacked(work) as cache:

@@ -110,7 +110,7 @@ def _check(tar: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
     for name, member in named:
         if name in ('.', lead):
             if not member.isdir():
-                raise ValueError(f'{member.name!r} stands where the task directory should')
+                raise ValueError(f'{member.name!r} stands in the place of the task directory')
             continue
         name = name.removeprefix(f'{lead}/')
         parents = [str(parent) for parent in pathlib.PurePosixPath(name).parents]
@@ -183,5 +183,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, path: pathlib.Path) ->
     elif member.issym():
         path.symlink_to(member.linkname)
     else:
-        path.write_bytes(tar.extractfile(member).read())
+        content = tar.extractfile(member)
+        assert content is not None  # which it is for directories and links alone
+        path.write_bytes(content.read())
         path.chmod(0o755 if member.mode & 0o100 else 0o644)

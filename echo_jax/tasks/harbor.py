@@ -13,7 +13,7 @@ from echo_jax.types import Task
 TASK_FILES = ('task.toml', 'instruction.md', 'tests/test.sh')
 
 
-# Where task.toml holds what Task's fields hold: section, key, field, kind of value.
+# Section and key of task.toml, the field of Task that they fill, and the kind of value.
 _KEYS = (
     ('agent', 'timeout_sec', 'agent_timeout_sec', 'number'),
     ('verifier', 'timeout_sec', 'verifier_timeout_sec', 'number'),
@@ -91,7 +91,7 @@ def _read(path: pathlib.Path) -> str:
 
 
 def _dockerfile_workdir(path: pathlib.Path) -> str | None:
-    """The last absolute WORKDIR of the task's Dockerfile: where a container's shell starts."""
+    """The last absolute WORKDIR of the task's Dockerfile, in which a container's shell starts."""
     dockerfile = path / 'environment' / 'Dockerfile'
     if not dockerfile.is_file():
         return None

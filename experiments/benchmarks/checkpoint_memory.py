@@ -2,13 +2,14 @@
 
     python experiments/benchmarks/checkpoint_memory.py [--saves 50] [--million 100] [--pause 0.5]
 
-A state of --million parameters, with AdamW's two moments for each (12 bytes in all), is saved
-through the learner's Checkpointer, which keeps the last two on disk; a jitted update changes it in
-place before each save and for --pause seconds beside it. A save under way holds copies of the
-state, so the resident memory is read when it is done. The first --warm_up saves fill what is
-allocated once. In the result, MiB: `first` and `last`, medians of the first and the last tenth of
-those that count, `last_by_first`, which should be below 1.03, `largest` of them, and `peak`, that
-of the process at any time. Each save's memory goes to stderr. Linux. One JSON line.
+A state of --million parameters with AdamW's two moments for each (12 bytes in all) is saved through
+the learner's Checkpointer, which keeps the last two on disk. A jitted update changes the state in
+place before each save, and for --pause seconds while it is being saved. Resident memory is read
+when a save is done, because until then it holds copies of the state. The first --warm_up saves do
+not count: they allocate what is allocated once. The result, in MiB: `first` and `last` are medians
+of the first and the last tenth of the saves that count, `last_by_first` should be below 1.03,
+`largest` is the largest of them, and `peak` is the process's at any time. Every save's memory is
+printed to stderr. Needs Linux. Prints one JSON line.
 """
 
 import argparse
@@ -32,7 +33,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from echo_jax.learner.checkpoint import Checkpointer
 from echo_jax.learner.step import TrainState, init_state
 
-ARRAYS, WIDTH = 8, 1024  # about what a stacked model has
+ARRAYS, WIDTH = 8, 1024  # about those of a model whose layers are stacked
 
 
 def make_state(million: float) -> TrainState:
@@ -43,8 +44,12 @@ def make_state(million: float) -> TrainState:
 
 
 def memory_by_save(directory: str, state: TrainState, saves: int, pause: float) -> Iterator[float]:
-    """MiB of resident memory after each of `saves` saves, each with updates beside it."""
-    update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    """MiB of resident memory after each of `saves` saves, with updates while one is under way."""
+
+    def add_one(state):
+        return jax.tree.map(lambda x: x + 1, state)
+
+    update = jax.jit(add_one, donate_argnums=0)
     checkpointer = Checkpointer(directory, keep=2)
     for number in range(1, saves + 1):
         state = update(state)

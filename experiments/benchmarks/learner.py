@@ -2,12 +2,12 @@
 
     python experiments/benchmarks/learner.py [--config configs/tiny.py] [--rounds 5] [--short]
 
-The step is `learner.step.make_step`'s with the recipe's optimizer and ECHO's term: forward, both
-losses, backward over micro-batches, clip, update, the state donated. The batch is random tokens, a
-rollout a row, every row full; with --short rows are half full, and the padding is not counted. The
-same step with benchmarks/attention.py's plain einsum in place of segment_attention alternates with
-it; medians of the rounds, the first not counted. A ratio above 1 means that segment_attention's
-step is faster. One JSON line.
+The step is that of `learner.step.make_step` with the recipe's optimizer and ECHO's term: forward,
+both losses, backward over micro-batches, clip and update, with the state donated. The batch is
+random tokens, one rollout a row, and every row is full; with --short rows are half full, and their
+padding is not counted as tokens. The same step with benchmarks/attention.py's plain einsum in place
+of segment_attention takes turns with it. The result holds medians of the rounds without the first.
+A ratio above 1 means that segment_attention's step is faster. Prints one JSON line.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from echo_jax.types import Batch, Role, Rollout, Status
 
 
 def draw_rollouts(config, length: int) -> list[Rollout]:
-    """`batch.groups` groups: a prompt of a quarter, then actions and output in turns of 24."""
+    """Full groups: a quarter of each rollout is prompt, then 24 actions and 24 outputs in turn."""
     rng = np.random.default_rng(0)
     roles = np.where(np.arange(length) // 24 % 2, Role.OUTPUT, Role.ACTION).astype(np.uint8)
     roles[: length // 4] = Role.PROMPT
@@ -67,17 +67,22 @@ def make_run(config, batch: Batch, attend: Callable) -> Callable[[], float]:
     state = init_state(params, optimizer)
     step = jax.jit(make_step(graphdef, optimizer, config), donate_argnums=0, static_argnums=2)
     ours, attention.segment_attention = attention.segment_attention, attend
-    program = step.lower(state, batch, config.loss.env_coef).compile()
+    compiled = step.lower(state, batch, config.loss.env_coef).compile()
     attention.segment_attention = ours
 
     def run():
         nonlocal state
         start = time.perf_counter()
-        state, sums = program(state, batch)
-        jax.block_until_ready((state, sums))
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready((state, metrics))
         return time.perf_counter() - start
 
     return run
+
+
+def plain_instead(q, k, v, segments, _kind):
+    """`plain_attention` with segment_attention's parameters."""
+    return plain_attention(q, k, v, segments)
 
 
 def main() -> None:
@@ -90,8 +95,7 @@ def main() -> None:
     length = config.batch.seq_len // (2 if args.short else 1)
     batch = jax.device_put(make_batch(draw_rollouts(config, length), config))
     tokens = int((batch.segment_ids > 0).sum())
-    plain = lambda q, k, v, segments, _kind: plain_attention(q, k, v, segments)  # noqa: E731
-    ways = {'segment': attention.segment_attention, 'plain': plain}
+    ways = {'segment': attention.segment_attention, 'plain': plain_instead}
     runs = {name: make_run(config, batch, attend) for name, attend in ways.items()}
     seconds = {name: [] for name in runs}
     for number in range(args.rounds + 1):

@@ -48,6 +48,7 @@ from configs import tiny
 from echo_jax.learner import sharding
 from echo_jax.learner import step as learner_step
 from echo_jax.learner.batching import make_batch
+from echo_jax.learner.losses import finish_metrics
 from echo_jax.model import attention, huggingface
 from echo_jax.model.logprobs import TokenScores
 from echo_jax.model.params import flatten
@@ -101,10 +102,11 @@ def our_step(sharded: learner_step.ShardedModel, params, batch: Batch) -> Step:
     def run():
         nonlocal state
         start = time.perf_counter()
-        state, sums = step(state, batch, config.loss.env_coef, None)
-        jax.block_until_ready((state, sums))
+        state, metrics = step(state, batch, config.loss.env_coef, None)
+        jax.block_until_ready((state, metrics))
         seconds = time.perf_counter() - start
-        return {'seconds': seconds} | {key: float(sums[key]) for key in ('loss', 'grad_norm')}
+        values = finish_metrics(metrics)
+        return {'seconds': seconds, 'loss': values['loss'], 'grad_norm': values['grad_norm']}
 
     return run
 

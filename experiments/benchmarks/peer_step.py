@@ -1,11 +1,12 @@
-"""The training step of another library, in a process of its own, for learner_step.py.
+"""The training step of another library, in its own process, which learner_step.py starts.
 
     peer_step.py transformers|tunix FOLDER
 
 FOLDER holds model/ (a Hugging Face directory), batch.npz (the fields of a Batch) and settings.json
-(keys of a recipe's loss and optimizer). A line `step` on stdin takes one step; the answer on stdout
-is its seconds, loss and gradient norm. `products` times a layer's matrix products (transformers
-alone). Nothing of echo_jax is imported: tunix may live in another environment.
+(keys of a recipe's loss and optimizer). For each line `step` on stdin it takes one step and answers
+on stdout with its seconds, loss and gradient norm. For `products` (transformers only) it times a
+layer's matrix products. It imports nothing of echo_jax, because tunix may be installed in another
+environment.
 """
 
 import json
@@ -17,14 +18,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-KEYS = 'tokens', 'advantages', 'policy_weight', 'env_weight'
+KEYS = ('tokens', 'advantages', 'policy_weight', 'env_weight')
 
 
 def read(folder: pathlib.Path) -> tuple[dict, list[dict[str, np.ndarray]]]:
-    """(settings, micro-batches). In one of these, what belongs to a token stands at its predictor.
+    """(settings, micro-batches). In these, a token's values stand where the token is predicted.
 
-    That is one place to the left: the logits then need no copy without the last place, which gets
-    the first token's weights, all 0.
+    That is one place to the left of the token. So the logits need no copy without the last place;
+    there stand the weights of the first token, all 0.
     """
     settings = json.loads((folder / 'settings.json').read_text())
     with np.load(folder / 'batch.npz') as file:
@@ -193,7 +194,7 @@ def tunix_side(folder: pathlib.Path) -> dict[str, Callable[[], dict]]:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # whatever the libraries print goes to stderr, not among the answers
     sides = {'transformers': transformers_side, 'tunix': tunix_side}
     answer = sides[sys.argv[1]](pathlib.Path(sys.argv[2]))
     for line in sys.stdin:

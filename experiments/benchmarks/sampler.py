@@ -2,11 +2,11 @@
 
     python experiments/benchmarks/sampler.py [--config configs/tiny.py] [--episodes 1 16 64]
 
-Random weights at the recipe's sizes; every episode asks for 64 tokens after a prompt of its own of
-60 tokens, all at the same time and with no stop token. The time includes the prefill. A round of
-another set of prompts warms up; then the median of the rounds, tokens a second over all episodes.
-`tokens_per_s` has as many slots as episodes, `in_recipe_slots` has `policy.slots`, which is what
-a training run has when only so many of its episodes are left. One JSON line.
+The model has random weights at the recipe's sizes. Every episode asks for 64 tokens after a prompt
+of its own of 60 tokens, all at the same time and with no stop token. The time includes the prefill.
+A first round with other prompts compiles; then the median of the rounds is reported, in tokens a
+second over all episodes. `tokens_per_s` has as many slots as episodes, `in_recipe_slots` has
+`policy.slots`, as in a training run that has only so many episodes left. Prints one line of JSON.
 """
 
 import argparse

@@ -4,12 +4,13 @@
         [--docker_image debian:bookworm-slim]
 
 Prints one JSON line of medians, in milliseconds, for each backend that works here and each number
-of sandboxes at once; Docker where an engine answers at DOCKER_HOST and an image is named. All of
-them live in one asyncio loop and do the same thing at the same time, so at 64 a number is what one
-sandbox waits for while 63 others want the processor; `wall_ms` is one command of every sandbox, all
-together. `first` is the first command, `true` a builtin, `cat file` a process; `paced` is `true` as
-agents send it, each some 0.2 s (drawn) after its last; `verify` is all that an episode ends with: a
-reset, the upload of a test, its run, the reward. Round 0 is not counted.
+of sandboxes at once; Docker is measured if an engine answers at DOCKER_HOST and an image is named.
+All sandboxes live in one asyncio loop and do the same thing at the same time, so at 64 a number is
+what one sandbox waits for while 63 others want the processor; `wall_ms` is what one command of
+every sandbox takes, all together. `first` is the first command, `true` a builtin, `cat file` a
+process; `paced` is `true` as agents send it, each some 0.2 s (drawn at random) after the last;
+`verify` is all that an episode ends with: a reset, the upload of a test, its run, the reward. Round
+0 is not counted.
 """
 
 import argparse
@@ -38,7 +39,7 @@ TEST = '#!/bin/bash\necho 1 > /logs/verifier/reward.txt\n'
 
 
 async def timed(awaitable) -> float:
-    """Milliseconds."""
+    """The milliseconds that `awaitable` takes."""
     start = time.perf_counter()
     await awaitable
     return (time.perf_counter() - start) * 1e3
@@ -106,7 +107,7 @@ async def measure(
 
 @contextlib.contextmanager
 def opened(backend: str, image: str | None):
-    """What makes a sandbox of a task; SandboxError where the backend does not work here."""
+    """Yields what makes a sandbox of a task. SandboxError if the backend does not work here."""
     if backend != 'docker':
         local.check(backend)
         yield functools.partial(local.LocalSandbox, backend=backend)

@@ -1,10 +1,11 @@
-"""ECHO next to GRPO on the tiny recipe, several seeds each: a table, a plot, the raw numbers.
+"""Compares ECHO with GRPO on the tiny recipe, over several seeds: a table, a plot, the raw numbers.
 
     python experiments/tiny/study.py --runs=runs/study --seeds=0,1,2
 
 Each run is `python -m echo_jax.train --config=configs/tiny.py[:grpo] --config.seed=N` in a process
-of its own, one after the other. The warm start does not know env_coef: GRPO takes over a seed of
-ECHO its transcripts, warm-start checkpoint and held-out rollouts, which it would make just so.
+of its own, one after the other. The warm start does not depend on env_coef, so the GRPO run of a
+seed copies the ECHO run's transcripts, warm-start checkpoint and held-out rollouts: it would make
+the same ones.
 Writes results.json and curves.png beside this file and prints the table for README.md.
 """
 
@@ -34,14 +35,12 @@ COLOURS = {'echo': 'tab:green', 'grpo': 'tab:grey'}
 
 def command(variant: str, seed: int, workdir: pathlib.Path) -> list[str]:
     config = 'configs/tiny.py' if variant == 'echo' else f'configs/tiny.py:{variant}'
-    return [
-        *(sys.executable, '-m', 'echo_jax.train', f'--config={config}'),
-        *(f'--config.seed={seed}', f'--workdir={workdir}'),
-    ]
+    run_flags = [f'--config={config}', f'--config.seed={seed}', f'--workdir={workdir}']
+    return [sys.executable, '-m', 'echo_jax.train', *run_flags]
 
 
 def run(variant: str, seed: int, runs: pathlib.Path) -> dict:
-    """The summary and the metrics of one run, which is resumed where it stands."""
+    """Runs a variant with a seed, or resumes it. Returns its summary and metrics."""
     workdir = runs / f'{variant}_{seed}'
     if not (workdir / 'summary.json').exists():
         if variant != 'echo' and not workdir.exists():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One CUDA machine: the learner on some of its GPUs and rollout workers on others, or on the same.
+# Runs the learner on some GPUs of a machine and rollout workers on others, or on the same ones.
 #
 #   launch/gpu_box/gpu_box.sh COMMAND [--flag=VALUE ...] [-- flags for learner and workers]
 #
@@ -17,8 +17,8 @@
 #   --process=NAME       learner; or worker0, ...
 #   --patience=SECONDS   that stop waits for each: 900          --dry_run  prints the commands instead
 #
-# The memory of a GPU: a tenth is in nobody's pool, for CUDA contexts, NCCL and cuDNN. The rest is the
-# learner's (XLA_PYTHON_CLIENT_MEM_FRACTION, taken at its start) or a worker's (vLLM's
+# A tenth of the memory of a GPU stays free for CUDA contexts, NCCL and cuDNN. The rest goes to the
+# learner (XLA_PYTHON_CLIENT_MEM_FRACTION, taken at its start) or to a worker (vLLM's
 # gpu_memory_utilization). On a GPU that both use, the learner gets --learner_percent and the worker
 # what is left: the learner holds 16 bytes a parameter (float32 parameters, gradients, two moments)
 # and activations, the worker 2 bytes and its cache. A process spreads evenly over its GPUs, so one
@@ -32,7 +32,7 @@ flags+=([config]=configs/qwen3_8b.py [workdir]='' [learner_gpus]=0 [worker_gpus]
   [worker_python]=.venv-rollout/bin/python [process]=learner [patience]=900)
 pools=90 # percent of a GPU that learner and worker may have together
 
-# The GPUs that a flag names, with a space between them.
+# gpus FLAG: prints the GPUs that the flag names, with a space between them.
 gpus() {
   local value=${flags[$1]}
   [[ $value != none ]] || return 0
@@ -80,8 +80,8 @@ assign_worker() {
   done
 }
 
-# Until the learner has its pool on GPU $1: what a GPU gains while vLLM measures its own need, vLLM
-# counts as its own.
+# Waits until the learner has its pool on GPU $1. vLLM measures how much memory it needs by what the
+# GPU gains meanwhile, so a learner that grows at that time would be counted as vLLM.
 await_learner() {
   local seconds used
   if ${flags[dry_run]}; then
@@ -96,7 +96,7 @@ await_learner() {
   die "after 300 s the learner has not taken $learner_percent% of GPU $1; see $0 log"
 }
 
-# 'learner 55% (44.0 GiB), ' of a GPU with $3 MiB, where that is known.
+# part NAME PERCENT MIB: prints 'learner 55% (44.0 GiB), ' for a GPU of so many MiB; 0 if unknown.
 part() {
   local tenths=$(($3 * $2 / 1024 / 10))
   (($3)) && echo -n "$1 $2% ($((tenths / 10)).$((tenths % 10)) GiB), " || echo -n "$1 $2%, "
@@ -127,14 +127,14 @@ split() {
   done
 }
 
-# list GPUS...: as CUDA_VISIBLE_DEVICES wants them
+# list GPUS...: prints them as CUDA_VISIBLE_DEVICES wants them
 list() { (IFS=, && echo "$*"); }
 
 start() {
   local worker run_flags=("--config=${flags[config]}" "--workdir=${flags[workdir]}")
   local placed=(JAX_PLATFORMS=cpu)
   split
-  if ((${#learner_gpus[@]})); then # where CUDA does not come up, an error and not a run on the CPU
+  if ((${#learner_gpus[@]})); then # if CUDA does not come up, the learner ends with an error and does not run on the CPU
     placed=("CUDA_VISIBLE_DEVICES=$(list "${learner_gpus[@]}")" "JAX_PLATFORMS=cuda,cpu"
       "XLA_PYTHON_CLIENT_MEM_FRACTION=0.$(printf %02d "$learner_percent")")
   fi

@@ -1,6 +1,7 @@
-"""The tokenizers and the protocol config of the agent's tests, as fixtures."""
+"""The fixtures of the agent's tests."""
 
-from tests.support.tokenizers import (  # noqa: F401  pytest finds fixtures by their names here
+from tests.support.episodes import episodes, make_task  # noqa: F401  pytest finds them here
+from tests.support.tokenizers import (  # noqa: F401
     protocol_config,
     qwen_tokenizer,
     tiny_tokenizer,

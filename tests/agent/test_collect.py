@@ -78,7 +78,8 @@ def test_a_task_that_cannot_start_ends_the_collection_and_keeps_what_is_whole(
 ):
     store = RolloutStore(tmp_path)
     collect([(0, tasks[0])], store)
-    (bad := tasks[5].path / 'environment' / 'Dockerfile').write_text('FROM x\nCOPY none /app\n')
+    bad = tasks[5].path / 'environment' / 'Dockerfile'
+    bad.write_text('FROM x\nCOPY none /app\n')
     try:
         with pytest.raises(ExceptionGroup) as caught:
             collect([(0, tasks[0]), (1, tasks[5])], store)

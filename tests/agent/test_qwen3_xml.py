@@ -1,4 +1,4 @@
-"""PROTOCOL 7.4, 8 and 9, text by text."""
+"""The released dialect (docs/protocol.md#parser, docs/protocol.md#warnings), text by text."""
 
 import time
 

@@ -174,7 +174,7 @@ def test_supervised_by_hand():
 
 
 @given(rollouts=rollout_lists(), pack=st.booleans(), settings=loss_settings, data=st.data())
-def test_weights_and_layout(rollouts, pack, settings, data):
+def test_weights_and_rows(rollouts, pack, settings, data):
     config = small_config(pack=pack, **settings)
     batch = make_batch(rollouts, config)
     assert batch.tokens.shape == (10, 24)

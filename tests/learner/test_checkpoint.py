@@ -39,12 +39,11 @@ def assert_same(got, expected):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@jax.jit
 def advance(state):
     return jax.tree.map(lambda x: x + 1, state)
 
 
-donating_advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+donating_advance = jax.jit(advance, donate_argnums=0)
 abstract = jax.eval_shape(make_state)
 
 
@@ -108,7 +107,7 @@ def test_parts_and_other_configs(saved):
     checkpointer.close()
 
 
-# Once a read has failed, Orbax forgets the step's other reads; collecting them warns of each.
+# When a read has failed, Orbax forgets the step's other reads. Python warns when it collects them.
 damages_files = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
 
@@ -125,6 +124,7 @@ def test_extra_must_be_json(tmp_path):
     checkpointer.close()
 
 
+@pytest.mark.slow
 @damages_files
 def test_every_damaged_file_is_noticed_or_harmless(saved, tmp_path):
     """Each file of the step cut, removed, or with a bit flipped at five places."""
@@ -201,6 +201,7 @@ for step in itertools.count(1):
 """
 
 
+@pytest.mark.slow
 def test_killed_in_mid_save(tmp_path):
     """SIGKILL while a step is being written, after a few are whole; then the next run goes on."""
     process = run_python(SAVE_FOREVER, tmp_path)
@@ -289,9 +290,10 @@ for step in range(1, 52):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_fifty_saves_take_no_memory(tmp_path):
-    """Where freed copies are not given back, 256 MiB of state end 430 to 920 MiB higher."""
+    """If freed copies were not given back, 256 MiB of state would end 430 to 920 MiB higher."""
     process = run_python(SAVE_FIFTY_TIMES, tmp_path)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors

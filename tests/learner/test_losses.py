@@ -6,15 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_jax.learner.batching import make_batch, make_supervised_batch
-from echo_jax.learner.losses import echo_loss, finish_metrics
-from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, Batch, Role, Status
+from echo_jax.learner.losses import Metric, echo_loss, finish_metrics, policy_term, total
+from echo_jax.types import Batch, Role
+from tests.support.objective import VOCABULARY, reference
 from tests.support.random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 
-VOCABULARY = 300  # a token of random_rollouts is a row of the tables below
 
-
-def lay_out(table, batch):
-    """[R, T] from a value for each token; NaN where there is none, to see that it is masked."""
+def by_token(table, batch):
+    """[R, T] from a value for each token; padding is NaN, to see that it is masked."""
     return jnp.where(batch.segment_ids > 0, jnp.asarray(table)[batch.tokens], jnp.nan)
 
 
@@ -25,92 +24,30 @@ def tables(seed=0, scale=0.3):
     return current, *(current + scale * rng.normal(size=(2, VOCABULARY)))
 
 
-def reference(rollouts, config, env_coef, current, old, frozen, sampler=None):
-    """DESIGN 3.4 again, a rollout at a time, in float64 NumPy; no batch, no weights.
-
-    Returns the loss and its gradient by token, [VOCABULARY].
-    """
-    c, gradient, total = config.loss, np.zeros(VOCABULARY), 0.0
-    kept = [r for r in rollouts if c.count_infra_errors or r.status != Status.INFRA_ERROR]
-    masks = []
-    for r in kept:
-        predicted = np.arange(len(r.tokens)) > 0
-        masks.append(
-            (
-                (r.roles == Role.ACTION) & predicted,
-                np.isin(r.roles, ENV_TARGETS[c.targets]) & predicted,
-                np.isin(r.roles, OBSERVATION_ROLES) & predicted,
-            )
-        )
-    rewards = [0.0 if r.status == Status.INFRA_ERROR else r.reward for r in kept]
-    for r, reward, (acting, target, observed) in zip(kept, rewards, masks):
-        peers = np.array([x for x, k in zip(rewards, kept) if k.group_id == r.group_id])
-        advantage = 0.0
-        if len(set(peers)) > 1:
-            advantage = reward - peers.mean()
-            if c.advantages == 'grpo':
-                advantage /= peers.std(ddof=1) + 1e-6
-            elif c.advantages == 'rloo':
-                advantage *= len(peers) / (len(peers) - 1)
-        if c.reduction == 'sequence_mean':
-            divide_policy = len(kept) * acting.sum()
-            chosen = observed if c.env_normalization == 'full_observation' else target
-            divide_env = len(kept) * chosen.sum()
-        elif c.reduction == 'token_mean':
-            divide_policy = sum(m[0].sum() for m in masks)
-            divide_env = sum(m[1].sum() for m in masks)
-        else:
-            divide_policy = divide_env = len(kept) * config.protocol.max_total_tokens
-        b = r.rollout_logprobs if sampler is None else sampler[r.tokens]
-        before = {'current': current, 'recomputed': old}.get(c.old_logprobs, current)[r.tokens]
-        if c.old_logprobs == 'rollout':
-            before = b
-        for t in np.flatnonzero(acting):
-            match c.mismatch:
-                case 'none':
-                    weight = 1.0
-                case 'token':
-                    weight = min(np.exp(before[t] - b[t]), c.mismatch_cap)
-                case 'sequence':
-                    weight = min(np.exp((before - b)[acting].sum()), c.mismatch_cap)
-                case 'mask':
-                    d = np.exp(before[t] - b[t])
-                    weight = float(1 / c.mismatch_cap <= d <= c.mismatch_cap)
-            token = r.tokens[t]
-            ratio = np.exp(current[token] - before[t])
-            plain = ratio * advantage
-            held = np.clip(ratio, 1 - c.clip_low, 1 + c.clip_high) * advantage
-            total -= weight * min(plain, held) / divide_policy
-            if plain <= held:
-                gradient[token] -= weight * plain / divide_policy
-            if c.kl_coef:
-                x = frozen[token] - current[token]
-                total += c.kl_coef * (np.exp(x) - x - 1) / divide_policy
-                gradient[token] += c.kl_coef * (1 - np.exp(x)) / divide_policy
-        for t in np.flatnonzero(target):
-            total -= env_coef * current[r.tokens[t]] / divide_env
-            gradient[r.tokens[t]] -= env_coef / divide_env
-    return total, gradient
-
-
 def loss_of_table(table, batch, config, env_coef, old, frozen):
     return echo_loss(
-        lay_out(table, batch),
+        by_token(table, batch),
         batch,
         config,
         env_coef,
-        old_logprobs=lay_out(old, batch),
-        reference_logprobs=lay_out(frozen, batch),
-        entropy=lay_out(-table, batch),
+        old_logprobs=by_token(old, batch),
+        reference_logprobs=by_token(frozen, batch),
+        entropy=by_token(-table, batch),
     )
 
 
 value_and_grad = jax.value_and_grad(loss_of_table, has_aux=True)
 
 
+loss_and_gradient = jax.value_and_grad(echo_loss, has_aux=True)
+
+
 def hand_batch():
     """One rollout: prompt, two actions, a wrapper, an output; advantage 2, weights 1/2 and 1/4."""
-    make = lambda *values: np.array([values], np.float32)  # noqa: E731
+
+    def make(*values):
+        return np.array([values], np.float32)
+
     return Batch(
         tokens=np.array([[5, 6, 7, 8, 9, 0]], np.int32),
         positions=np.array([[0, 1, 2, 3, 4, 0]], np.int32),
@@ -126,13 +63,12 @@ def hand_batch():
 def test_current_by_hand():
     logprobs = jnp.array([[jnp.nan, -1.0, -2.0, -3.0, -0.5, jnp.inf]])
     config = small_config()
-    loss = lambda l: echo_loss(l, hand_batch(), config, 0.1)  # noqa: E731
-    (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    (total, metrics), gradient = loss_and_gradient(logprobs, hand_batch(), config, 0.1)
     # Ratios are 1: policy -(2 + 2)/2 = -2; env (3 + 0.5)/4 = 0.875; -2 + 0.0875.
     np.testing.assert_allclose(total, -1.9125, rtol=1e-6)
     # d policy = -A/2 = -1 on actions; d env = -0.1/4 on targets; nothing from NaN and inf.
     np.testing.assert_allclose(gradient, [[0, -1, -1, -0.025, -0.025, 0]], rtol=1e-6)
-    metrics = finish_metrics(sums)
+    metrics = finish_metrics(metrics)
     expected = {
         'loss': -1.9125,
         'policy_loss': -2,
@@ -157,13 +93,12 @@ def test_current_by_hand():
 def test_rollout_as_old_is_clipped_by_hand():
     logprobs = jnp.array([[0.0, -1.0, -2.0, -3.0, -0.5, 0.0]])
     config = small_config(old_logprobs='rollout', clip_high=0.28)
-    loss = lambda l: echo_loss(l, hand_batch(), config, 0)  # noqa: E731
-    (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    (total, metrics), gradient = loss_and_gradient(logprobs, hand_batch(), config, 0)
     # Ratios exp(0.5) = 1.648721, clipped to 1.28, and exp(-1) = 0.367879, which min leaves (A > 0):
     # -(1.28 x 2 + 0.367879 x 2)/2 = -1.647879. Gradient -0.367879 on the second alone.
     np.testing.assert_allclose(total, -1.647879, rtol=1e-6)
     np.testing.assert_allclose(gradient, [[0, 0, -0.367879, 0, 0, 0]], rtol=1e-5)
-    metrics = finish_metrics(sums)
+    metrics = finish_metrics(metrics)
     assert metrics['clip_fraction'] == 0.5
     assert metrics['ratio_deviation'] == pytest.approx((0.648721 + 0.632121) / 2, rel=1e-5)
     # r - 1 - log r: 1.648721 - 1 - 0.5 = 0.148721; 0.367879 - 1 + 1 = 0.367879
@@ -181,11 +116,10 @@ def test_rollout_as_old_is_clipped_by_hand():
 def test_mismatch_by_hand(mismatch, weights):
     logprobs = jnp.array([[0.0, -1.0, -2.0, -3.0, -0.5, 0.0]])
     config = small_config(mismatch=mismatch, mismatch_cap=1.5)
-    loss = lambda l: echo_loss(l, hand_batch(), config, 0)  # noqa: E731
-    (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    (_, metrics), gradient = loss_and_gradient(logprobs, hand_batch(), config, 0)
     # A constant, so the gradient is -w A/2 = -w.
     np.testing.assert_allclose(gradient[0, 1:3], np.negative(weights), rtol=1e-5)
-    assert finish_metrics(sums)['mismatch_weight'] == pytest.approx(np.mean(weights), rel=1e-5)
+    assert finish_metrics(metrics)['mismatch_weight'] == pytest.approx(np.mean(weights), rel=1e-5)
 
 
 def test_sequence_correction_is_of_each_rollout_in_a_packed_row():
@@ -201,13 +135,45 @@ def test_sequence_correction_is_of_each_rollout_in_a_packed_row():
     np.testing.assert_allclose(gradient[0, 7], 0.449329 / 8, rtol=1e-5)
 
 
+def test_micro_batches_of_unequal_counts_add_up_to_one_mean():
+    """3 nats on 1 token and 2 nats on 4 tokens are 1 nat a token, not the mean of 3 and 0.5."""
+    parts = [{'env_ce': Metric(3.0, 1.0), 'loss': total(2.0)}]
+    parts.append({'env_ce': Metric(2.0, 4.0), 'loss': total(0.5)})
+    assert finish_metrics(jax.tree.map(jnp.add, *parts)) == {'env_ce': 1.0, 'loss': 2.5}
+    assert finish_metrics({'env_ce': Metric(0.0, 0.0)}) == {}  # a mean over no token
+    with pytest.raises(TypeError, match='count'):
+        Metric(3.0)  # a mean whose count is forgotten
+
+
+def test_another_policy_loss_is_one_function():
+    """CISPO's (arXiv 2506.13585, eq. 4): a clipped ratio, a constant, times A times log p."""
+
+    def cispo(ratio, advantages, clip_low, clip_high):
+        held = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+        return jax.lax.stop_gradient(held / ratio) * ratio * advantages, jnp.abs(held - ratio) > 0
+
+    def loss(logprobs):
+        batch = hand_batch()
+        settings = {'clip_low': 0.2, 'clip_high': 0.28, 'mismatch': 'none', 'mismatch_cap': 2.0}
+        old = batch.rollout_logprobs
+        return policy_term(logprobs, old, batch, surrogate=cispo, **settings)
+
+    logprobs = jnp.array([[jnp.nan, -1.0, -2.0, -3.0, -0.5, jnp.inf]])
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
+    # Ratios exp(0.5) and exp(-1), held at 1.28 and 0.8; A 2, weights 1/2: -(1.28 + 0.8). Where the
+    # clip surrogate has no gradient, this one has: -1.28.
+    np.testing.assert_allclose(value, -2.08, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[0, -1.28, -0.8, 0, 0, 0]], rtol=1e-6)
+    assert finish_metrics(metrics)['clip_fraction'] == 1.0
+
+
 def test_temperature_one_and_entropy_are_reported():
     logprobs = jnp.array([[0.0, -1.0, -2.0, -3.0, -0.5, 0.0]])
     entropy = jnp.array([[jnp.nan, 0.5, 1.5, 9.0, 9.0, 9.0]])
-    total, sums = echo_loss(
+    total, metrics = echo_loss(
         logprobs, hand_batch(), small_config(), 0.1, logprobs_t1=2 * logprobs, entropy=entropy
     )
-    metrics = finish_metrics(sums)
+    metrics = finish_metrics(metrics)
     assert metrics['env_ce'] == pytest.approx(3.5)  # (6 + 1)/2, the loss as before
     assert total == pytest.approx(-1.9125)
     assert metrics['entropy'] == pytest.approx(1.0)  # (0.5 + 1.5)/2
@@ -233,22 +199,24 @@ variants = st.fixed_dictionaries(
     pack=st.booleans(),
     seed=st.integers(0, 3),
 )
-def test_equals_the_objective_in_any_layout(rollouts, weights, variant, env_coef, pack, seed):
+def test_equals_the_objective_however_it_is_packed(
+    rollouts, weights, variant, env_coef, pack, seed
+):
     """Whole, packed or padded, and as a sum over micro-batches in any order of rows."""
     current, old, frozen = tables(seed)
     for r in rollouts:  # a sampler near the learner, so that masks and clips go either way
         near = current[r.tokens] + 0.2 * np.sin(r.tokens)
         r.rollout_logprobs = np.where(r.roles == Role.ACTION, near, 0).astype(np.float32)
     config = small_config(pack=pack, **weights, **variant)
-    expected, by_token = reference(rollouts, config, env_coef, current, old, frozen)
+    expected, expected_gradient = reference(rollouts, config, env_coef, current, old, frozen)
     with jax.enable_x64(True):
         batch = make_batch(rollouts, config)
-        (total, sums), gradient = value_and_grad(current, batch, config, env_coef, old, frozen)
+        (total, metrics), gradient = value_and_grad(current, batch, config, env_coef, old, frozen)
         # Weights are float32: 6e-8 each.
         np.testing.assert_allclose(total, expected, rtol=2e-6, atol=2e-6)
-        np.testing.assert_allclose(gradient, by_token, rtol=2e-6, atol=1e-6)
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=2e-6, atol=1e-6)
 
-        # The other layout, rows shuffled, cut into micro-batches.
+        # Packed the other way, rows shuffled, cut into micro-batches.
         config.batch.pack = not pack
         rows = np.random.default_rng(seed).permutation(len(batch.tokens))
         other = Batch(*(array[rows] for array in make_batch(rollouts, config)))
@@ -257,8 +225,8 @@ def test_equals_the_objective_in_any_layout(rollouts, weights, variant, env_coef
         np.testing.assert_allclose(sum(p[0][0] for p in parts), total, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(sum(p[1] for p in parts), gradient, rtol=1e-9, atol=1e-12)
         added = jax.tree.map(lambda *x: sum(x), *[p[0][1] for p in parts])
-    assert finish_metrics(added) == pytest.approx(finish_metrics(sums), rel=1e-5, abs=1e-9)
-    assert all(np.isfinite(value) for value in finish_metrics(sums).values())
+    assert finish_metrics(added) == pytest.approx(finish_metrics(metrics), rel=1e-5, abs=1e-9)
+    assert all(np.isfinite(value) for value in finish_metrics(metrics).values())
 
 
 @pytest.mark.parametrize('old_logprobs', ['current', 'recomputed', 'rollout'])
@@ -335,10 +303,10 @@ def test_a_ratio_beyond_all_bounds_stays_finite():
         rollout_logprobs=np.full((1, 6), -1e4, np.float32),
         advantages=-hand_batch().advantages,
     )
-    loss = lambda l: echo_loss(l, batch, config, 0.05)  # noqa: E731
-    (total, sums), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.full((1, 6), -1.0))
+    logprobs = jnp.full((1, 6), -1.0)
+    (total, metrics), gradient = loss_and_gradient(logprobs, batch, config, 0.05)
     assert np.isfinite(total) and np.isfinite(gradient).all()
-    assert all(np.isfinite(value) for value in finish_metrics(sums).values())
+    assert all(np.isfinite(value) for value in finish_metrics(metrics).values())
 
 
 def test_supervised_batch_is_plain_cross_entropy():

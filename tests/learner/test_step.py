@@ -15,7 +15,6 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses import VOCABULARY, reference
 
 from echo_jax.learner.batching import make_batch
 from echo_jax.learner.losses import finish_metrics
@@ -23,6 +22,7 @@ from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.learner.step import init_state, make_score, make_step, micro_batches
 from echo_jax.model.qwen3 import Qwen3, Qwen3Config
 from echo_jax.types import ENV_TARGETS, Role, Status
+from tests.support.objective import VOCABULARY, reference
 from tests.support.random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 
 MODEL = Qwen3Config(
@@ -42,7 +42,7 @@ T = 24  # of a row, and the longest rollout
 CURRENT = {'old_logprobs': 'current', 'mismatch': 'token', 'mismatch_cap': 1.5}
 ROLLOUT = {'old_logprobs': 'rollout', 'clip_high': 0.3, 'kl_coef': 0.1, 'temperature': 0.7}
 RECOMPUTED = ROLLOUT | {'old_logprobs': 'recomputed', 'mismatch': 'sequence'}
-# Tiny programs run often enough without LLVM's optimizations, which take half of their compilation.
+# Tiny modules are fast enough without LLVM's optimizations, which take half of their compilation.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
@@ -89,12 +89,12 @@ def _compiled(options, model_dtype):
 
 
 def run(params, batch, env_coef, frozen=None, dtype='float64', **options):
-    """(loss, gradients, metric sums) of one step."""
+    """(loss, gradients, metrics) of one step."""
     step = _compiled(tuple(sorted(options.items())), dtype)
     batch = batch._replace(rollout_logprobs=batch.rollout_logprobs.astype(dtype))
-    state, sums = step(params, batch, env_coef, frozen if 'kl_coef' in options else None)
+    state, metrics = step(params, batch, env_coef, frozen if 'kl_coef' in options else None)
     assert state.step == 1
-    return sums['loss'], jax.tree.map(np.subtract, params, state.params), sums
+    return metrics['loss'].sum, jax.tree.map(np.subtract, params, state.params), metrics
 
 
 def alone(params, tokens_RT, temperature):
@@ -152,7 +152,7 @@ def test_step_is_the_objective_of_every_rollout_alone(options):
     still = table_of(frozen, rollouts, temperature)
     expected, by_token = reference(rollouts, config, 0.3, current, current, still)
 
-    loss, grads, sums = run(params, make_batch(rollouts, config), 0.3, frozen, **options)
+    loss, grads, metrics = run(params, make_batch(rollouts, config), 0.3, frozen, **options)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)  # the batch's weights are float32
     kept = [r for r in rollouts if r.status != Status.INFRA_ERROR]
     tokens = rows_of(kept)
@@ -161,8 +161,8 @@ def test_step_is_the_objective_of_every_rollout_alone(options):
     assert all(np.abs(leaf).max() > 1e-4 * largest for leaf in jax.tree.leaves(by_hand))
     assert_trees_close(grads, by_hand, rtol=1e-5, atol=1e-7 * largest)
 
-    metrics = finish_metrics(sums)
-    np.testing.assert_allclose(metrics['grad_norm'], optax.global_norm(by_hand), rtol=1e-5)
+    metrics = finish_metrics(metrics)
+    np.testing.assert_allclose(metrics['grad_norm'], optax.tree.norm(by_hand), rtol=1e-5)
     targets = np.concatenate([r.tokens[np.isin(r.roles, ENV_TARGETS['released'])] for r in kept])
     ce = -table_of(params, rollouts, 1.0)[targets].mean()
     np.testing.assert_allclose(metrics['env_ce'], ce, rtol=1e-9)  # at temperature 1 always
@@ -196,16 +196,20 @@ def test_gradients_are_the_slopes_of_the_loss(options):
     if options is ROLLOUT:
         logprobs = logprobs + np.random.default_rng(3).normal(0, 0.3, logprobs.shape)
     batch = batch._replace(rollout_logprobs=logprobs)
-    _, grads, sums = run(params, batch, 0.3, frozen, **options)
-    assert (sums['clip_fraction'] > 0) == (options is ROLLOUT)
-    loss = lambda p: float(run(p, batch, 0.3, frozen, **ROLLOUT)[0])  # noqa: E731
+    _, grads, metrics = run(params, batch, 0.3, frozen, **options)
+    assert (metrics['clip_fraction'].sum > 0) == (options is ROLLOUT)
+
+    def loss(p):
+        return float(run(p, batch, 0.3, frozen, **ROLLOUT)[0])
+
     for i, along, slope in directional(loss, params, seed=4):
         grad = jax.tree.leaves(grads)[i]
         np.testing.assert_allclose(np.sum(grad * along), slope, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_env_coef_0_is_grpo_bit_for_bit():
-    """A program without the term, the term times 0, and a batch without targets; float32."""
+    """A step without the term, the term times 0, and a batch without targets; float32."""
     config = recipe()
     batch = make_batch(draw_rollouts(), config)
     targetless = batch._replace(env_weight=np.zeros_like(batch.env_weight))
@@ -232,7 +236,7 @@ def test_env_coef_0_is_grpo_bit_for_bit():
     assert max(jax.tree.leaves(apart)) > 1e-5
 
 
-LAYOUTS = [
+PACKINGS = [
     {'pack': False, 'micro_rows': 9},
     {'pack': True, 'micro_rows': 9},
     {'pack': False},  # micro-batches of 2 rows
@@ -243,22 +247,22 @@ LAYOUTS = [
 
 @settings(max_examples=12, deadline=None)
 @given(rollouts=rollout_lists(), loss=loss_settings, order=st.permutations(range(10)))
-def test_layout_changes_nothing(rollouts, loss, order):
+def test_packing_changes_nothing(rollouts, loss, order):
     """Packed or not, micro-batches of any size, rows in any order, more rows of padding."""
     params, frozen = draw_params(0), draw_params(1)
     runs = []
-    for layout in LAYOUTS:
-        batch = make_batch(rollouts, recipe(**layout, **loss))
-        options = RECOMPUTED | {k: v for k, v in layout.items() if k != 'pack'}
+    for packing in PACKINGS:
+        batch = make_batch(rollouts, recipe(**packing, **loss))
+        options = RECOMPUTED | {k: v for k, v in packing.items() if k != 'pack'}
         runs.append(run(params, batch, 0.3, frozen, **options))
-        if 'micro_rows' not in layout:
+        if 'micro_rows' not in packing:
             shuffled = jax.tree.map(lambda x: x[list(order)], batch)
             runs.append(run(params, shuffled, 0.3, frozen, **options))
     for other in runs[1:]:
         assert_trees_close(other, runs[0], rtol=1e-9, atol=1e-12)
 
 
-def test_float32_and_another_layout_agree_with_float64():
+def test_float32_and_another_packing_agree_with_float64():
     rollouts, params = draw_rollouts(), draw_params()
     apart, packed = (make_batch(rollouts, recipe(pack=pack)) for pack in (False, True))
     loss, grads, _ = run(params, apart, 0.3, **CURRENT)
@@ -292,8 +296,8 @@ def test_a_batch_without_weight_has_gradients_of_0(empty):
     batch = make_batch(rollouts, recipe())
     assert batch.segment_ids.any() != empty
     params = draw_params()
-    loss, grads, sums = run(params, batch, 0.3, **CURRENT)
-    assert loss == 0.0 and sums['grad_norm'] == 0.0
+    loss, grads, metrics = run(params, batch, 0.3, **CURRENT)
+    assert loss == 0.0 and metrics['grad_norm'].sum == 0.0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 

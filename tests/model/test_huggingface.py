@@ -211,6 +211,7 @@ def test_a_single_file_and_other_dtypes(models, tmp_path):
     assert loaded.config.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_two_hosts_read_only_their_own_parts(tmp_path):
     """Every matrix lies over four devices, two to a process."""
     make(tmp_path, vocab_size=65_536, num_attention_heads=8, num_key_value_heads=4)

@@ -185,6 +185,7 @@ def test_extending_a_cache_is_the_whole_pass(pieces):
     np.testing.assert_allclose(hidden[1], written_out(params, longer[1])[0][2:], rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['full', 'attention', 'offload'])
 def test_computing_layers_again_changes_no_gradient(remat):
     def value_and_grads(remat):

@@ -48,6 +48,7 @@ def test_a_program_that_goes_well():
     assert (done.returncode, done.stdout, done.stderr) == (0, '7\n', '')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, says',
     [

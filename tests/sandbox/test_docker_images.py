@@ -10,17 +10,10 @@ import pytest
 
 from echo_jax import types
 from echo_jax.sandbox import SandboxError, docker
-from echo_jax.sandbox.docker import engine, images
+from echo_jax.sandbox.docker import images
 from tests.support import docker_engine
 
 SEC = 30.0
-
-
-@pytest.fixture(scope='module')
-def used(daemon):
-    used = engine.Engine(daemon.url, run='tests', worker='images')
-    yield used
-    used.close()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import tempfile
 import pytest
 
 from echo_jax.agent.verifier import verify
-from echo_jax.sandbox import CommandResult, SandboxError, harbor, local
+from echo_jax.sandbox import CommandResult, SandboxError, harbor, local, shell
 from echo_jax.tasks.generate import FAMILIES, generate_tasks
 from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Status, Task
@@ -168,12 +168,13 @@ def test_a_shell_that_ends(session):
 
 
 def test_endless_output_ends(session, monkeypatch):
-    monkeypatch.setattr(harbor, '_DISCARD_BYTES', 1 << 20)
+    monkeypatch.setattr(shell, 'DISCARD_BYTES', 1 << 20)
     (result,) = session('yes | head -c 4000000; sleep 100')  # yes alone may fill the disk first
     assert result.exit_code == 137 and not result.timed_out
     assert result.stdout == 'y\n' * (1 << 17)  # output_bytes of it
 
 
+@pytest.mark.slow
 def test_hostile_commands(session):
     results = session(
         'rm -rf /tmp/.echo_jax-*; echo gone',
@@ -190,7 +191,7 @@ def test_hostile_commands(session):
     assert results[5].exit_code == 126
 
 
-def test_upload_read_and_reset(task, tmp_path):
+def test_upload_and_reset(task, tmp_path):
     folder = tmp_path / 'tests'
     (folder / 'deep').mkdir(parents=True)
     (folder / 'test.sh').write_text('echo here')
@@ -207,13 +208,8 @@ def test_upload_read_and_reset(task, tmp_path):
         await sandbox.upload(folder / 'test.sh', '/app/a b/c')
         seen = await sandbox.run('bash /tests/deep/link; cat "/app/a b/c"', SEC)
         assert seen.stdout == 'here\necho here'
-        assert await sandbox.read('/tests/test.sh') == b'echo here'
-        for path in ('/tests/none', '/tests/deep', '/tests/deep/link'):
-            with pytest.raises(FileNotFoundError):
-                await sandbox.read(path)
-        await sandbox.run('head -c 1001 /dev/zero >/app/long; ln -s /app /tmp/way', SEC)
-        with pytest.raises(OSError, match='longer than the 1000 bytes'):
-            await sandbox.read('/app/long')
+        seen = await sandbox.run('cat /tests/test.sh; ln -s /app /tmp/way', SEC)
+        assert seen.stdout == 'echo here'
         with pytest.raises(SandboxError, match='a link lies on the way'):
             await sandbox.upload(folder, '/tmp/way/x')
         with pytest.raises(ValueError, match='leads outside'):
@@ -231,7 +227,7 @@ def test_upload_read_and_reset(task, tmp_path):
         await sandbox.stop()
         await sandbox.stop()
         with pytest.raises(SandboxError, match='not running'):
-            await sandbox.read('/tests/test.sh')
+            await sandbox.run('true', SEC)
 
     asyncio.run(main())
 

@@ -180,6 +180,7 @@ def write_forever(url, first, ready):
         store.write_group(numbered(group_id))
 
 
+@pytest.mark.slow
 def test_killed_writer_leaves_whole_groups_or_none(tmp_path):
     store, seen = RolloutStore(tmp_path), set()
     rng = np.random.default_rng(0)

@@ -4,56 +4,32 @@ import itertools
 import threading
 import types
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_weights import SHARDED, HostView, arrays, assert_equal, make_params, publish_as
 
 from echo_jax.store import shards as shards_module
 from echo_jax.store import weights as weights_module
-from echo_jax.store.kvstore import CorruptError, MissingError, seal
+from echo_jax.store.kvstore import CorruptError, MissingError, inside
+from echo_jax.store.versions import Versions
 from echo_jax.store.weights import WeightStore
-
-bfloat16 = np.dtype(ml_dtypes.bfloat16)
-
-
-def unsigned(array):
-    return array.view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
-
-
-def changed(params, rng, share=0.3):
-    """Some of the values get other bits, any at all: NaN payloads, infinities, -0.0, denormals."""
-    later = {}
-    for name, array in params.items():
-        flips = rng.integers(0, 256, array.nbytes, np.uint8)
-        flips *= rng.random(array.nbytes) < share
-        raw = np.frombuffer(array.tobytes(), np.uint8) ^ flips
-        later[name] = np.frombuffer(raw.tobytes(), array.dtype).reshape(array.shape)
-    return later
-
-
-def kinds(store):
-    return {version: store._manifest(version)['kind'] for version in store.versions()}
-
-
-def keys(store, part):
-    return [key for key in store._kvstore.list().result() if part.encode() in key]
-
-
-def stored_bytes(store, version):
-    found = keys(store, f'data/{version:010d}/')
-    return sum(len(store._kvstore.read(key).result().value) for key in found)
-
-
-def publish_all(store, params, versions, seed=0):
-    """{version: params}, each a change of the one before."""
-    rng, sent = np.random.default_rng(seed), {}
-    for version in versions:
-        sent[version] = params = changed(params, rng)
-        assert store.publish(params, version)
-    return sent
+from tests.support.weights import (
+    SHARDED,
+    HostView,
+    arrays,
+    assert_equal,
+    bfloat16,
+    changed,
+    keys,
+    kinds,
+    kvstore,
+    make_params,
+    manifest,
+    publish_all,
+    stored_bytes,
+    unsigned,
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -84,7 +60,7 @@ def test_every_kept_version_is_exact(params, max_chunk, keep, keyframe_every, re
             for v in kept:
                 assert_equal(store.read(v), sent[v])
                 full = keyframe_every < 2 or v % keyframe_every == 0
-                assert store._manifest(v)['kind'] == ('full' if full else 'delta')
+                assert manifest(store, v)['kind'] == ('full' if full else 'delta')
 
 
 @settings(max_examples=30, deadline=None)
@@ -136,7 +112,7 @@ def test_a_reader_fetches_the_deltas_it_lacks_and_nothing_else():
         first['norm'][0] = 0
     sent |= publish_all(store, sent[1], [2, 3])
     for version in (0, 1):  # the key frame is lost, and the delta that the reader has
-        store._kvstore.delete_range(_range(version)).result()
+        kvstore(store).delete_range(inside(f'data/{version:010d}')).result()
     assert_equal(reader.read(3), sent[3])
     assert_equal(reader.read(3), sent[3])
     with pytest.raises(CorruptError, match='version 3 in'):
@@ -147,10 +123,6 @@ def test_a_reader_fetches_the_deltas_it_lacks_and_nothing_else():
     sent |= publish_all(store, sent[3], [9])
     with pytest.raises(CorruptError):  # it holds nothing any more, and believes so
         reader.read(9)
-
-
-def _range(version):
-    return weights_module.ts.KvStore.KeyRange(f'data/{version:010d}/', f'data/{version:010d}0')
 
 
 def test_a_reader_that_missed_a_key_frame_starts_from_it():
@@ -185,7 +157,7 @@ def test_other_arrays_begin_with_a_key_frame(tmp_path, change):
     if change == 'shards':  # the same chunks, and other shards in them
         view = dict(later)
         view['a'] = HostView(later['a'], 0, 2)
-        view['a'].sharding = None
+        view['a'].sharding.shard_shape = lambda shape: shape
         other = types.SimpleNamespace(index=(slice(6, 12),), data=later['a'][6:], replica_id=0)
         view['a'].addressable_shards.append(other)
     store.publish(view, 2)
@@ -346,15 +318,15 @@ def test_reader_overtaken_by_collection_may_retry(tmp_path, monkeypatch):
     sent = publish_all(learner, make_params(), [0])
     assert_equal(reader.read(0), sent[0])
     sent |= publish_all(learner, sent[0], [1])
-    look_up = worker._manifest
+    look_up = Versions.get
 
-    def look_up_slowly(version):
-        manifest = look_up(version)
+    def look_up_slowly(versions, version):
+        manifest = look_up(versions, version)
         if version == 1:
             sent.update(publish_all(learner, sent[1], [2]))
         return manifest
 
-    monkeypatch.setattr(worker, '_manifest', look_up_slowly)
+    monkeypatch.setattr(Versions, 'get', look_up_slowly)
     with pytest.raises(MissingError, match=r'version 1 .*retry'):
         reader.read(1)
     assert_equal(reader.read(2), sent[2])
@@ -388,77 +360,3 @@ def test_a_reader_beside_a_learner_that_never_waits(tmp_path):
     finally:
         stop.set()
         thread.join(60)
-
-
-class Learner:
-    """Several hosts, each with a store of its own that remembers what it published."""
-
-    def __init__(self, url, hosts):
-        self.url, self.stores = url, [WeightStore(url, 2, 9) for _ in range(hosts)]
-
-    def restart(self, host):
-        self.stores[host] = WeightStore(self.url, 2, 9)
-
-    def publish(self, params, version):
-        results, hosts = {}, len(self.stores)
-
-        def one(host):
-            view = {name: HostView(array, host, hosts) for name, array in params.items()}
-            results[host] = self.stores[host].publish(view, version, host, hosts, timeout=20)
-
-        threads = [threading.Thread(target=one, args=(host,)) for host in range(hosts)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert results == dict.fromkeys(range(hosts), True)
-
-
-@pytest.mark.parametrize('restarted', [[0], [1], [2], [1, 2], [0, 1, 2]])
-def test_a_host_that_restarts_makes_the_next_version_a_key_frame(tmp_path, restarted):
-    learner, reader = Learner(tmp_path, 3), WeightStore(tmp_path).reader()
-    params = SHARDED
-    for version in range(5):
-        if version == 3:
-            for host in restarted:
-                learner.restart(host)
-        params = changed(params, np.random.default_rng(version))
-        learner.publish(params, version)
-        expected = 'full' if version in (0, 3) else 'delta'
-        assert kinds(reader._store)[version] == expected
-        assert_equal(reader.read(version), params)
-        assert_equal(WeightStore(tmp_path).read(version), params)
-
-
-def test_a_host_on_another_base_is_not_believed(tmp_path):
-    """Host 1 published version 1 of a life that is over; the others hold another version 1."""
-    old, new = Learner(tmp_path, 2), Learner(tmp_path, 2)
-    for version in (0, 1):
-        old.publish(changed(SHARDED, np.random.default_rng(version)), version)
-    new.stores[0].rewind(0)
-    params = changed(SHARDED, np.random.default_rng(7))
-    new.publish(params, 1)
-    new.stores[1] = old.stores[1]
-    params = changed(params, np.random.default_rng(8))
-    new.publish(params, 2)
-    store = WeightStore(tmp_path)
-    assert kinds(store) == {1: 'full', 2: 'full'}
-    assert_equal(store.read(2), params)
-
-
-def test_a_host_holds_only_what_was_committed(tmp_path):
-    """Process 0 of a life that is over commits an attempt that this host had no part in."""
-    store, results = WeightStore(tmp_path, 2, 9), {}
-    store._kvstore.write('data/0000000000/attempt', seal({'attempt': 'new'})).result()
-    args = (store, SHARDED, 0, 1, 2, results)
-    thread = threading.Thread(target=publish_as, args=args)
-    thread.start()
-    store._wait('data/0000000000/new/host.1', 1e9, 'the marker')
-    old = {'kind': 'full', 'version': 0, 'attempt': 'old', 'bases': [], 'arrays': {}}
-    store._kvstore.write('manifests/0000000000', seal(old)).result()
-    thread.join(30)
-    assert results == {1: True}
-    begun = {'attempt': 'next', 'bases': [[0, 'old']]}  # a delta to that: it cannot
-    store._kvstore.write('data/0000000001/attempt', seal(begun)).result()
-    publish_as(store, SHARDED, 1, 1, 2, results, timeout=0.3)
-    assert store._wait('data/0000000001/next/host.1', 0, 'the marker')['written'] is None

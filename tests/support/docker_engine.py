@@ -23,23 +23,27 @@ BASE = 'debian:bookworm-slim'  # what generated tasks are made from
 
 
 class Daemon:
-    """An engine's address; `process` is ours to kill and start again, None where it is not ours."""
+    """An engine's address; `process` is ours to kill and start again, or None if it is not ours."""
 
     def __init__(self, url: str, folder: pathlib.Path | None = None):
         self.url, self.folder, self.process = url, folder, None
 
     def start(self) -> None:
         """Returns when it answers."""
-        # Of a killed engine; where nobody reaps orphans, their number is still taken.
+        # A killed engine left them; if nobody reaps orphans, their process ids are still taken.
         for file in ('docker.pid', 'exec/containerd/containerd.pid'):
             (self.folder / file).unlink(missing_ok=True)
         with open(self.folder / 'log', 'ab') as log:
             self.process = subprocess.Popen(
                 [
-                    *('dockerd', '--host', self.url, '--bridge=none'),
-                    *('--iptables=false', '--ip6tables=false'),
-                    *('--data-root', self.folder / 'data', '--exec-root', self.folder / 'exec'),
-                    *('--pidfile', self.folder / 'docker.pid'),
+                    'dockerd',
+                    f'--host={self.url}',
+                    '--bridge=none',
+                    '--iptables=false',
+                    '--ip6tables=false',
+                    f'--data-root={self.folder}/data',
+                    f'--exec-root={self.folder}/exec',
+                    f'--pidfile={self.folder}/docker.pid',
                 ],
                 stdout=log,
                 stderr=log,

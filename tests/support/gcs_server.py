@@ -1,14 +1,15 @@
-"""Google Cloud Storage's JSON API on this machine, as far as a run in a bucket goes.
+"""Serves Google Cloud Storage's JSON API on this machine, as much of it as a run in a bucket uses.
 
     python tests/support/gcs_server.py --port=9000 BUCKET...
 
-Objects live in memory, each with a generation, and requests keep the conditions on it, as the
-service's documentation has them: https://cloud.google.com/storage/docs/json_api/v1/objects. It
-knows no credentials but --token, and no folders, versions or access lists.
+Objects live in memory. Each has a generation, and requests obey conditions on it as the service
+documents them: https://cloud.google.com/storage/docs/json_api/v1/objects. The server knows no
+credentials but --token, and no folders, versions or access lists.
 
-TensorStore and Orbax get the same answers as from Google's storage-testbench 0.45, which is not on
-PyPI. gcp-storage-emulator 2026.7.19, which is, keeps neither the conditions (the second of two
-writers wins) nor the bounds of a listing (deleting a range deletes all).
+It is written by hand because no package on PyPI will do. gcp-storage-emulator 2026.7.19 obeys
+neither the conditions (the second of two writers wins) nor the bounds of a listing (deleting a
+range deletes all). Google's storage-testbench 0.45, which is not on PyPI, gave TensorStore and
+Orbax the same answers as this server.
 """
 
 import argparse
@@ -31,18 +32,18 @@ import google_crc32c
 class Object(NamedTuple):
     generation: int
     data: bytes
-    about: dict  # contentType, metadata and the like, as the client gave them
+    about: dict  # contentType, metadata and so on, as the client gave them
 
 
 class Refused(Exception):
-    """status: of HTTP."""
+    """An answer that is an error; `status` is the HTTP status."""
 
     def __init__(self, status: int, reason: str):
         self.status, self.reason = status, reason
 
 
 class Buckets:
-    """The objects. `query` is the parameters of a request, the conditions among them."""
+    """The objects. A `query` holds the parameters of a request, its conditions included."""
 
     def __init__(self, names):
         self._buckets: dict[str, dict[str, Object]] = {name: {} for name in names}
@@ -76,7 +77,7 @@ class Buckets:
             del self.bucket(bucket)[name]
 
     def list(self, bucket: str, query: dict) -> tuple[dict[str, Object], list[str]]:
-        """(objects, what they have in common up to the delimiter)"""
+        """Returns (objects by name, the prefixes that others share up to the delimiter)."""
         objects, prefixes = {}, set()
         prefix, delimiter = query.get('prefix', ''), query.get('delimiter', '')
         for name, found in sorted(self.bucket(bucket).items()):
@@ -118,9 +119,10 @@ def resource(bucket: str, name: str, found: Object) -> dict:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version, wbufsize = 'HTTP/1.1', -1  # an answer is one packet
+    protocol_version, wbufsize = 'HTTP/1.1', -1  # buffered: one packet an answer
     buckets: Buckets
-    uploads: dict[str, tuple]  # resumable ones: what they are of, and the bytes so far
+    # Resumable uploads by id: (bucket, name, about, query, the bytes so far).
+    uploads: dict[str, tuple]
 
     def handle_request(self) -> None:
         url = urllib.parse.urlsplit(self.path)
@@ -218,7 +220,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return json.loads(about), re.sub(rb'\r?\n\Z', b'', data)
 
     def _batch(self, body: bytes) -> None:
-        """Deletions, which is all that gcsfs sends in batches."""
+        """Answers a batch of deletions; gcsfs sends nothing else in batches."""
         head = f'Content-Type: {self.headers["Content-Type"]}\r\n\r\n'.encode()
         answers = []
         for part in email.message_from_bytes(head + body).get_payload():
@@ -266,7 +268,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--port', type=int, default=0)
-    parser.add_argument('--token', help='what requests must have; none: anything will do')
+    parser.add_argument(
+        '--token', help='token that requests must have; without it, none is checked'
+    )
     parser.add_argument('--verbose', action='store_true')
     parser.add_argument('buckets', nargs='+')
     flags = parser.parse_args()
@@ -274,7 +278,7 @@ def main() -> None:
     server = http.server.ThreadingHTTPServer(('127.0.0.1', flags.port), Handler)
     server.verbose = flags.verbose
     server.authorization = flags.token and f'Bearer {flags.token}'
-    print(f'http://127.0.0.1:{server.server_port}', flush=True)  # which says that it listens
+    print(f'http://127.0.0.1:{server.server_port}', flush=True)  # tells the parent that it listens
     server.serve_forever()
 
 

@@ -2,8 +2,9 @@
 
     mesh_step.py OUTPUT.npz '{"fsdp": 4, "tensor": 2}' [DTYPE]
 
-OUTPUT gets every gradient under its flat name, the metric sums, and `held`: the largest share of a
-layer's matrix that one device holds. With several processes, process 0 writes it.
+OUTPUT gets every gradient under its flat name, the sum and the count of every metric, and `held`,
+the largest share of a layer's matrix that one device holds. With several processes, process 0
+writes it.
 """
 
 import json
@@ -79,16 +80,21 @@ def main(output, sizes, dtype='float32'):
     @jax.jit
     def gradients(params, batch):
         with partition.use(sharded.layout):
-            state, sums = step(init_state(params, optimizer), batch, 0.3)
-        return state.opt_state.trace, sums
+            state, metrics = step(init_state(params, optimizer), batch, 0.3)
+        return state.opt_state.trace, metrics
 
-    grads, sums = gradients(params, sharding.put_batch(draw_batch(config), sharded.mesh))
+    grads, metrics = gradients(params, sharding.put_batch(draw_batch(config), sharded.mesh))
     held = max(
         x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(params) if x.ndim == 3
     )
-    whole = multihost_utils.process_allgather({'grads': flatten(grads), 'sums': sums}, tiled=True)
+    arrays = flatten(grads)
+    for name, metric in metrics.items():
+        arrays[name] = metric.sum
+        if metric.count is not None:
+            arrays[f'{name}/count'] = metric.count
+    whole = multihost_utils.process_allgather(arrays, tiled=True)
     if jax.process_index() == 0:
-        np.savez(output, held=held, **whole['grads'], **whole['sums'])
+        np.savez(output, held=held, **whole)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,15 @@ from hypothesis import strategies as st
 from configs.tiny import get_config
 from echo_jax.types import Role, Rollout, Status
 
-LETTERS = dict(zip('PASWFRO', Role))  # R is the wrapper, F feedback, W warning
+LETTERS = {
+    'P': Role.PROMPT,
+    'A': Role.ACTION,
+    'S': Role.SCAFFOLD,
+    'W': Role.WARNING,
+    'F': Role.FEEDBACK,
+    'R': Role.WRAPPER,
+    'O': Role.OUTPUT,
+}
 
 
 def make_rollout(
@@ -42,9 +50,9 @@ def small_config(groups=3, group_size=3, seq_len=24, micro_rows=2, pack=True, **
 
 @st.composite
 def rollout_lists(draw, max_rollouts=9, max_tokens=24) -> list[Rollout]:
-    """Groups of unequal size; rollouts of nothing, without actions, without targets, in error.
+    """Groups of unequal size. Rollouts may be empty, lack actions or targets, or have failed.
 
-    No token occurs twice in a list, so a table indexed by token says what each one's value is.
+    No token occurs twice in a list, so that a table can hold a value for each token.
     """
     rollouts, first_token = [], 1
     for i in range(draw(st.integers(0, max_rollouts))):

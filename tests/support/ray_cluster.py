@@ -1,6 +1,6 @@
-"""A Ray cluster of two nodes on this machine, a CPU each, for test_fleet.py; needs Ray.
+"""Runs a Ray cluster of two nodes on this machine, with a CPU each, for test_fleet.py; needs Ray.
 
-Its address goes to stdout; a line `kill` on stdin ends the second node by SIGKILL, the end of stdin
+It prints its address. A line `kill` on stdin ends the second node by SIGKILL; the end of stdin ends
 the cluster.
 """
 

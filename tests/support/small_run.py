@@ -1,4 +1,4 @@
-"""Programs as processes, and a training run small enough for tests; see conftest.py."""
+"""Starts programs as processes, and a training run small enough for tests; see conftest.py."""
 
 import json
 import os
@@ -6,13 +6,13 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Every part of a run, as small as it goes. The replies of the transcripts fit, so that commands run
-# in sandboxes; two layers of 32 learn nothing of them.
 HELDOUT = 6  # more than the policy has slots
+# Every part of a run is as small as it can be. The transcripts' replies just fit, so that commands
+# run in sandboxes, although a model of two layers of 32 learns nothing from them.
 SETTINGS = dict(
     num_steps=6,
     group_size=2,
@@ -41,6 +41,7 @@ SETTINGS = dict(
     eval=dict(every=2),
     checkpoint=dict(every=2),
 )
+NO_WARM_START = ('--config.warm_start.steps=0', '--config.warm_start.explore_steps=0')
 SUMMARY = (
     *('solve_rate_before', 'solve_rate_after', 'env_ce_before', 'env_ce_after'),
     *('steps', 'rollouts', 'train_minutes'),
@@ -56,11 +57,11 @@ def config_flags(settings: dict, prefix: str = '--config') -> list[str]:
 
 
 class Programs:
-    """Starts programs in processes of their own; none of them or their sandboxes is left behind."""
+    """Starts programs in processes of their own, and finds those that they leave behind."""
 
     def __init__(self, cache: pathlib.Path):
-        """`cache` keeps compiled programs from process to process."""
-        # Sandboxes inherit PATH, so a folder in it that nobody else has tells whose they are.
+        """`cache` is a folder for compiled XLA modules, which the processes share."""
+        # Sandboxes inherit PATH. A folder in it that nobody else has marks the processes as ours.
         self._mark = str(cache / 'marks-the-processes-of-these-tests')
         self.environment = os.environ | {
             'JAX_PLATFORMS': 'cpu',
@@ -79,7 +80,7 @@ class Programs:
         output: int | IO = subprocess.PIPE,
         **environment: str,
     ) -> subprocess.Popen:
-        """`program` is a file, or one of echo_jax's."""
+        """`program` is a file, or the name of one of echo_jax's programs."""
         what = [program] if isinstance(program, pathlib.Path) else ['-m', f'echo_jax.{program}']
         return subprocess.Popen(
             [python, *what, *flags],
@@ -98,17 +99,25 @@ class Programs:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
-    def train_flags(self, workdir: pathlib.Path, *flags: str, variant: str = '') -> list[str]:
+    def train_flags(
+        self, workdir: pathlib.Path, *flags: str, variant: str = '', without: Sequence[str] = ()
+    ) -> list[str]:
+        """`without`: keys of SETTINGS, or sections, that `flags` leave without an effect."""
         config = f'--config=configs/tiny.py{variant}'
-        return [config, f'--workdir={workdir}', *config_flags(SETTINGS), *flags]
+        inert = tuple(f'--config.{key}' for key in without)
+        settings = [flag for flag in config_flags(SETTINGS) if not flag.startswith(inert)]
+        return [config, f'--workdir={workdir}', *settings, *flags]
 
-    def train(self, workdir: pathlib.Path, *flags: str, variant: str = '') -> None:
-        """A run to its end; raises where it does not get there."""
-        done = self.run('train', *self.train_flags(workdir, *flags, variant=variant))
+    def train(
+        self, workdir: pathlib.Path, *flags: str, variant: str = '', without: Sequence[str] = ()
+    ) -> None:
+        """A run to its end; raises if it does not get there."""
+        flags = self.train_flags(workdir, *flags, variant=variant, without=without)
+        done = self.run('train', *flags)
         assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr)
 
     def fails(self, program: str, *flags: str, **environment: str) -> str:
-        """The one line that a program leaves on stderr as it refuses."""
+        """Runs a program that must refuse. Returns the one line that it leaves on stderr."""
         done = self.run(program, *flags, **environment)
         assert done.returncode == 1, (done.returncode, done.stderr)
         assert done.stderr.count('\n') == 1 and done.stderr.endswith('\n'), done.stderr
@@ -117,11 +126,13 @@ class Programs:
     def interrupt(
         self, workdir: pathlib.Path, signal_number: int, moment: Callable[[], bool]
     ) -> tuple[int, str]:
-        """Trains until `moment()`, sends the signal: the exit code and stderr."""
+        """Trains until `moment()`, then sends the signal. Returns the exit code and stderr."""
         process = self.start('train', *self.train_flags(workdir))
         try:
             wait_for(lambda: moment() or process.poll() is not None, poll=0.001)
-            assert process.poll() is None, f'it ended before the moment: {process.stderr.read()}'
+            assert process.poll() is None, (
+                f'the run ended before the moment to signal: {process.stderr.read()}'
+            )
             process.send_signal(signal_number)
             _, stderr = process.communicate(timeout=120)
         finally:
@@ -130,7 +141,7 @@ class Programs:
         return process.returncode, stderr
 
     def alive(self) -> list[int]:
-        """Processes of these programs and of their sandboxes."""
+        """The process ids of these programs and of their sandboxes."""
         found = []
         for entry in pathlib.Path('/proc').glob('[0-9]*'):
             try:
@@ -144,12 +155,12 @@ class Programs:
 def wait_for(condition: Callable[[], bool], poll: float = 0.02, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, 'waited in vain'
+        assert time.monotonic() < deadline, f'waited {seconds} s in vain'
         time.sleep(poll)
 
 
 def metrics(workdir: pathlib.Path, name: str = 'metrics.jsonl') -> list[dict]:
-    """The rows, without what differs from run to run: seconds."""
+    """The rows without seconds, which differ from run to run."""
     rows = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith('time/')} for row in rows]
 

@@ -119,7 +119,7 @@ SUSPECT = [
     ([('a\0b', 'file', 'x')], ''),  # tarfile itself ends the name there
     ([('n' * 300, 'file', 'x')], 'is a name of 300 bytes'),
     ([('a/' * 600 + 'b', 'file', 'x')], 'is a name of 1201 bytes'),
-    ([('.', 'symlink', 'x')], 'stands where the task directory should'),
+    ([('.', 'symlink', 'x')], 'stands in the place of the task directory'),
 ]
 
 

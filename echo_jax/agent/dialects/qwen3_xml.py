@@ -12,9 +12,9 @@ from typing import Any
 
 from echo_jax.agent.dialects.dialect import Command, ParsedResponse
 
-THINK_TAGS = ('<think>', '</think>')
-THINK_OPEN = '<think>\n'
-TAGS = (*THINK_TAGS, '<tool_call>', '</tool_call>')
+THINK_TAGS: tuple[str, str] = ('<think>', '</think>')
+THINK_OPEN: str = '<think>\n'
+TAGS: tuple[str, ...] = (*THINK_TAGS, '<tool_call>', '</tool_call>')
 
 _NAMES = ('think', 'tool_call')
 _TAG = re.compile(r'<(/?)(think|tool_call)>')
@@ -123,49 +123,33 @@ def format_warnings(text: str, opening: str = THINK_OPEN) -> list[str]:
             warnings.append(f'Unclosed <{name}> tag')
         if _EMPTY[name].search(text):
             warnings.append(f'Empty <{name}> block')
-    tags = list(_TAG.finditer(text))
-    return warnings + _nesting_warning(tags) + _stray_text_warnings(text, tags)
+    return warnings + _structure_warnings(text)
 
 
-def _nesting_warning(tags: list[re.Match[str]]) -> list[str]:
-    """The first opening tag inside a tag that is still open."""
-    inside = None
-    for tag in tags:
-        slash, name = tag.groups()
+def _structure_warnings(text: str) -> list[str]:
+    """The first nesting, and stray text: before the first opening tag or else between, and after.
+
+    A tag that stands where only text could be counts as text.
+    """
+    pieces = _TAG.split(text)  # the text before the first tag, then slash, name and text for each
+    texts, slashes, names = pieces[::3], pieces[1::3], pieces[2::3]
+    warnings = []
+    inside = ''
+    for slash, name in zip(slashes, names):
         if slash:
-            inside = None if inside == name else inside
-        elif inside is not None:
-            return [f'<{name}> nested inside unclosed <{inside}>']
+            inside = '' if inside == name else inside
+        elif inside:
+            warnings.append(f'<{name}> nested inside unclosed <{inside}>')
+            break
         else:
             inside = name
-    return []
-
-
-def _stray_text_warnings(text: str, tags: list[re.Match[str]]) -> list[str]:
-    """Text before the first opening tag, or else between tags; and after the last closing one."""
-    warnings = []
-    opens = [tag for tag in tags if not tag[1]]
-    closes = [tag for tag in tags if tag[1]]
-    if opens and text[: opens[0].start()].strip():
+    opens = [i for i, slash in enumerate(slashes) if not slash]
+    if opens and (opens[0] > 0 or texts[0].strip()):
         warnings.append('Text detected before first XML tag')
-    elif _has_text_between(text, tags):
+    elif any(
+        i > 0 and slashes[i - 1] and (texts[i].strip() or (i > 1 and slashes[i - 2])) for i in opens
+    ):
         warnings.append('Text detected between XML tags')
-    if closes and text[closes[-1].end() :].strip():
+    if '/' in slashes and (not slashes[-1] or texts[-1].strip()):
         warnings.append('Text detected after final XML tag')
     return warnings
-
-
-def _has_text_between(text: str, tags: list[re.Match[str]]) -> bool:
-    """Whether anything but white space stands from a closing tag to the next opening one.
-
-    A second closing tag before that opening one counts as text.
-    """
-    closed_at = None
-    for tag in tags:
-        if tag[1]:
-            closed_at = tag.end() if closed_at is None else closed_at
-        elif closed_at is not None:
-            if text[closed_at : tag.start()].strip():
-                return True
-            closed_at = None
-    return False

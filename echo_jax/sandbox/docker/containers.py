@@ -1,75 +1,57 @@
-"""Containers for `docker.py`: how one is hardened, begun and removed, and what process 1 does.
+"""Containers for `sandbox.py`: how one is hardened, begun and removed.
 
-Blocks: `docker.py` calls it in threads. Knows nothing of shells and commands.
+Its functions block, so `sandbox.py` calls them in threads. Knows nothing of shells and commands.
 """
 
 import contextlib
 import socket
-import time
 from typing import NamedTuple
 
 import docker
 
-from echo_jax.sandbox import channels
+from echo_jax.sandbox import PATH, read_script
 from echo_jax.sandbox.docker import engine
 from echo_jax.sandbox.docker.images import HOME, Image
-from echo_jax.sandbox.local import namespaces
 from echo_jax.types import Task
 
-_GONE_SEC = 20.0  # for an engine that is removing a container already
+_GONE_SEC = 20  # for an engine that is removing a container already
 _ENGINES_PIDS = 16  # what opening a shell needs while the agent has all of its own
 _SHARED = ('/tmp', '/var/tmp')  # mode 1777
 
-# The pipe 7 is there to wait on: a sleep without a process.
-_PROCESS_1 = r"""
-PATH=SYSTEM_PATH
-umask 022
-exec 7<> <(:)
-for d; do
-  [[ ! -d HOME/seeds$d ]] || problem=$(cp -a "HOME/seeds$d/." "$d/" 2>&1) || {
-    echo "the image's $d does not fit in disk_mb ($?; ${problem//$'\n'/; })"; exit 1
-  }
-done
-exec 2>/dev/null
-place() { :; }
-echo ready
-while IFS=' ' read -r request size escaped; do
-  printf -v path %b "$escaped"
-  case $request in
-    kill) while kill -9 -1; do read -r -t .001 -u 7; done; echo done ;;
-TRANSFERS
-  esac
-done
-"""
-_PROCESS_1 = (
-    _PROCESS_1.replace('HOME', HOME)
-    .replace('SYSTEM_PATH', namespaces.PATH)
-    .replace('TRANSFERS', channels.TRANSFERS)
-)
-
 
 class Limits(NamedTuple):
-    """What one container may use; see `docker.DockerSandbox`."""
+    """What one container may use; see `DockerSandbox`."""
 
-    processes: int
     memory_mb: int
-    disk_mb: int
-    files: int  # inodes of each directory in memory
-    open_files: int
+    processes: int = 256
+    disk_mb: int = 1024
+    files: int = 65_536  # inodes of each directory in memory
+    open_files: int = 1_024
+
+
+def check_runtime(used: engine.Engine, runtime: str | None) -> None:
+    """ValueError if the engine does not know `runtime`; None is its default."""
+    known = sorted(used.info.get('Runtimes') or ())
+    if runtime is not None and runtime not in known:
+        raise ValueError(
+            f'sandbox.runtime is {runtime!r}, which the Docker engine {used.url} does not know; '
+            f'expected None or one of {", ".join(known)}, or name it in its daemon.json'
+        )
 
 
 def create(
     used: engine.Engine, task: Task, image: Image, name: str, limits: Limits, runtime: str | None
 ) -> socket.socket:
-    """Starts the container `name`; the streams of its process 1.
+    """Starts the container `name` and returns the streams of its process 1.
 
-    Raises SandboxError, docker.errors.ImageNotFound where the engine has lost the image.
+    Raises SandboxError, or docker.errors.ImageNotFound if the engine has lost the image.
     """
+    script = read_script('put') + read_script('docker_init')
     api = used.client.api
     api.create_container(
         image.name,
-        entrypoint=[f'{HOME}/init', '--norc', '--noprofile', '-pc', _PROCESS_1, 'init'],
-        command=list(image.writable if image.user else ()),
+        entrypoint=[f'{HOME}/init', '--norc', '--noprofile', '-pc', script, 'init'],
+        command=[PATH, f'{HOME}/seeds', *(image.writable if image.user else ())],
         name=name,
         hostname='sandbox',
         user=f'{image.user}:{image.user}',
@@ -82,8 +64,8 @@ def create(
         host_config=_host_config(used, task, image, limits, runtime),
     )
     try:
-        attached = {'stdin': 1, 'stdout': 1, 'stderr': 1, 'stream': 1}
-        stream = used.stream(api.attach_socket(name, attached))
+        streams = 'stdin=1&stdout=1&stderr=1&stream=1'
+        stream = used.hijack(f'/containers/{name}/attach?{streams}')
         api.start(name)
         return stream
     except BaseException:
@@ -119,41 +101,40 @@ def _host_config(
             docker.types.Ulimit(name='nofile', soft=limits.open_files, hard=limits.open_files),
             docker.types.Ulimit(name='core', soft=0, hard=0),
         ],
-        log_config={'type': 'none'},  # process 1's words are for us alone, not the host's disk
+        log_config={'type': 'none'},  # process 1 writes to us alone, not to the host's disk
         init=False,
         runtime=runtime,
     )
 
 
 def written(used: engine.Engine, name: str) -> int:
-    """Bytes in the container's own layer."""
-    api = used.client.api
-    url = api._url('/containers/{0}/json', name)  # the SDK has no `size` for one container
-    return api._result(api._get(url, params={'size': 1}), True).get('SizeRw', 0)
+    """Bytes in the container's own layer. docker.errors.NotFound if it does not run."""
+    found = used.client.api.containers(filters={'name': f'^/{name}$'}, size=True)
+    if not found:
+        raise docker.errors.NotFound(f'no container {name}')
+    return found[0].get('SizeRw', 0)
 
 
 def remove(used: engine.Engine, name: str) -> None:
-    """The container, with its own volumes; returns when it is gone, whoever removed it."""
-    api, deadline = used.client.api, time.monotonic() + _GONE_SEC
+    """Removes the container with its own volumes; returns when it is gone, whoever removed it."""
+    api = used.client.api
     with contextlib.suppress(docker.errors.NotFound):
         try:
             api.remove_container(name, force=True, v=True)
         except docker.errors.APIError as error:
             if error.status_code != 409:
                 raise
-            while True:  # the engine is at it already
-                api.inspect_container(name)
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+            # The engine is removing it already.
+            api.wait(name, timeout=_GONE_SEC, condition='removed')
 
 
 def sweep(used: engine.Engine, own: bool = False) -> list[str]:
-    """Removes what a dead predecessor of this run and worker left; the names. Images stay.
+    """Removes what a dead predecessor of this run and worker left, and returns the names.
 
-    Blocks; call it before the first sandbox. Things of other runs and workers stay, as do those of
-    a process of this machine that is alive: two workers with one name harm no one. With `own`, call
-    it after the last sandbox: an engine that died left what this process could not remove.
+    Call it before the first sandbox. Images stay, and so do things of other runs and workers, and
+    those of a process of this machine that is alive: two workers with one name harm no one. With
+    `own`, call it after the last sandbox, to remove what this process could not remove because an
+    engine died.
     """
     api, labels = used.client.api, used.labels()
     ours = {'label': [f'{key}={labels[key]}' for key in ('echo_jax.run', 'echo_jax.worker')]}

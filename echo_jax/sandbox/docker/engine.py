@@ -1,8 +1,8 @@
 """Calls to a Docker engine from asyncio, and the raw streams of a process that it runs.
 
-The Docker SDK blocks, so a call takes a thread of a small pool; streams take none, whatever the
-number of containers. Every way in which an engine fails is a SandboxError of one line. Knows
-nothing of images, tasks or shells: see `images.py` and `docker.py`.
+The Docker SDK blocks, so each call takes a thread of a small pool. Streams are read by hand and
+not by the SDK, whose readers would block a thread for each container. Every way in which an engine
+fails is a SandboxError of one line. Knows nothing of images, tasks or shells.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ class Engine:
     """A client of one engine, and the labels of all that is made with it.
 
     `url` is as in DOCKER_HOST, which is the default. `run` and `worker` name who makes things; see
-    `docker.sweep`. Serves any number of event loops, one after the other or at once.
+    `containers.sweep`. Serves any number of event loops, one after the other or at once.
     """
 
     def __init__(
         self, url: str | None = None, *, run: str = '', worker: str = '', timeout: float = 60.0
     ):
-        """Raises SandboxError where no engine answers. `timeout` bounds a call, in seconds."""
+        """Raises SandboxError if no engine answers. `timeout` bounds a call, in seconds."""
         self.url = url or os.environ.get('DOCKER_HOST') or 'unix:///var/run/docker.sock'
         self.run, self.worker = run, worker
         self._pool = concurrent.futures.ThreadPoolExecutor(_CALLS_AT_ONCE, 'docker')
@@ -50,6 +50,7 @@ class Engine:
             ) from None
 
     def labels(self) -> dict[str, str]:
+        """Says who made a container, an image or a volume."""
         return {
             'echo_jax.run': self.run,
             'echo_jax.worker': self.worker,
@@ -69,20 +70,33 @@ class Engine:
         return self._pool.submit(self.blocking, function, *arguments, **keywords)
 
     async def call(self, function: Callable, *arguments, **keywords):
-        """`blocking` in a thread. It runs to its end, also where the caller is cancelled."""
+        """`blocking` in a thread. It runs to its end even if the caller is cancelled."""
         return await wait_for(self.submit(function, *arguments, **keywords))
 
-    def stream(self, hijacked) -> socket.socket:
-        """The socket of what attach or exec returned; ours alone, and not for forked children."""
-        if self.client.api.base_url.startswith('https'):
+    def hijack(self, path: str, body: object = None) -> socket.socket:
+        """POSTs a request whose connection the engine then hands over; the socket, ours alone.
+
+        Not by the SDK's `attach_socket` and `exec_start`: what these return keeps the connection
+        open until the garbage collector comes by, and nothing public closes it.
+        """
+        api = self.client.api
+        if api.base_url.startswith('https'):
             raise SandboxError(
-                f'{self.url}: TLS is not followed; use unix:// or an ssh tunnel to it'
+                f'{self.url}: TLS is not supported; use unix:// or an ssh tunnel to it'
             )
-        own = socket.socket(fileno=os.dup(hijacked.fileno()))
-        response = getattr(hijacked, '_response', None)
-        if response is not None:
-            response.close()
-        hijacked.close()
+        response = api.post(
+            f'{api.base_url}/v{api.api_version}{path}',
+            json=body,
+            headers={'Connection': 'Upgrade', 'Upgrade': 'tcp'},
+            stream=True,
+            timeout=api.timeout,
+        )
+        with response:
+            try:
+                response.raise_for_status()
+            except requests.HTTPError as error:
+                raise docker.errors.create_api_error_from_http_exception(error) from error
+            own = socket.socket(fileno=os.dup(response.raw.fileno()))
         own.setblocking(False)
         return own
 
@@ -93,20 +107,22 @@ class Engine:
 
 
 async def wait_for(future: concurrent.futures.Future):
-    """Its result; cancelling the waiter leaves the work to the others who wait for it."""
+    """The result of `future`. Cancelling one waiter does not cancel the work for the others."""
     return await asyncio.shield(asyncio.wrap_future(future))
 
 
 def brief(error: Exception) -> str:
     """An engine's message on one line."""
-    text = getattr(error, 'explanation', None) or str(error)
+    text = str(error)
+    if isinstance(error, docker.errors.APIError):
+        text = error.explanation or text
     if isinstance(text, bytes):
         text = text.decode(errors='replace')
     return '; '.join(line.strip() for line in text.splitlines() if line.strip())[-1000:]
 
 
 def owner(pid: int) -> str:
-    """Names a process for good: host, pid, and the boot's tick at which it began; '' if dead."""
+    """A name for a process that no other has: host, pid, tick of its start; '' if it is dead."""
     with contextlib.suppress(OSError):
         began = pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]
         return f'{socket.gethostname()}:{pid}:{began}'
@@ -116,20 +132,20 @@ def owner(pid: int) -> str:
 class Streams:
     """Standard input, output and error of one process, over a hijacked connection."""
 
+    def __init__(self, descriptor: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._descriptor, self._reader, self._writer = descriptor, reader, writer
+        channels.not_for_forks.add(descriptor)
+
     @classmethod
     async def open(cls, sock: socket.socket) -> 'Streams':
-        self = cls()
-        self._descriptor = sock.fileno()
-        self._reader, self._writer = await asyncio.open_connection(sock=sock)
-        channels.not_for_forks.add(self._descriptor)
-        return self
+        return cls(sock.fileno(), *await asyncio.open_connection(sock=sock))
 
     async def write(self, data: bytes) -> None:
         self._writer.write(data)
         await self._writer.drain()
 
     async def read(self) -> tuple[int, bytes]:
-        """(1, bytes of stdout) or (2, of stderr). EOFError where the process or engine is gone."""
+        """(1, bytes of stdout) or (2, of stderr). EOFError if the process or the engine is gone."""
         try:
             number, size = _HEADER.unpack(await self._reader.readexactly(_HEADER.size))
             return number, await self._reader.readexactly(size)
@@ -137,7 +153,7 @@ class Streams:
             raise EOFError from None
 
     async def read_line(self) -> str:
-        """What comes on stdout until a newline, without it."""
+        """The text on stdout up to a newline, without it."""
         parts = [b'']
         while not parts[-1].endswith(b'\n'):
             parts.append((await self.read())[1])

@@ -1,17 +1,19 @@
 """Reads the part of a task's Dockerfile that a sandbox without images can follow.
 
-FROM is read past (the host system is the image); WORKDIR, ENV, COPY and RUN are returned; any
-other instruction is refused by name. Nothing is copied or run here: see `local.py`.
+FROM is ignored (the host system is the image); WORKDIR, ENV, COPY and RUN are returned; any other
+instruction is refused by name. Nothing is copied or run here: see `sandbox.py`. By hand, since the
+four instructions need less than a parser's result would: their words, with variables put in.
 """
 
 import json
 import pathlib
 import re
 import shlex
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
-class Step(NamedTuple):
+class Instruction(NamedTuple):
     """One COPY or RUN with the WORKDIR and ENV that hold at its line."""
 
     name: str  # 'COPY' or 'RUN'
@@ -20,20 +22,20 @@ class Step(NamedTuple):
     env: dict[str, str]
 
 
-class Recipe(NamedTuple):
-    """What a Dockerfile asks for: steps in order, then the WORKDIR and ENV it ends with."""
+class Dockerfile(NamedTuple):
+    """What a Dockerfile asks for: instructions in order, and the WORKDIR and ENV it ends with."""
 
-    steps: tuple[Step, ...]
-    workdir: str | None  # None where no WORKDIR was given
+    instructions: tuple[Instruction, ...]
+    workdir: str | None  # None if no WORKDIR was given
     env: dict[str, str]
 
 
-def read_dockerfile(path: pathlib.Path, workdir: str, env: dict[str, str]) -> Recipe:
+def read_dockerfile(path: pathlib.Path, workdir: str, env: dict[str, str]) -> Dockerfile:
     """Reads `path`; `workdir` and `env` hold before its first line.
 
     Raises ValueError, with the line and the instruction, for what a local sandbox cannot follow.
     """
-    steps: list[Step] = []
+    instructions: list[Instruction] = []
     here, env, given = workdir, dict(env), None
     for number, line in _logical_lines(path.read_text()):
         where = f'{path}:{number}'
@@ -48,29 +50,33 @@ def read_dockerfile(path: pathlib.Path, workdir: str, env: dict[str, str]) -> Re
         elif name == 'COPY':
             words = tuple(_expand(word, env) for word in _words(rest, where))
             if len(words) < 2 or words[0].startswith(('--', '<<')):
-                raise ValueError(f'{where}: COPY {rest}: want COPY SOURCE... TARGET, no options')
-            steps.append(Step(name, words, here, dict(env)))
+                raise ValueError(
+                    f'{where}: COPY {rest}: expected COPY SOURCE... TARGET, no options'
+                )
+            instructions.append(Instruction(name, words, here, dict(env)))
         elif name == 'RUN':
             if rest.startswith(('--', '<<')):
                 raise ValueError(f'{where}: RUN {rest}: options and heredocs are not followed')
             command = shlex.join(_words(rest, where)) if rest.startswith('[') else rest
-            steps.append(Step(name, (command,), here, dict(env)))
+            instructions.append(Instruction(name, (command,), here, dict(env)))
         else:
             raise ValueError(
                 f'{where}: {name} is not followed by the local sandbox, only FROM, WORKDIR, COPY, '
                 "ENV and RUN; leave it out or set sandbox.backend to 'docker'"
             )
-    return Recipe(tuple(steps), given, env)
+    return Dockerfile(tuple(instructions), given, env)
 
 
-def copy_sources(step: Step, environment: pathlib.Path) -> list[tuple[pathlib.Path, str]]:
+def copy_sources(
+    instruction: Instruction, environment: pathlib.Path
+) -> list[tuple[pathlib.Path, str]]:
     """(host path, absolute target) of each source of a COPY. ValueError if one leads outside.
 
     As in Docker, a directory's content is copied, and several sources need a target with a `/`.
     """
-    *sources, target = step.arguments
+    *sources, target = instruction.arguments
     into_directory = target.endswith('/') or target in ('.', '..') or len(sources) > 1
-    target = str(pathlib.PurePosixPath(step.workdir) / target)
+    target = str(pathlib.PurePosixPath(instruction.workdir) / target)
     root, pairs = environment.resolve(), []
     for source in sources:
         relative = source.lstrip('/')
@@ -85,8 +91,10 @@ def copy_sources(step: Step, environment: pathlib.Path) -> list[tuple[pathlib.Pa
     return pairs
 
 
-def _logical_lines(text: str):
-    """(number of the first line, text) of each instruction; continuations joined, comments out."""
+def _logical_lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number of the first line, text) of each instruction, with continuation lines joined and
+    comments left out.
+    """
     start, parts = 0, []
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith('#') or not line.strip():
@@ -112,7 +120,7 @@ def _words(text: str, where: str) -> list[str]:
 def _unquote(text: str, where: str) -> str:
     words = _words(text, where)
     if len(words) != 1:
-        raise ValueError(f'{where}: want one directory, got {text!r}')
+        raise ValueError(f'{where}: expected one directory, got {text!r}')
     return words[0]
 
 
@@ -120,13 +128,15 @@ def _env(text: str, env: dict[str, str], where: str) -> dict[str, str]:
     words = _words(text, where)
     if words and '=' not in words[0]:  # the old form: ENV NAME the whole rest
         words = [f'{words[0]}={text.partition(" ")[2].strip()}']
-    pairs = dict(word.partition('=')[::2] for word in words)
-    for name in pairs:
+    found = {}
+    for word in words:
+        name, _, value = word.partition('=')
         if not re.fullmatch(r'[A-Za-z_]\w*', name):
             raise ValueError(f'{where}: {name!r} is no variable name')
-    return {name: _expand(value, env) for name, value in pairs.items()}
+        found[name] = _expand(value, env)
+    return found
 
 
 def _expand(text: str, env: dict[str, str]) -> str:
-    """$NAME and ${NAME} from earlier ENV lines; an unknown one is empty, as in Docker."""
+    """Puts in $NAME and ${NAME} from earlier ENV lines; an unknown one is empty, as in Docker."""
     return re.sub(r'\$(?:(\w+)|\{(\w+)\})', lambda m: env.get(m[1] or m[2], ''), text)

@@ -1,16 +1,17 @@
 """The command line that opens a local sandbox: namespaces, its root, and its process 1.
 
-Bubblewrap or util-linux `unshare` makes the namespaces; a bash script as process 1 finishes the
-root and then serves the host (`local.py` speaks to it). No state here, and no asyncio.
+Bubblewrap or util-linux's `unshare` makes the namespaces. Process 1, a bash that runs
+scripts/local_init.sh, finishes the root and then serves the host's requests, which `sandbox.py`
+sends. No state and no asyncio here.
 
 Process 1 keeps the capabilities of its user namespace, so that the agent's processes, which have
 none, can neither trace it nor open its descriptors; as process 1 it is also safe from `kill -9 -1`.
 The agent's shell runs in a mount namespace of its own, where `/` is read-only. What process 1
 mounts appears there too, which is how an upload makes a new directory under `/`.
 
-Process 1 ends, and the kernel with it everything inside, when its requests end: so a host process
-that is killed leaves nothing. (`bwrap --die-with-parent` would: killed while it starts, it forgets
-a child that waits for it forever.)
+Process 1 ends, and the kernel ends everything inside with it, when its requests end: so a host
+process that is killed leaves nothing. (`bwrap --die-with-parent` does leave something: if it is
+killed while it starts, it forgets a child that waits for it forever.)
 """
 
 import base64
@@ -25,18 +26,14 @@ import subprocess
 import tarfile
 from typing import NamedTuple
 
-from echo_jax.sandbox import SandboxError, channels
+from echo_jax.sandbox import ENVIRONMENT, PATH, UID, SandboxError, read_script
 
 BACKENDS = ('bubblewrap', 'unshare')
-PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
-# All that process 1 sees of an environment; the agent's shell inherits it.
-ENVIRONMENT = {'PATH': PATH, 'HOME': '/root', 'USER': 'agent', 'LANG': 'C.UTF-8', 'TERM': 'dumb'}
-UID = 1000  # inside; not 0, since a root without capabilities confuses tar and its like
 _DEVICES = ('null', 'zero', 'full', 'random', 'urandom')
 _WRITABLE = ('/app', '/logs', '/tmp', '/root', '/dev/shm')
-_DIRECTORIES = (
-    *('/etc', '/etc/ssl', '/dev', '/app', '/root', '/run', '/var', '/var/log'),
-    *('/logs', '/logs/agent', '/logs/verifier', '/logs/artifacts'),
+_DIRECTORIES = shlex.split(
+    '/etc /etc/ssl /dev /app /root /run /var /var/log '
+    '/logs /logs/agent /logs/verifier /logs/artifacts'
 )
 _SHARED = ('/tmp', '/dev/shm')  # mode 1777
 _LINKS = {
@@ -46,13 +43,14 @@ _LINKS = {
     '/dev/stdout': '/proc/self/fd/1',
     '/dev/stderr': '/proc/self/fd/2',
 }
-_ETC = (
-    *('alternatives', 'debian_version', 'ld.so.cache', 'ld.so.conf', 'ld.so.conf.d', 'localtime'),
-    *('magic', 'mime.types', 'nsswitch.conf', 'os-release', 'perl', 'protocols', 'python3'),
-    *('python3.*', 'services', 'ssl/certs', 'ssl/openssl.cnf', 'terminfo'),
+# What a shell, a linker, a locale or TLS needs of the host's /etc: no accounts and no secrets.
+_ETC = shlex.split(
+    'alternatives debian_version ld.so.cache ld.so.conf ld.so.conf.d localtime magic mime.types '
+    'nsswitch.conf os-release perl protocols python3 python3.* services ssl/certs ssl/openssl.cnf '
+    'terminfo'
 )
-# Where host uids of sandboxes begin when the host process is root: each sandbox gets its own, so
-# that limits which the kernel counts by uid are not shared. Far above any account's.
+# If the host process is root, the sandboxes' uids on the host begin here. Each sandbox gets its
+# own, so that limits which the kernel counts by uid are not shared. Far above any account's.
 _FIRST_HOST_UID = 0x70000000
 _counter = itertools.count()
 
@@ -60,84 +58,17 @@ _counter = itertools.count()
 class Limits(NamedTuple):
     """What one sandbox may use. Memory is bounded per process; disk is memory too (tmpfs).
 
-    The worst case of a machine is sandboxes * (processes * memory_mb + disk_mb). It cannot be
-    promised away without cgroups, so the sandbox's processes are also marked as the first that an
-    out-of-memory kernel kills.
+    The worst case of a machine is sandboxes * (processes * memory_mb + disk_mb). Only cgroups could
+    bound that, so the sandbox's processes are also marked as the first that a kernel without memory
+    kills.
     """
 
-    processes: int
     memory_mb: int  # RLIMIT_AS of each process
-    disk_mb: int  # everything writable together; also the largest file
-    files: int  # inodes, everything writable together
-    cpu_seconds: int  # RLIMIT_CPU of each process
-    open_files: int
-
-
-# Common to both backends. S, T, O: descriptors of the shell's script, status and stdout; 2 is its
-# stderr. Requests come on 0, replies go to 1. `put` and `get` see the sandbox's paths only.
-_PROCESS_1 = r"""
-die() { echo "$1" >&2; exit 1; }
-umask 022
-mount --make-rshared -t tmpfs -o "remount,mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs / ||
-  die 'no tmpfs'
-printf 'root:x:0:0::/:/bin/sh\nagent:x:%s:%s::/root:/bin/bash\n' $ID $ID >/etc/passwd
-printf 'root:x:0:\nagent:x:%s:\n' $ID >/etc/group
-printf '127.0.0.1 localhost sandbox\n::1 localhost\n' >/etc/hosts
-printf 'sandbox\n' >/etc/hostname
-{ echo 0 >/proc/sys/user/max_user_namespaces; } 2>/dev/null || die 'cannot forbid namespaces'
-for d in $WRITABLE; do echo "$d $d none bind,nosuid,nodev"; done >/etc/fstab
-mount -a -T /etc/fstab && : >/etc/fstab || die 'cannot mount'
-export -n S T O SHELL_STAGE
-unset SCRIPT WRITABLE SIZE INODES ID OLDPWD
-exec 9>&2 2>/dev/null
-place() {
-  local top=${path#/}
-  top=/${top%%/*}
-  [[ -e $top ]] || { mkdir $top && mount --bind $top $top; }
-}
-set -m
-shell=
-echo ready
-while IFS=' ' read -r request size escaped; do
-  printf -v path %b "$escaped"
-  case $request in
-    shell)
-      (
-        export SHLVL=0
-        exec <&$S >&$T 8>&$O
-        eval "exec $S<&- $T>&- $O>&-"
-        exec unshare --mount --propagation slave -- bash -c "$SHELL_STAGE" shell
-      ) &
-      shell=$! ;;
-    wait) wait $shell; echo $? ;;
-    kill)
-      while kill -9 -1; do read -r -t .001 -N 65536 -u $S; done
-      while read -t 0 -u $S && read -r -t .01 -N 65536 -u $S; do :; done
-      wait; echo done ;;
-TRANSFERS
-  esac
-done
-""".replace('TRANSFERS', channels.TRANSFERS)
-
-# The last steps to the agent's shell; bash for `ulimit -u`.
-_SHELL_STAGE = """
-mount -o remount,bind,ro / || exit
-ulimit -c 0; ulimit -f {blocks}; ulimit -n {open_files}; ulimit -t {cpu_seconds}
-ulimit -v {kilobytes}; ulimit -u {processes}
-exec setpriv --no-new-privs --bounding-set -all --ambient-caps -all --inh-caps -all -- \
-  bash --norc --noprofile -s
-"""
-
-# unshare's own part: a root on tmpfs, laid over /tmp in the private mount namespace.
-_ROOT = r"""
-die() { echo "$1" >&2; exit 1; }
-mount -t tmpfs -o mode=0755 tmpfs /tmp && cd /tmp || die 'cannot mount a tmpfs'
-base64 -d <<<%(skeleton)s | tar -xpf - || die 'cannot make the root'
-printf '%%s\n' %(fstab)s >etc/fstab  # mount reads regular files only
-mount -a -T etc/fstab || die 'cannot mount the root'
-pivot_root . old && cd / && umount -l /old && rmdir /old || die 'cannot change the root'
-{ hostname sandbox; ip link set lo up; } 2>/dev/null
-"""
+    processes: int = 256
+    disk_mb: int = 256  # everything writable together; also the largest file
+    files: int = 65_536  # inodes, everything writable together
+    cpu_seconds: int = 3_600  # RLIMIT_CPU of each process
+    open_files: int = 1_024
 
 
 def command(
@@ -145,30 +76,40 @@ def command(
 ) -> tuple[list[str], dict[str, str]]:
     """argv and environment of a sandbox whose shell uses `descriptors`: script, status, stdout.
 
-    The script travels in the environment, which the agent cannot read, and not in the command
-    line, which `ps` shows. No variable of the host does, but the PATH that finds the tools.
+    The script travels in the environment, which the agent cannot read, and not in the command line,
+    which `ps` shows. No variable of the host's goes inside, except for the PATH that finds the
+    tools.
     """
-    stage = _SHELL_STAGE.format(
-        blocks=limits.disk_mb * 1024,
-        kilobytes=limits.memory_mb * 1024,
-        open_files=limits.open_files,
-        cpu_seconds=limits.cpu_seconds,
-        processes=limits.processes,
+    of_shell = (
+        limits.disk_mb * 1024,
+        limits.open_files,
+        limits.cpu_seconds,
+        limits.memory_mb * 1024,
+        limits.processes,
     )
-    make, root = (_bubblewrap, '') if backend == 'bubblewrap' else (_unshare, _root())
+    script, status, stdout = descriptors
     environment = {
         **ENVIRONMENT,
         'PATH': os.environ.get('PATH', PATH),
-        'SCRIPT': f'export PATH={PATH}\n{root}{_PROCESS_1}',
-        'SHELL_STAGE': stage,
+        'INSIDE_PATH': PATH,
+        'SCRIPT': read_script('put') + read_script('local_init'),
+        'SHELL_STAGE': read_script('local_shell'),
+        'LIMITS': ' '.join(map(str, of_shell)),
         'SIZE': f'{limits.disk_mb}m',
         'INODES': str(limits.files),
         'ID': str(UID),
         'WRITABLE': ' '.join(_WRITABLE),
-        **dict(zip('STO', map(str, descriptors), strict=True)),
+        'S': str(script),
+        'T': str(status),
+        'O': str(stdout),
     }
+    if backend == 'bubblewrap':
+        make = _bubblewrap()
+    else:
+        make = _unshare()
+        environment['SKELETON'], environment['FSTAB'] = _root()
     shell = ['bash', '--norc', '--noprofile', '-c', 'eval "$SCRIPT"', 'init']
-    return [*_drop_root(), *make(), *shell], environment
+    return [*_drop_root(), *make, *shell], environment
 
 
 def _drop_root() -> list[str]:
@@ -181,19 +122,11 @@ def _drop_root() -> list[str]:
 
 def _bubblewrap() -> list[str]:
     directories, links = _system()
-    arguments = [
-        'bwrap',
-        '--unshare-user',
-        '--uid',
-        str(UID),
-        '--gid',
-        str(UID),
-        '--cap-add',
-        'ALL',
-    ]
-    arguments += ['--unshare-pid', '--as-pid-1', '--unshare-net', '--unshare-ipc', '--unshare-uts']
-    arguments += ['--unshare-cgroup-try', '--hostname', 'sandbox']
-    arguments += ['--tmpfs', '/', '--proc', '/proc']
+    arguments = shlex.split(
+        f'bwrap --unshare-user --uid {UID} --gid {UID} --cap-add ALL '
+        '--unshare-pid --as-pid-1 --unshare-net --unshare-ipc --unshare-uts '
+        '--unshare-cgroup-try --hostname sandbox --tmpfs / --proc /proc'
+    )
     for path in _DIRECTORIES:
         arguments += ['--perms', '0755', '--dir', path]
     for path in _SHARED:
@@ -208,14 +141,15 @@ def _bubblewrap() -> list[str]:
 
 
 def _unshare() -> list[str]:
-    arguments = ['unshare', '--user', f'--map-user={UID}', f'--map-group={UID}', '--keep-caps']
-    arguments += ['--mount', '--pid', '--fork', '--net', '--ipc', '--uts', '--cgroup', '--']
-    return arguments
+    return shlex.split(
+        f'unshare --user --map-user={UID} --map-group={UID} --keep-caps '
+        '--mount --pid --fork --net --ipc --uts --cgroup --'
+    )
 
 
 @functools.cache
-def _root() -> str:
-    """The script that builds the root for `unshare`, which has nothing like bwrap's options."""
+def _root() -> tuple[str, str]:
+    """SKELETON and FSTAB of local_init.sh: what bwrap has options for and `unshare` has not."""
     directories, links = _system()
     binds = (*directories, *_etc())
     folders = {path for path in binds if os.path.isdir(path)}
@@ -236,14 +170,14 @@ def _root() -> str:
             tar.addfile(_member(path))
         for path, target in (*links.items(), *_LINKS.items()):
             tar.addfile(_member(path, type=tarfile.SYMTYPE, linkname=target))
-    skeleton = base64.b64encode(buffer.getvalue()).decode()
-    return _ROOT % {'skeleton': skeleton, 'fstab': shlex.join(fstab)}
+    return base64.b64encode(buffer.getvalue()).decode(), '\n'.join(fstab)
 
 
-def _member(path: str, **attributes: object) -> tarfile.TarInfo:
+def _member(
+    path: str, type: bytes = tarfile.REGTYPE, mode: int = 0o644, linkname: str = ''
+) -> tarfile.TarInfo:
     member = tarfile.TarInfo('.' + path)
-    for name, value in attributes.items():
-        setattr(member, name, value)
+    member.type, member.mode, member.linkname = type, mode, linkname
     return member
 
 
@@ -258,18 +192,18 @@ def _system() -> tuple[list[str], dict[str, str]]:
 
 @functools.cache
 def _etc() -> tuple[str, ...]:
-    """What of the host's /etc a shell, a linker, a locale or TLS needs; no accounts, no secrets."""
+    """The paths of `_ETC` that are on this host and that everybody may read."""
     found = sorted({path for name in _ETC for path in pathlib.Path('/etc').glob(name)})
     return tuple(str(path) for path in found if os.access(path, os.R_OK))
 
 
 def check(backend: str = 'auto') -> str:
-    """The backend that works here: 'bubblewrap' or 'unshare'. Opens and closes one to know.
+    """The backend that works here: 'bubblewrap' or 'unshare'. Opens and closes a sandbox to know.
 
     Raises SandboxError with one line that says what to install or to allow.
     """
     if backend not in ('auto', *BACKENDS):
-        raise ValueError(f"backend {backend!r}: want 'auto', {' or '.join(map(repr, BACKENDS))}")
+        raise ValueError(f"backend is {backend!r}; expected 'auto', 'bubblewrap' or 'unshare'")
     reasons = []
     for name in BACKENDS if backend == 'auto' else (backend,):
         reason = _attempt(name)
@@ -284,8 +218,8 @@ def check(backend: str = 'auto') -> str:
 
 
 def _attempt(backend: str) -> str | None:
-    """Why `backend` does not work, in one line; None where it does."""
-    limits = Limits(64, 256, 16, 1000, 60, 64)
+    """Why `backend` does not work, in one line; None if it does."""
+    limits = Limits(256, processes=64, disk_mb=16, files=1000, cpu_seconds=60, open_files=64)
     arguments, environment = command(backend, limits, (0, 1, 2))
     for tool in ('bwrap' if backend == 'bubblewrap' else 'unshare', 'setpriv', 'mount', 'bash'):
         if shutil.which(tool) is None:

@@ -21,7 +21,7 @@ def commands(transcript: str) -> list[str]:
 
 
 def run(command: str, cwd: pathlib.Path = ROOT) -> str:
-    """What the command prints, then its exit code where that is not 0."""
+    """What the command prints, and then its exit code if that is not 0."""
     with tempfile.TemporaryDirectory() as path:
         for program in NEEDED:
             pathlib.Path(path, program).symlink_to(shutil.which(program))

@@ -1,0 +1,316 @@
+"""Every key of a recipe, with its meaning and its default. A recipe says what it changes.
+
+The defaults are the released recipe of the paper (arXiv 2605.24517) as far as it sets a key, less
+the model, which each recipe chooses. They are not a recipe themselves.
+
+The comment above a key is its only description: docs/configuration.md is made of these comments by
+`python -m docs.make_configuration`. A key that can have no effect with the others chosen is refused
+when it is set; the table of these is in echo_jax/run/inert.py.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+ENV_COEFS = {'echo': 0.05, 'grpo': 0.0}
+
+
+def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
+    """The defaults, locked: a recipe that misspells a key gets an AttributeError.
+
+    `variant` is 'echo', or 'grpo' for the same without the environment term.
+    """
+    if variant not in ENV_COEFS:
+        raise ValueError(f"a recipe has the variants 'echo' and 'grpo', not {variant!r}")
+    c = ml_collections.ConfigDict()
+    # Every random number of the run is derived from this one.
+    c.seed = 0
+    # The number of learner updates of reinforcement learning. The paper's runs take 500 to 1,000,
+    # and ECHO is at its best at 240; the "2 epochs" of the released code are of tasks that were not
+    # released.
+    c.num_steps = 500
+    # The number of rollouts of one task that are drawn together and whose rewards are compared.
+    c.group_size = 16
+    # How many updates the weights that sample a rollout may be behind the weights that it trains.
+    # Above 0, workers draw the groups of the next steps while the learner learns. It must be 0 with
+    # `policy.backend = 'jax'`.
+    c.max_staleness = 0
+
+    # How the rollouts of a step become the rows of a batch; see docs/design.md#batch.
+    c.batch = ml_collections.ConfigDict()
+    # The number of tasks of one step. A step has `batch.groups` x `group_size` rollouts.
+    c.batch.groups = 16
+    # The number of tokens of one row, at least `protocol.max_total_tokens`. The default is 34,096
+    # rounded up to whole blocks of the attention kernel, 68 x 512.
+    c.batch.seq_len = 34_816
+    # The number of rows in one pass of the step's inner loop, a multiple of `mesh.data` x
+    # `mesh.fsdp`. More rows take more memory.
+    c.batch.micro_rows = 1
+    # Whether several rollouts share a row if they fit into it. They never attend to each other.
+    c.batch.pack = True
+
+    # The objective; see docs/design.md#objective.
+    c.loss = ml_collections.ConfigDict()
+    # The weight of the environment term, ECHO's lambda. 0 is GRPO; the variant ':grpo' of a recipe
+    # sets it.
+    c.loss.env_coef = ENV_COEFS[variant]
+    # The tokens that the environment term learns: 'released', those that the paper's code learns,
+    # or 'output', only what the terminal wrote; see docs/design.md#token-roles. The environment
+    # cross-entropy is measured on the same tokens, also with `loss.env_coef = 0`.
+    c.loss.targets = 'released'
+    # What the terms are divided by: 'sequence_mean', by each rollout's own count and by the number
+    # of rollouts; 'token_mean', by the count of tokens in the batch; 'dr_grpo', by the number of
+    # rollouts times `protocol.max_total_tokens`; see docs/design.md#batch.
+    c.loss.reduction = 'sequence_mean'
+    # A rollout's own count in the environment term: 'full_observation', all its observation tokens,
+    # or 'selected', only its targets.
+    c.loss.env_normalization = 'full_observation'
+    # How far below 1 the ratio of a token's new to its old probability is clipped. This cannot act
+    # unless `loss.old_logprobs = 'rollout'`: a batch gets one update, in which the ratio is 1.
+    c.loss.clip_low = 0.2
+    # How far above 1 that ratio is clipped. This cannot act unless `loss.old_logprobs = 'rollout'`,
+    # like `loss.clip_low`. The paper says 0.28, its released config 0.2.
+    c.loss.clip_high = 0.2
+    # The old probability of a token: 'current', that of the same forward pass; 'recomputed', that
+    # before the first update of the batch, which is the same as long as a batch gets one update;
+    # 'rollout', that which the sampler gave.
+    c.loss.old_logprobs = 'current'
+    # How a token's policy term is corrected for the difference between the learner's probabilities
+    # and the sampler's: 'none'; 'token', times the ratio of the two, up to a cap; 'sequence', times
+    # the ratio of the whole rollout, up to a cap; 'mask', tokens of a far-off ratio are left out.
+    c.loss.mismatch = 'none'
+    # The cap of the ratio of `loss.mismatch`, at least 1. 'mask' leaves out a token whose ratio is
+    # above the cap or below 1 / cap.
+    c.loss.mismatch_cap = 2.0
+    # The weight of the KL divergence to the frozen model that reinforcement learning starts from; 0
+    # leaves it out.
+    c.loss.kl_coef = 0.0
+    # How rewards become advantages within a group: 'grpo', reward minus mean, over the standard
+    # deviation; 'dr_grpo', reward minus mean; 'rloo', reward minus the mean of the other rollouts.
+    c.loss.advantages = 'grpo'
+    # Whether a rollout whose sandbox failed (INFRA_ERROR) counts as one with reward 0, as in the
+    # paper's code. If not, it takes no part in its group and in the loss.
+    c.loss.count_infra_errors = False
+
+    # The agent's conversation; see docs/protocol.md.
+    c.protocol = ml_collections.ConfigDict()
+    # How calls are written: 'qwen3_xml'; see docs/protocol.md#call-format.
+    c.protocol.dialect = 'qwen3_xml'
+    # The system prompt: 'full', that of the paper, 955 tokens of configs/tiny.py's small tokenizer,
+    # or 'brief', 26 of them; see docs/protocol.md#prompt.
+    c.protocol.system_prompt = 'full'
+    # The number of turns after which an episode ends; see docs/protocol.md#budgets.
+    c.protocol.max_turns = 16
+    # The number of tokens that are sampled in one turn, at most.
+    c.protocol.max_turn_tokens = 2048
+    # An episode ends when the tokens that its next turn would be sampled from have reached this.
+    c.protocol.max_context_tokens = 16_384
+    # The number of tokens of a whole rollout, prompt and observations included, at most.
+    c.protocol.max_total_tokens = 34_096
+    # A task whose prompt has more tokens is dropped when tasks are read.
+    c.protocol.max_prompt_tokens = 1536
+    # The number of seconds that a command may run if its call names no timeout.
+    c.protocol.command_timeout = 30
+    # The number of characters of a command's output that are shown, at most; see
+    # docs/protocol.md#truncation.
+    c.protocol.max_output_chars = 50_000
+    # The part of a longer output that is shown: 'start', 'end', or 'start_end', half of each.
+    c.protocol.truncation = 'start'
+    # What happens to a turn's thinking afterwards: 'keep_all' keeps it; 'strip_rollout' hides it
+    # from the sampler's later turns; 'strip_all' takes it out of the rollout too; see
+    # docs/protocol.md#thinking.
+    c.protocol.thinking = 'keep_all'
+    # Which of a turn's commands run: 'first', 'last', or 'all'; see docs/protocol.md#a-turn.
+    c.protocol.command_selection = 'first'
+    # The number of commands of a turn that 'first' and 'last' run, at most.
+    c.protocol.max_commands_per_turn = 1
+    # Whether calls are read only from what follows the last `</think>`. If not, a call that is
+    # written within the thinking is run, as in the released code; see docs/protocol.md#a-turn.
+    c.protocol.parse_after_think = False
+    # The reward that is lost for every 1,000 tokens past `protocol.length_penalty_start`; 0 turns
+    # the penalty off; see docs/protocol.md#reward.
+    c.protocol.length_penalty_coef = 0.0
+    # The number of tokens after the prompt that cost no reward.
+    c.protocol.length_penalty_start = 0
+
+    # The model. Its sizes have the names of Hugging Face's config.json. A size of None is what
+    # config.json of `model.path` says; one that is given must be the same there. Without
+    # `model.path` all sizes must be given.
+    c.model = ml_collections.ConfigDict()
+    # The Hugging Face directory of a dense Qwen3 that training starts from. If this is empty,
+    # training starts from random parameters.
+    c.model.path = ''
+    # The number of rows of the embedding. Without `model.path`, a tokenizer of this size is trained
+    # on the tasks.
+    c.model.vocab_size = placeholder(int)
+    # The width of the hidden states.
+    c.model.hidden_size = placeholder(int)
+    # The inner width of the feed-forward layers.
+    c.model.intermediate_size = placeholder(int)
+    # The number of decoder layers.
+    c.model.num_hidden_layers = placeholder(int)
+    # The number of query heads.
+    c.model.num_attention_heads = placeholder(int)
+    # The number of key-value heads, which divides the number of query heads.
+    c.model.num_key_value_heads = placeholder(int)
+    # The width of one head, an even number.
+    c.model.head_dim = placeholder(int)
+    # The base of the rotary position embedding.
+    c.model.rope_theta = placeholder(float)
+    # The standard deviation of random parameters.
+    c.model.initializer_range = placeholder(float)
+    # Whether the output layer is the embedding itself.
+    c.model.tie_word_embeddings = placeholder(bool)
+    # The dtype of activations and of published weights, 'bfloat16' or 'float32'. Parameters are
+    # float32 in the learner whatever this is.
+    c.model.dtype = 'bfloat16'
+    # The attention kernel: 'auto', the platform's; 'splash' on TPU; 'pallas' on CUDA; 'cudnn',
+    # which is faster, and right only if every row holds one rollout; 'blocks', plain XLA on any
+    # platform.
+    c.model.attention = 'auto'
+    # What the backward pass finds of a layer: 'none', everything is kept; 'attention', only what
+    # attention returned; 'full', nothing, so the layer is computed again; 'offload', the same, with
+    # the layers' inputs in the host's memory.
+    c.model.remat = 'full'
+
+    # The sizes of the mesh's axes. Their product is the number of devices; one of them may be -1
+    # and takes what the others leave.
+    c.mesh = ml_collections.ConfigDict()
+    # The number of parts of a batch's rows that each have a whole copy of the parameters.
+    c.mesh.data = 1
+    # The number of parts of a batch's rows that share one copy of the parameters: each holds a part
+    # of them and gathers the others.
+    c.mesh.fsdp = -1
+    # The number of devices that share the tokens of a row, which divides the memory that it takes.
+    c.mesh.context = 1
+    # The number of devices that share the matrix products of a layer.
+    c.mesh.tensor = 1
+
+    # Which mesh axes each logical axis of the parameters is divided over. A logical axis that a
+    # recipe leaves out is whole on every device.
+    c.sharding = ml_collections.ConfigDict()
+    # What divides the vocabulary of the embedding and of the output layer: 'tensor'.
+    c.sharding.vocab = 'tensor'
+    # What divides the hidden dimension of every matrix: some of 'data', 'fsdp' and 'context'.
+    c.sharding.embed = ('fsdp', 'context')
+    # What divides the query heads: 'tensor', together with `sharding.kv_heads`.
+    c.sharding.heads = 'tensor'
+    # What divides the key-value heads: 'tensor', together with `sharding.heads`.
+    c.sharding.kv_heads = 'tensor'
+    # What divides the inner dimension of the feed-forward layers: 'tensor'.
+    c.sharding.mlp = 'tensor'
+
+    # The optimizer of reinforcement learning.
+    c.optimizer = ml_collections.ConfigDict()
+    # The algorithm: 'adamw', or 'muon', which leaves vectors and embeddings to AdamW.
+    c.optimizer.name = 'adamw'
+    # The learning rate after the warm-up.
+    c.optimizer.learning_rate = 1e-6
+    # The number of steps in which the learning rate rises to `learning_rate` linearly.
+    c.optimizer.warmup_steps = 20
+    # The number of steps after the warm-up in which the learning rate falls linearly to a tenth; 0
+    # means that it stays.
+    c.optimizer.decay_steps = 0
+    # The decay of AdamW's average of the gradients.
+    c.optimizer.b1 = 0.9
+    # The decay of AdamW's average of the squared gradients. The paper says 0.95, its released
+    # config 0.999.
+    c.optimizer.b2 = 0.999
+    # The decoupled weight decay, times the learning rate.
+    c.optimizer.weight_decay = 0.01
+    # A gradient whose norm over all parameters is larger is scaled down to this norm.
+    c.optimizer.max_grad_norm = 0.2
+
+    # What samples the rollouts; see docs/design.md#policy-and-sandbox.
+    c.policy = ml_collections.ConfigDict()
+    # Who samples: 'vllm', workers, which are processes with vLLM that run echo_jax.worker; 'jax',
+    # the learner in its own process.
+    c.policy.backend = 'vllm'
+    # The temperature of training's rollouts, and of the probabilities in the objective.
+    c.policy.temperature = 0.8
+    # The number of episodes that one engine samples together, at least a whole group.
+    c.policy.slots = 256
+    # The number of GPUs of one worker's engine.
+    c.policy.tensor_parallel = 1
+    # If N > 1, a whole copy of the weights is published at least every N versions, and what changed
+    # in between. 1: every version is published whole.
+    c.policy.keyframe_every = 1
+    # The share of a GPU's memory that vLLM takes.
+    c.policy.gpu_memory_utilization = 0.8
+
+    # Where commands run; see docs/design.md#policy-and-sandbox.
+    c.sandbox = ml_collections.ConfigDict()
+    # The kind of sandbox: 'docker', containers; 'local', Linux namespaces without a daemon;
+    # 'harbor', one of Harbor's environments.
+    c.sandbox.backend = 'docker'
+    # The number of sandboxes that one process has open at a time, at most.
+    c.sandbox.at_once = 512
+    # The number of processes of one sandbox, at most.
+    c.sandbox.processes = 512
+    # The memory in MiB of a whole sandbox with 'docker' and 'harbor', of each process with 'local'.
+    c.sandbox.memory_mb = 1024
+    # The disk space in MiB of each directory that may be written with 'docker', of all of them
+    # together with 'local', of the whole sandbox with 'harbor'.
+    c.sandbox.disk_mb = 4096
+    # The user id that the agent has in a container; 0 is root without capabilities.
+    c.sandbox.user = 1000
+    # Whether commands that build an image reach the network.
+    c.sandbox.build_network = True
+    # The Docker runtime of the containers, such as 'runsc' (gVisor); None is the engine's default.
+    c.sandbox.runtime = placeholder(str)
+    # The name of Harbor's environment, such as 'docker', 'modal' or 'daytona'.
+    c.sandbox.harbor_environment = 'docker'
+
+    # What is worked on; see docs/protocol.md#tasks.
+    c.tasks = ml_collections.ConfigDict()
+    # The training tasks: folders of Harbor tasks or .parquet files, with commas between them.
+    # ':environment_only' after one keeps its rewards out of the policy term. If this is empty,
+    # tasks are generated into the workdir.
+    c.tasks.train = ''
+    # The held-out tasks, likewise. Generated ones have words that training never sees.
+    c.tasks.heldout = ''
+    # The number of training tasks that are generated.
+    c.tasks.train_count = 1500
+    # The number of held-out tasks that are generated.
+    c.tasks.heldout_count = 128
+
+    # Supervised steps before reinforcement learning, for a model that cannot work in a shell yet.
+    c.warm_start = ml_collections.ConfigDict()
+    # The number of supervised steps; 0 means that there is no warm start.
+    c.warm_start.steps = 0
+    # The number of steps at the beginning that learn from transcripts of exploration alone, at most
+    # `warm_start.steps`. The steps after them are in turn of practice on training tasks and of
+    # exploration.
+    c.warm_start.explore_steps = 0
+    # The number of rollouts that one step learns from.
+    c.warm_start.rollouts = 64
+    # The number of transcripts of exploration that are made.
+    c.warm_start.explorations = 1500
+    # The number of training tasks that practice shows.
+    c.warm_start.demonstrations = 900
+    # How the agent goes about the tasks of practice, by one habit a task in turn: 'solve', 'guess'
+    # (it answers without a look), 'leave' (it leaves after a look).
+    c.warm_start.habits = ('solve', 'guess', 'leave')
+    # The sandbox in which the transcripts' commands run, a value of `sandbox.backend`.
+    c.warm_start.sandbox = 'local'
+    # The number of steps between two saves of the warm start.
+    c.warm_start.save_every = 50
+    # The optimizer of the warm start. Its keys have the meaning of those of `optimizer`.
+    c.warm_start.optimizer = c.optimizer.copy_and_resolve_references()
+
+    # How the held-out tasks are measured: before and after training with new rollouts, and in
+    # between by the environment cross-entropy of those drawn before.
+    c.eval = ml_collections.ConfigDict()
+    # The temperature of the rollouts of held-out tasks.
+    c.eval.temperature = 0.6
+    # The number of rollouts of every held-out task, drawn before training and again after it.
+    c.eval.samples = 1
+    # The number of steps between two measurements of the environment cross-entropy.
+    c.eval.every = 20
+
+    # The learner's state on disk, from which a run resumes.
+    c.checkpoint = ml_collections.ConfigDict()
+    # The number of steps between two saves.
+    c.checkpoint.every = 20
+    # The number of saves that are kept, the newest.
+    c.checkpoint.keep = 2
+    return c.lock()

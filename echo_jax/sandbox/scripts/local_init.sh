@@ -1,0 +1,66 @@
+# shellcheck shell=bash
+# Process 1 of a local sandbox: finishes the root, then serves the requests that come on standard
+# input, one line each, and answers on standard output (see local/namespaces.py). Follows put.sh.
+#
+# From the environment: INSIDE_PATH, the PATH inside; SIZE and INODES of the tmpfs that is the root;
+# ID, the agent's uid; WRITABLE, the directories it may write to; S, T and O, the descriptors of the
+# shell's script, status and stdout (2 is its stderr); SHELL_STAGE, which is local_shell.sh, and its
+# arguments LIMITS. Without bubblewrap also SKELETON, a tar archive in base64 of the root's
+# directories, files and links, and FSTAB, what is mounted on it.
+export PATH=$INSIDE_PATH
+die() { echo "$1" >&2; exit 1; }
+umask 022
+if [[ $SKELETON ]]; then
+  # The root is built over /tmp, of this mount namespace alone.
+  { mount -t tmpfs -o mode=0755 tmpfs /tmp && cd /tmp; } || die 'cannot mount a tmpfs'
+  base64 -d <<<"$SKELETON" | tar -xpf - || die 'cannot make the root'
+  echo "$FSTAB" >etc/fstab # a file, since mount reads no pipe
+  mount -a -T etc/fstab || die 'cannot mount the root'
+  { pivot_root . old && cd / && umount -l /old && rmdir /old; } || die 'cannot change the root'
+  { hostname sandbox; ip link set lo up; } 2>/dev/null
+fi
+# shellcheck disable=SC2153  # SIZE is of the environment, `size` of a request
+mount --make-rshared -t tmpfs -o "remount,mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs / ||
+  die 'no tmpfs'
+printf 'root:x:0:0::/:/bin/sh\nagent:x:%s:%s::/root:/bin/bash\n' "$ID" "$ID" >/etc/passwd
+printf 'root:x:0:\nagent:x:%s:\n' "$ID" >/etc/group
+printf '127.0.0.1 localhost sandbox\n::1 localhost\n' >/etc/hosts
+printf 'sandbox\n' >/etc/hostname
+{ echo 0 >/proc/sys/user/max_user_namespaces; } 2>/dev/null || die 'cannot forbid namespaces'
+for d in $WRITABLE; do echo "$d $d none bind,nosuid,nodev"; done >/etc/fstab
+{ mount -a -T /etc/fstab && : >/etc/fstab; } || die 'cannot mount'
+export -n S T O SHELL_STAGE LIMITS
+unset SCRIPT INSIDE_PATH SKELETON FSTAB WRITABLE SIZE INODES ID OLDPWD
+exec 9>&2 2>/dev/null
+
+# The shell sees `/` read-only. A mount made here appears there too, and can be written.
+place() {
+  local top=${1#/}
+  top=/${top%%/*}
+  [[ -e $top ]] || { mkdir "$top" && mount --bind "$top" "$top"; }
+}
+
+set -m # or what begins with `&`, the agent's shell, would ignore SIGINT
+shell=
+echo ready
+while IFS=' ' read -r request size escaped; do
+  printf -v path %b "$escaped"
+  case $request in
+    shell)
+      (
+        export SHLVL=0
+        exec <&"$S" >&"$T" 8>&"$O"
+        exec {S}<&- {T}>&- {O}>&-
+        # shellcheck disable=SC2086  # LIMITS are five arguments
+        exec unshare --mount --propagation slave -- bash -c "$SHELL_STAGE" shell $LIMITS
+      ) &
+      shell=$! ;;
+    wait) wait "$shell"; echo $? ;;
+    kill)
+      # Again and again, since a fork bomb makes new ones; meanwhile the script's pipe is emptied.
+      while kill -9 -1; do read -r -t .001 -N 65536 -u "$S"; done
+      while read -t 0 -u "$S" && read -r -t .01 -N 65536 -u "$S"; do :; done
+      wait; echo 'done' ;;
+    put) put "$size" "$path" ;;
+  esac
+done

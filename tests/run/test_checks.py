@@ -1,0 +1,248 @@
+"""Recipes that are refused before a run begins, and that they are refused for a reason."""
+
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base, qwen3_8b, tiny
+from echo_jax.learner.batching import make_batch
+from echo_jax.learner.losses import echo_loss
+from echo_jax.run.checks import check_config
+from echo_jax.run.inert import INERT, check_inert, flat, keys_of
+from echo_jax.run.workdir import Workdir
+from echo_jax.sandbox.make import sandbox_maker
+from echo_jax.tasks.generate import generate_tasks
+from tests.support.random_rollouts import make_rollout, small_config
+from tests.support.small_run import ROOT
+
+# For each row of INERT, by its first key: a choice that makes its keys inert, one that does not.
+CHOICES = {
+    'loss.env_normalization': (
+        {'loss.reduction': 'token_mean'},
+        {'loss.reduction': 'sequence_mean'},
+    ),
+    'loss.mismatch': (
+        {'loss.old_logprobs': 'rollout'},
+        {'loss.old_logprobs': 'current'},
+    ),
+    'loss.mismatch_cap': (
+        {'loss.mismatch': 'none'},
+        {'loss.mismatch': 'token'},
+    ),
+    'protocol.max_commands_per_turn': (
+        {'protocol.command_selection': 'all'},
+        {'protocol.command_selection': 'last'},
+    ),
+    'protocol.length_penalty_start': (
+        {'protocol.length_penalty_coef': 0.0},
+        {'protocol.length_penalty_coef': 0.1},
+    ),
+    'sharding.vocab': (
+        {'mesh.tensor': 1},
+        {'mesh.tensor': -1},
+    ),
+    'policy.tensor_parallel': (
+        {'policy.backend': 'jax'},
+        {'policy.backend': 'vllm'},
+    ),
+    'sandbox.user': (
+        {'sandbox.backend': 'local', 'warm_start.steps': 3, 'warm_start.sandbox': 'local'},
+        {'sandbox.backend': 'local', 'warm_start.steps': 3, 'warm_start.sandbox': 'docker'},
+    ),
+    'sandbox.harbor_environment': (
+        {'sandbox.backend': 'docker', 'warm_start.steps': 3, 'warm_start.sandbox': 'local'},
+        {'sandbox.backend': 'harbor', 'warm_start.steps': 3, 'warm_start.sandbox': 'local'},
+    ),
+    'sandbox.processes': (
+        {'sandbox.backend': 'harbor', 'warm_start.steps': 0},
+        {'sandbox.backend': 'harbor', 'warm_start.steps': 3},
+    ),
+    'tasks.train_count': (
+        {'tasks.train': 'set'},
+        {'tasks.train': ''},
+    ),
+    'tasks.heldout_count': (
+        {'tasks.heldout': 'set'},
+        {'tasks.heldout': ''},
+    ),
+    'warm_start.rollouts': (
+        {'warm_start.steps': 0},
+        {'warm_start.steps': 3},
+    ),
+}
+ROWS = pytest.mark.parametrize('row', INERT, ids=lambda row: row.keys[0])
+
+
+def with_values(**values):
+    """The defaults with some other values, keys with dots included."""
+    config = base.get_config()
+    config.update_from_flattened_dict(values)
+    return config
+
+
+def another(value):
+    """A value of the same type."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case tuple():
+            return value[:1]
+        case _:
+            return 'another'
+
+
+def test_every_row_has_its_choices():
+    assert [row.keys[0] for row in INERT] == list(CHOICES)
+    for row in INERT:
+        for choice in CHOICES[row.keys[0]]:
+            assert choice.keys() <= set(row.deciding)
+
+
+@ROWS
+def test_a_key_is_refused_only_if_it_is_inert(row):
+    inert, acting = CHOICES[row.keys[0]]
+    defaults = flat(base.get_config())
+    keys = keys_of(row, defaults)
+    assert len(keys) >= len(row.keys)
+    check_inert(with_values(**inert), inert)
+    for key in keys:
+        changed = {key: another(defaults[key])}
+        # By a flag, even to its default.
+        with pytest.raises(ValueError) as error:
+            check_inert(with_values(**inert), [key])
+        assert f'--config.{key}={defaults[key]} has no effect {row.reason}' in str(error.value)
+        assert f'change {row.deciding[0]}' in str(error.value)
+        # By a recipe.
+        with pytest.raises(ValueError) as error:
+            check_inert(with_values(**inert, **changed))
+        assert f'{key} is {changed[key]!r} in the recipe' in str(error.value)
+        assert f'leave it at {defaults[key]!r}' in str(error.value)
+        # A flag that turns something off leaves the recipe as it is.
+        check_inert(with_values(**inert, **changed), inert)
+        check_inert(with_values(**acting, **changed), [*acting, key])
+
+
+def test_an_element_of_a_tuple_is_its_key():
+    with pytest.raises(ValueError, match=r'warm_start\.habits=.* has no effect'):
+        check_inert(base.get_config(), ['warm_start.habits[0]'])
+
+
+def test_flags_turn_parts_of_a_recipe_off():
+    config = tiny.get_config()
+    config.warm_start.steps = config.warm_start.explore_steps = 0
+    check_inert(config, ['warm_start.steps', 'warm_start.explore_steps'])
+    config = qwen3_8b.get_config()
+    config.policy.backend, config.sandbox.backend = 'jax', 'local'
+    check_inert(config, ['policy.backend', 'sandbox.backend'])
+    with pytest.raises(ValueError, match=r'policy\.keyframe_every is 10 in the recipe'):
+        check_inert(config, ['sandbox.backend'])
+
+
+# ------------------------------------------------------- that the table says what the code does
+
+
+def without(config, *keys: str):
+    """The config without some keys, so that code which reads one of them raises an error."""
+    for key in keys:
+        section, _, name = key.rpartition('.')
+        with config.unlocked():
+            del config[section][name]
+    return config
+
+
+def test_the_cap_is_read_only_with_a_correction():
+    # A rollout of advantage 1 / sqrt(2), of which the learner says log p = 2 and the sampler -0.03
+    # and -0.04: ratios of 7.6, which both caps cut. The other one's ratios are near 1.
+    def loss(mismatch, cap):
+        config = small_config(groups=1, group_size=2, mismatch=mismatch, mismatch_cap=cap)
+        rollouts = [
+            make_rollout('PPAAO', reward=1.0, sample=0, first_token=1),
+            make_rollout('PPAAO', reward=0.0, sample=1, first_token=11),
+        ]
+        batch = make_batch(rollouts, config)
+        logprobs = jnp.where(batch.tokens < 10, 2.0, -0.1)
+        return float(echo_loss(logprobs, batch, config, 0.0)[0])
+
+    assert loss('none', 1.0) == loss('none', 2.0)
+    assert loss('token', 1.0) != loss('token', 2.0)
+
+
+def test_the_count_of_observations_is_read_only_by_sequences():
+    def weights(**loss):
+        config = small_config(groups=1, group_size=2, **loss)
+        rollouts = [make_rollout('PPAAWWOO', sample=i) for i in range(2)]  # WARNING is no target
+        return np.asarray(make_batch(rollouts, config).env_weight)
+
+    counts = ['full_observation', 'selected']
+    for reduction, differ in {'sequence_mean': True, 'token_mean': False, 'dr_grpo': False}.items():
+        one, two = (weights(reduction=reduction, env_normalization=count) for count in counts)
+        assert one.any() and (one != two).any() == differ
+
+
+def test_counts_of_tasks_are_read_only_if_they_are_generated(tmp_path):
+    folder = generate_tasks(tmp_path / 'set', split='train', count=3)
+    config = with_values(**{'tasks.train': str(folder)})
+    work = Workdir(tmp_path / 'named', without(config, 'tasks.train_count'))
+    assert len(work.tasks('train')) == 3
+    generated = Workdir(tmp_path / 'generated', without(base.get_config(), 'tasks.train_count'))
+    with pytest.raises((KeyError, AttributeError), match='train_count'):
+        generated.tasks('train')
+
+
+def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
+    del programs  # skips the test if this machine allows no namespaces
+    foreign = ('user', 'build_network', 'runtime', 'harbor_environment')
+    keys = [f'sandbox.{name}' for name in foreign]
+    sandbox_maker(without(base.get_config(), *keys), 'local').close()
+    with pytest.raises((KeyError, AttributeError), match='processes'):
+        sandbox_maker(without(base.get_config(), 'sandbox.processes'), 'local')
+
+
+# ------------------------------------------------------------------------- the learner's recipe
+
+
+@pytest.mark.parametrize(
+    'values, says',
+    [
+        ({'group_size': 0}, 'group_size is 0; expected at least 1'),
+        ({'sandbox.at_once': 0}, 'sandbox.at_once is 0; expected at least 1'),
+        ({'policy.backend': 'torch'}, "policy.backend is 'torch'; expected 'jax' or 'vllm'"),
+        ({'max_staleness': -1}, 'max_staleness is -1; expected 0 or more steps'),
+        ({'max_staleness': 1}, 'max_staleness is 1; the embedded policy samples every step'),
+        ({'batch.seq_len': 287}, 'batch.seq_len=287 cannot hold a rollout'),
+        ({'policy.slots': 7}, 'policy.slots=7 cannot hold a group of 8 rollouts'),
+        ({'eval.samples': 65}, 'policy.slots=64 cannot hold a group of 65 rollouts'),
+        ({'warm_start.explore_steps': 211}, 'warm_start.explore_steps=211 is not among the'),
+        ({'mesh.data': 2}, 'mesh data=2, fsdp=-1, context=1, tensor=1 does not fit'),
+        ({'model.path': '/nowhere'}, '/nowhere/config.json is missing'),
+    ],
+    ids=str,
+)
+def test_what_the_learner_cannot_do(values, says):
+    config = tiny.get_config()
+    config.update_from_flattened_dict(values)
+    with pytest.raises(ValueError) as error:
+        check_config(config)
+    assert says in str(error.value)
+
+
+def test_sizes_are_given_or_found():
+    config = tiny.get_config()
+    check_config(config)
+    config.model.hidden_size = config.model.rope_theta = None
+    with pytest.raises(ValueError, match=r'model\.hidden_size, model\.rope_theta is None'):
+        check_config(config)
+
+
+def test_a_worker_without_jax_can_check():
+    program = (
+        'import sys; sys.modules.update(jax=None, flax=None, optax=None)\n'
+        'from configs import tiny; from echo_jax.run.inert import check_inert\n'
+        'check_inert(tiny.get_config())'
+    )
+    subprocess.run([sys.executable, '-c', program], cwd=ROOT, check=True, timeout=120)

@@ -1,0 +1,287 @@
+"""How local sandboxes start, end, and are refused, on both backends. Linux only."""
+
+import asyncio
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from echo_jax import types
+from echo_jax.sandbox import CommandResult, SandboxError, local
+from echo_jax.sandbox.local import namespaces
+from tests.support.processes import comm, descendants, ended, marked, soon, status
+from tests.support.sandboxes import SEC, opened
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# Start and stop.
+
+
+def test_dockerfile_is_followed(task, backend):
+    environment = task.path / 'environment'
+    (environment / 'src').mkdir(parents=True)
+    (environment / 'src' / 'a.txt').write_text('A')
+    (environment / 'b.txt').write_text('B')
+    (environment / 'Dockerfile').write_text(
+        '# a comment\nFROM debian:bookworm\nWORKDIR /srv/box\nENV NAME=value OTHER="two words"\n'
+        'COPY src/ ./src\nCOPY b.txt $NAME.txt\n'
+        'RUN cat src/a.txt value.txt > made \\\n && echo $OTHER >> made && export LOST=1\n'
+        'RUN ["touch", "with space"]\n'
+    )
+
+    async def main():
+        async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
+            return await sandbox.run(
+                'pwd; ls -1; cat made; echo $NAME $LOST.; echo ok > w; cat w', SEC
+            )
+
+    expected = '/srv/box\nmade\nsrc\nvalue.txt\nwith space\nABtwo words\nvalue .\nok\n'
+    assert asyncio.run(main()) == CommandResult(expected, '', 0, False)
+
+
+@pytest.mark.parametrize(
+    'line, error, message',
+    [
+        ('ADD a /b', ValueError, 'ADD is not followed'),
+        ('USER root', ValueError, 'USER is not followed'),
+        ('COPY ../../x /app/', ValueError, 'leads outside'),
+        ('COPY link /app/', ValueError, 'leads outside'),
+        ('COPY nothing /app/', ValueError, 'no such file'),
+        ('COPY --from=other a /b', ValueError, 'no options'),
+        ('RUN false', SandboxError, "RUN 'false' ended with 1"),
+    ],
+)
+def test_dockerfile_refusals(task, backend, line, error, message):
+    environment = task.path / 'environment'
+    environment.mkdir()
+    (environment / 'Dockerfile').write_text(f'FROM x\n{line}\n')
+    (environment / 'link').symlink_to('/etc/hostname')
+    before = descendants(os.getpid())
+
+    async def main():
+        async with opened(local.LocalSandbox(task, backend=backend)):
+            pass
+
+    with pytest.raises(error, match=message) as caught:
+        asyncio.run(main())
+    assert '\n' not in str(caught.value)
+    assert soon(lambda: descendants(os.getpid()) <= before)
+
+
+def test_task_env_and_workdir(backend, tmp_path):
+    task = types.Task('t', tmp_path, 'x', workdir='/data/in', env={'A': "it's\n2"})
+
+    async def main():
+        async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
+            first = await sandbox.run('pwd; echo "$A"; touch here', SEC)
+            await sandbox.reset()
+            return first, await sandbox.run('ls; echo "$A" | wc -l', SEC)
+
+    first, second = asyncio.run(main())
+    assert first == CommandResult("/data/in\nit's\n2\n", '', 0, False)
+    assert second.stdout == 'here\n2\n'
+
+
+def test_stop_leaves_nothing(task, backend):
+    before = descendants(os.getpid()), pathlib.Path('/proc/self/mountinfo').read_text()
+    files = set(os.listdir('/tmp')), len(os.listdir('/proc/self/fd'))
+
+    async def main():
+        async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
+            await sandbox.run('setsid sleep 100 & nohup sleep 100 & trap "" TERM HUP', SEC)
+            assert descendants(os.getpid()) > before[0]
+        await sandbox.stop()  # twice is fine
+        with pytest.raises(SandboxError, match='start'):
+            await sandbox.run('true', 1)
+
+    asyncio.run(main())
+    assert descendants(os.getpid()) == before[0]
+    assert pathlib.Path('/proc/self/mountinfo').read_text() == before[1]
+    assert len(os.listdir('/proc/self/fd')) == files[1]
+    assert not {name for name in set(os.listdir('/tmp')) - files[0] if 'sandbox' in name}
+
+
+def test_cancelled_command_is_cleared_away(task, backend):
+    async def main():
+        async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
+            slow = asyncio.create_task(sandbox.run('echo stale; sleep 60', SEC))
+            await asyncio.sleep(0.3)
+            slow.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await slow
+            return await sandbox.run('echo fresh; ps ax | grep -c "[s]leep 60"', SEC)
+
+    assert asyncio.run(main()).stdout == 'fresh\n0\n'
+
+
+def test_a_dead_sandbox_says_so(task, backend):
+    async def main(command: str | None):
+        async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
+            inits = [p for p in descendants(os.getpid()) if status(p, 'NSpid').split()[-1] == '1']
+            running = asyncio.create_task(sandbox.run(command, SEC)) if command else None
+            await asyncio.sleep(0.2)
+            for pid in inits:
+                os.kill(pid, signal.SIGKILL)
+            if not running:
+                await asyncio.sleep(0.2)
+            with pytest.raises(SandboxError, match='died'):
+                await (running or sandbox.run('true', SEC))
+
+    asyncio.run(main('sleep 60'))
+    asyncio.run(main(None))
+
+
+_PARENT = """
+import asyncio, pathlib, sys
+from echo_jax import types
+from echo_jax.sandbox.local import LocalSandbox
+async def main():
+    sandbox = LocalSandbox(types.Task('t', pathlib.Path(sys.argv[2]), 'x'), backend=sys.argv[1])
+    await sandbox.start()
+    await sandbox.run('setsid sleep 100 & trap "" TERM', 9)
+    print('up', flush=True)
+    await sandbox.run('sleep 100', 100)
+asyncio.run(main())
+"""
+
+
+def test_killed_parent_leaves_nothing(backend, tmp_path):
+    parent = subprocess.Popen(
+        [sys.executable, '-c', _PARENT, backend, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert parent.stdout.readline() == b'up\n'
+        inside = descendants(parent.pid)
+        assert len(inside) >= 4
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        parent.stdout.close()
+    assert soon(lambda: all(ended(pid) for pid in inside)), [comm(pid) for pid in inside]
+
+
+_SUICIDE = _PARENT.replace(
+    'async def main():',
+    'async def main():\n    asyncio.get_running_loop().call_later('
+    'float(sys.argv[3]), os.kill, os.getpid(), 9)',
+).replace('import asyncio', 'import asyncio, os')
+
+
+@pytest.mark.slow
+def test_parent_killed_during_start_leaves_nothing(backend, tmp_path):
+    environment = os.environ | {'PATH': f'{os.environ["PATH"]}:{tmp_path}/mark'}
+    for delay in ('0', '0.002', '0.005', '0.01', '0.03', '0.06'):
+        arguments = [sys.executable, '-c', _SUICIDE, backend, str(tmp_path), delay]
+        done = subprocess.run(
+            arguments, cwd=ROOT, env=environment, check=False, stdout=subprocess.DEVNULL
+        )
+        assert done.returncode == -signal.SIGKILL
+    assert soon(lambda: not marked(f'{tmp_path}/mark')), marked(f'{tmp_path}/mark')
+
+
+def test_cancelled_start_leaves_nothing(task, backend, monkeypatch, tmp_path):
+    local.check(backend)
+    monkeypatch.setenv('PATH', f'{os.environ["PATH"]}:{tmp_path}/mark')
+
+    async def main():
+        for number in range(60):  # a moment later each time
+            box = local.LocalSandbox(task, backend=backend)
+            start = asyncio.create_task(box.start())
+            await asyncio.sleep(number * 0.0002)
+            start.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await start
+
+    asyncio.run(main())
+    assert soon(lambda: not marked(f'{tmp_path}/mark')), marked(f'{tmp_path}/mark')
+
+
+_FORKER = _PARENT.replace('import asyncio', 'import asyncio, os, time').replace(
+    "    print('up'",
+    "    if os.fork() == 0:\n        time.sleep(30)\n        os._exit(0)\n    print('up'",
+)
+
+
+def test_forked_worker_does_not_keep_a_sandbox_alive(backend, tmp_path):
+    mark = f'{tmp_path}/mark'
+    parent = subprocess.Popen(
+        [sys.executable, '-c', _FORKER, backend, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {'PATH': f'{os.environ["PATH"]}:{mark}'},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert parent.stdout.readline() == b'up\n'
+        worker = next(p for p in descendants(parent.pid) if comm(p) == comm(parent.pid))
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+    try:  # of all that had the mark, only the worker is left
+        assert soon(lambda: len(marked(mark)) == 1), marked(mark)
+        assert not ended(worker)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_many_at_once(task, backend):
+    async def one(number: int):
+        async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
+            await sandbox.run(f'echo {number} > /app/n; cd /tmp', SEC)
+            return (await sandbox.run('cat /app/n; ls /app', SEC)).stdout
+
+    async def main():
+        return await asyncio.gather(*(one(number) for number in range(32)))
+
+    assert asyncio.run(main()) == [f'{number}\nn\n' for number in range(32)]
+
+
+# Where namespaces are refused.
+
+_CHECK = """
+from echo_jax.sandbox import SandboxError, local
+try:
+    print(local.check({!r}))
+except SandboxError as error:
+    print('refused', error)
+"""
+
+
+def _check(backend: str, prefix: tuple[str, ...] = (), **environment: str) -> str:
+    done = subprocess.run(
+        [*prefix, sys.executable, '-c', _CHECK.format(backend)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+@pytest.mark.parametrize('name', ['auto', *namespaces.BACKENDS])
+def test_missing_tools_are_named(name, tmp_path):
+    lines = _check(name, PATH=str(tmp_path)).splitlines()
+    assert len(lines) == 1 and lines[0].startswith('refused')
+    assert 'install bubblewrap' in lines[0] and 'is not installed' in lines[0]
+
+
+def test_refused_namespaces_say_what_to_allow(backend):
+    # In a user namespace whose own limit is 0, nobody may open another one.
+    limit = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
+    prefix = ('unshare', '--user', '--map-root-user', 'sh', '-c', limit, 'sh')
+    lines = _check(backend, prefix).splitlines()
+    assert len(lines) == 1 and lines[0].startswith('refused')
+    for word in ('unprivileged_userns_clone', 'apparmor', 'max_user_namespaces', backend):
+        assert word in lines[0]
+
+
+def test_check_names_the_backend(backend):
+    assert local.check(backend) == backend
+    with pytest.raises(ValueError, match='docker'):
+        local.check('docker')
