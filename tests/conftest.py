@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # with libtpu, JAX looks for a TPU at length
 
@@ -30,12 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope='session')
-def programs(tmp_path_factory) -> Programs:
+def programs(tmp_path_factory) -> Iterator[Programs]:
     try:
         local.check()
     except SandboxError as error:
         pytest.skip(str(error))
-    return Programs(tmp_path_factory.mktemp('compiled'))
+    programs = Programs(tmp_path_factory.mktemp('compiled'))
+    yield programs
+    programs.close()
 
 
 @pytest.fixture(scope='session')

@@ -22,7 +22,7 @@ from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.model import huggingface, partition
 from echo_jax.model import params as model_params
 from echo_jax.model.family import ModelConfig
-from echo_jax.model.logprobs import TokenScores, token_logprobs
+from echo_jax.model.logprobs import TokenScores, score_tokens
 from echo_jax.types import Batch
 
 
@@ -47,7 +47,7 @@ def token_scores(graphdef, params, batch: Batch, temperature: float) -> TokenSco
     # Each place predicts the token after it; rolled back, a score stands at its own token. Not cut
     # to T - 1 places, because these would not divide over the mesh.
     targets_RT = jnp.roll(batch.tokens, -1, axis=1)
-    scores = token_logprobs(hidden_RTD, model.unembedding, targets_RT, temperature)
+    scores = score_tokens(hidden_RTD, model.unembedding, targets_RT, temperature)
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1).at[:, 0].set(0.0), scores)
 
 

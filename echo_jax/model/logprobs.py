@@ -25,7 +25,7 @@ _HEAD = ('vocab', 'embed')
 
 
 class TokenScores(NamedTuple):
-    """What `token_logprobs` says of each token given those before it, in nats, float32 [B, T]."""
+    """What `score_tokens` says of each token given those before it, in nats, float32 [B, T]."""
 
     logprobs: jax.Array  # at the sampling temperature; the only one that passes gradients
     entropy: jax.Array  # of the distribution that the token was drawn from
@@ -33,7 +33,7 @@ class TokenScores(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def token_logprobs(
+def score_tokens(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, temperature: float = 1.0
 ) -> TokenScores:
     """Log-probabilities of the targets, and the entropy of what they were drawn from.
@@ -50,6 +50,19 @@ def token_logprobs(
       TokenScores (logprobs, entropy, logprobs_t1) of float32 [B, T].
     """
     return _forward(hidden, unembedding, targets, temperature)[0]
+
+
+def token_logprobs(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, temperature: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """(log-probabilities, entropy), float32 [...], of targets [...] from states [..., D].
+
+    This is what tools outside the project call (docs/design.md#the-step). The step itself calls
+    `score_tokens`, which gives one number more from the same pass.
+    """
+    rows = hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 1 else hidden[None, None]
+    scores = score_tokens(rows, unembedding, targets.reshape(rows.shape[:2]), temperature)
+    return scores.logprobs.reshape(targets.shape), scores.entropy.reshape(targets.shape)
 
 
 def _forward(hidden, unembedding, targets, temperature):
@@ -71,7 +84,7 @@ def _backward(temperature, residuals, cotangents):
     return *pull(*residuals, cotangents.logprobs), None
 
 
-token_logprobs.defvjp(_forward, _backward)
+score_tokens.defvjp(_forward, _backward)
 
 
 class _Sums(NamedTuple):

@@ -5,7 +5,7 @@ dimension, V vocabulary, L layers.
 
 The layers are one set of arrays with a leading L and are scanned, so 36 layers compile as one.
 `Qwen3Config.arrays` is the family's table, as family.py explains. The model returns hidden states,
-never logits: `logprobs.token_logprobs` makes what a loss needs of them.
+never logits: `logprobs.score_tokens` makes what a loss needs of them.
 """
 
 import dataclasses

@@ -237,7 +237,7 @@ def profile(args) -> dict:
     steps = {
         'step': our_step(sharded, sharded.random_params(), batch),
         'attention': without(attention, 'segment_attention', _no_attention),
-        'head': without(learner_step, 'token_logprobs', _no_head),
+        'head': without(learner_step, 'score_tokens', _no_head),
         'update': our_step(sharded, sharded.random_params(), without_tokens(batch)),
         'products': our_products(config),
     }

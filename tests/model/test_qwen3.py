@@ -133,7 +133,7 @@ def test_hidden_states_and_logprobs_are_those_of_qwen3(tied):
     expected, logits = written_out(params, tokens, nnx.merge(graphdef, params).config)
     np.testing.assert_allclose(hidden[0], expected, rtol=1e-9, atol=1e-11)
     head = nnx.merge(graphdef, params).unembedding
-    logp = jit(token_logprobs)(hidden[:, :-1], head, tokens[None, 1:]).logprobs[0]
+    logp, _ = jit(token_logprobs)(hidden[0, :-1], head, tokens[1:])
     logits = logits[:-1] - logits[:-1].max(-1, keepdims=True)
     picked = logits[np.arange(11), tokens[1:]] - np.log(np.exp(logits).sum(-1))
     np.testing.assert_allclose(logp, picked, rtol=1e-9)

@@ -71,6 +71,7 @@ class Programs:
             'PATH': os.environ['PATH'] + os.pathsep + self._mark,
         }
         self.environment.pop('XLA_FLAGS', None)
+        self._started: list[subprocess.Popen] = []
 
     def start(
         self,
@@ -82,7 +83,7 @@ class Programs:
     ) -> subprocess.Popen:
         """`program` is a file, or the name of one of echo_jax's programs."""
         what = [program] if isinstance(program, pathlib.Path) else ['-m', f'echo_jax.{program}']
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [python, *what, *flags],
             cwd=ROOT,
             env=self.environment | environment,
@@ -90,6 +91,17 @@ class Programs:
             stderr=output,
             text=True,
         )
+        self._started.append(process)
+        return process
+
+    def close(self) -> None:
+        """Ends what still runs and closes its pipes, which tests that kill a process leave open."""
+        for process in self._started:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
 
     def run(self, program: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
         process = self.start(program, *flags, **environment)
