@@ -42,18 +42,16 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
 
 
 def _matrices(params: optax.Params) -> Any:
-    """The tree of nnx.Variables `params`, with what Muon takes each for in its array's place.
+    """`params`, a tree of nnx.Variables, with the numbers of a matrix's two axes for its array.
 
-    That is a matrix in its last two axes, or None for what is no matrix.
+    It holds None for all that Muon is to leave to AdamW.
     """
 
     def dimensions(param: nnx.Variable) -> nnx.Variable:
-        def numbers(leaf):
-            if param.get_metadata()['kind'] != 'matrix':
-                return None
-            # An axis before them is that of the layers, whose matrices are taken one by one.
-            return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
-
-        return jax.tree.map(numbers, param)
+        if param.get_metadata()['kind'] != 'matrix':
+            return param.replace(None)
+        # The last two axes. One before them is that of the layers, whose matrices are taken apart.
+        ndim = param.get_value().ndim
+        return param.replace(contrib.MuonDimensionNumbers(ndim - 2, ndim - 1))
 
     return jax.tree.map(dimensions, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

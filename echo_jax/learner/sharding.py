@@ -58,7 +58,7 @@ def make_mesh(
 
 
 def make_layout(config: ml_collections.ConfigDict, mesh: Mesh) -> Layout:
-    """The layout of `config.sharding` on a mesh. Raises ValueError if it splits what must be whole."""
+    """The layout of `config.sharding` on a mesh. Raises ValueError for a split that is not done."""
     table = {
         name: (axes,) if isinstance(axes, str) else tuple(axes or ())
         for name, axes in config.sharding.items()
