@@ -3,8 +3,8 @@
 import numpy as np
 
 ESTIMATORS = ('grpo', 'dr_grpo', 'rloo')
-# The released code's, which bounds the advantages of rewards that hardly differ. Added to the
-# standard deviation; added to the variance, it would act as 1e-3.
+# The released code's constant, which bounds the advantages of rewards that hardly differ. It is
+# added to the standard deviation; added to the variance, it would act like 1e-3.
 STD_EPSILON = 1e-6
 
 
@@ -38,8 +38,8 @@ def group_advantages(rewards: np.ndarray, valid: np.ndarray, estimator: str) -> 
     count = valid.sum(axis=1, keepdims=True)
     low = np.min(rewards, axis=1, keepdims=True, where=valid, initial=np.inf)
     high = np.max(rewards, axis=1, keepdims=True, where=valid, initial=-np.inf)
-    # Told by the rewards and not by r - m: the mean of equal rewards is rounded, and the 1e-17 that
-    # may be left, divided by 1e-6, would be a gradient from nothing.
+    # The rewards themselves are compared, not r - m: the mean of equal rewards is rounded, and the
+    # 1e-17 that may be left, divided by 1e-6, would be a gradient from nothing.
     informative = valid & (count >= 2) & (high > low)
     others = np.maximum(count - 1, 1)
     centred = rewards - rewards.sum(axis=1, keepdims=True) / np.maximum(count, 1)

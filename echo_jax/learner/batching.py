@@ -1,7 +1,7 @@
-"""Makes a Batch of rollouts on the host: rows of tokens, every normalisation as a weight on them.
+"""Makes a Batch of rollouts on the host: rows of tokens, with every normalisation as a weight.
 
 docs/design.md#batch says what the arrays mean. Reinforcement learning and supervised training use
-the same packer. NumPy only: no JAX, no model, no store.
+the same packer. It needs only NumPy: no JAX, no model and no store.
 """
 
 import collections
@@ -46,11 +46,12 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     - 'token_mean': policy 1/sum |A|, env 1/sum |E|;
     - 'dr_grpo': 1/(N max_tokens) for both, max_tokens = `protocol.max_total_tokens`.
 
-    A sequence that lacks such tokens still counts in N. A rollout that is `environment_only`
-    trains the environment term alone: as if it had no ACTION tokens, and its advantage is 0. If it
-    has a call that was not valid (a FEEDBACK token), it does not train that term either, since
-    without a reward its format would be learned (docs/deviations.md). An INFRA_ERROR counts nowhere
-    and gets no row; with `loss.count_infra_errors` it is a sequence like any other, of reward 0.
+    A sequence without such tokens still counts in N. A rollout that is `environment_only` trains
+    the environment term alone: it is treated as if it had no ACTION tokens, and its advantage is 0.
+    If it has a call that was not valid (a FEEDBACK token), it does not train that term either,
+    because without a reward the model would learn its format (docs/deviations.md). An INFRA_ERROR
+    counts nowhere and gets no row. With `loss.count_infra_errors` it is a sequence like any other,
+    with reward 0.
 
     Raises ValueError for a rollout longer than T, and for more rows than R.
     """
@@ -73,7 +74,8 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
 
 def batch_rows(config: ml_collections.ConfigDict) -> int:
     """R of every batch: a row for each rollout of a step, rounded up to whole micro-batches."""
-    # The same however well a step's rollouts pack: another shape would compile the step again.
+    # It does not depend on how well a step's rollouts pack: for another shape, the step would be
+    # compiled again.
     micro = config.batch.micro_rows
     return -(-config.batch.groups * config.group_size // micro) * micro
 
@@ -85,8 +87,8 @@ def make_supervised_batch(
 ) -> Batch:
     """A batch whose step with env_coef 1 is plain cross-entropy, the mean over tokens of `roles`.
 
-    policy_weight is 0; env_weight is 1/count on those tokens, over the whole batch. Shapes as in
-    `make_batch`. Rewards and status play no part: leave out rollouts before the call.
+    policy_weight is 0; env_weight is 1/count on those tokens, over the whole batch. Shapes are as
+    in `make_batch`. Rewards and status play no part: give only the rollouts that are to be learned.
     """
     masks = [_mask(r, roles) for r in rollouts]
     count = sum(m.sum() for m in masks)
@@ -101,7 +103,7 @@ def _advantages(rollouts: Sequence[Rollout], estimator: str) -> np.ndarray:
     groups = collections.defaultdict(list)
     for i, rollout in enumerate(rollouts):
         groups[rollout.group_id].append(i)
-    # An INFRA_ERROR gets here only if it counts, and then as 0 whatever it carries.
+    # An INFRA_ERROR is here only if it counts, and then its reward is 0, whatever it says itself.
     rewards = np.array([0.0 if r.status == Status.INFRA_ERROR else r.reward for r in rollouts])
     advantages = np.zeros(len(rollouts), np.float32)
     for members in groups.values():
@@ -117,9 +119,9 @@ def _denominators(
     targets: Sequence[np.ndarray],
     config: ml_collections.ConfigDict,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the policy weight and the env weight divide 1 by, float64 [rollouts] each."""
-    # float64, rounded once, when the weight is made: N * max_tokens can pass 2**24, from where on
-    # float32 does not hold every count.
+    """The denominators of the policy weight and of the env weight, float64 [rollouts] each."""
+    # They are float64, and rounded once, when the weight is made: N * max_tokens can pass 2**24,
+    # and beyond that float32 does not hold every integer.
     n = len(rollouts)
     action_counts = np.array([m.sum() for m in actions], np.float64)
     target_counts = np.array([m.sum() for m in targets], np.float64)
@@ -153,15 +155,15 @@ def _choice(loss: ml_collections.ConfigDict, key: str, options: dict):
 
 
 def _mask(rollout: Rollout, roles: Sequence[Role]) -> np.ndarray:
-    """bool [T]: tokens of these roles that something predicts, so never the first."""
+    """bool [T]: the tokens of these roles, except the first token, which nothing predicts."""
     mask = np.isin(rollout.roles, roles)
     mask[:1] = False
     return mask
 
 
 def _weight(mask: np.ndarray, denominator: float) -> np.ndarray:
-    """float32 [T]: 1/denominator where `mask` is True, else 0."""
-    # A denominator of 0 means that there is no such token, so `mask` is False everywhere.
+    """float32 [T]: 1/denominator for the tokens of `mask`, else 0."""
+    # If the denominator is 0, there is no such token, and `mask` is False everywhere.
     value = 1.0 / denominator if denominator else 0.0
     return np.where(mask, value, 0.0).astype(np.float32)
 
@@ -203,11 +205,11 @@ def _padding(rows: int, length: int) -> Batch:
 
 
 def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list[list[_Segment]]:
-    """The segments of each row. With `pack` by first-fit decreasing, else one segment a row.
+    """The segments of each row: by first-fit decreasing with `pack`, otherwise one for each row.
 
-    Longest first, because short rollouts then fill the gaps that long ones leave. Ties are broken
-    by group and sample: every host packs the whole batch, and all of them have to pack it alike,
-    whatever the order in which the rollouts were read. Empty rollouts get no row.
+    The longest come first, because short rollouts then fill the gaps that long ones leave. Ties are
+    broken by group and sample: every host packs the whole batch, and all have to pack it alike, in
+    whatever order they read the rollouts. Empty rollouts get no row.
     """
 
     def order(segment):
@@ -215,11 +217,9 @@ def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list
         return -len(rollout.tokens), rollout.group_id, rollout.sample_id
 
     rows, used = [], []
-    for segment in sorted(segments, key=order):
+    for segment in sorted((s for s in segments if len(s.rollout.tokens)), key=order):
         rollout = segment.rollout
         length = len(rollout.tokens)
-        if length == 0:
-            continue
         if length > seq_len:
             raise ValueError(
                 f'sample {rollout.sample_id} of group {rollout.group_id} has {length} tokens but a '
@@ -235,10 +235,9 @@ def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list
 
 
 def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | None = None) -> Batch:
-    """A batch [rows, length] to score: a segment for each row of `part`, int [n, T]; no weights.
+    """A batch [rows, length] to score, without weights; a row of `part`, int [n, T], is a segment.
 
-    What `part` does not fill is padding, and so is what follows a row's last token other than
-    `pad_id`.
+    What `part` does not fill is padding. With `pad_id`, so are these tokens at the end of a row.
     """
     batch = _padding(rows, length)
     batch.positions[:] = np.arange(length)
@@ -252,12 +251,12 @@ def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | Non
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
-    """What the rollouts of a step were like, under `rollout/...`; a mean of nothing is left out.
+    """Metrics `rollout/...` of the rollouts of a step. A mean over nothing is left out.
 
     `version` is the policy version being trained. `reward` and `solved` leave out INFRA_ERRORs.
     `uninformative_groups` is the share of groups whose rewards are all equal, so that their
     advantages are 0. `staleness` is `version` minus the oldest version in a rollout. Each of the
-    rollouts' own metrics appears as the mean over the rollouts that have it.
+    rollouts' own metrics is averaged over the rollouts that have it.
     """
     values = collections.defaultdict(list)
     groups = collections.defaultdict(set)

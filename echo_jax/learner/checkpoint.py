@@ -1,7 +1,7 @@
 """The learner's state on disk: asynchronous, atomic, verified saves through Orbax.
 
-Weights for the workers go through store/weights.py, not here. What `extra` holds (the position in
-the tasks, the seconds spent) is up to the program that saves.
+The weights that workers sample with go through store/weights.py, not through here. The program that
+saves decides what `extra` holds (such as its position in the tasks and the seconds spent).
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be restored; the message is one line and says what to do."""
+    """A checkpoint cannot be restored. The message is one line and says what to do."""
 
 
 class Checkpointer:
@@ -61,7 +61,7 @@ class Checkpointer:
                 f'cannot save step {step}: {self._directory} holds step {latest}; '
                 'to go back, remove the folders of the later steps'
             )
-        # As JSON gives it back, with lists for tuples and text for keys, so that its crc32 agrees.
+        # Its crc32 is taken of what JSON will give back, with lists for tuples and text for keys.
         record = json.loads(json.dumps({'extra': extra, 'arrays': _describe(state)}))
         _release_copies()
         args = ocp.args.Composite(
@@ -112,7 +112,7 @@ class Checkpointer:
         return state, record['extra'], step
 
     def latest(self) -> int | None:
-        """The last step that is saved whole; None if there is none."""
+        """The last step that is saved whole, or None."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
@@ -128,8 +128,8 @@ class Checkpointer:
     def _read(self, step: int, item: str, args: ocp.args.CheckpointArgs) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-        # Depending on where the damage is, Orbax raises anything from KeyError to a bare Exception.
-        # Only `Exception` holds them all; it is raised again, so that nothing is swallowed.
+        # Depending on where the damage is, Orbax raises anything from KeyError to a bare Exception,
+        # so only `Exception` catches them all. None is swallowed: each is the cause of ours.
         except Exception as error:
             reason = str(error).partition('\n')[0][:200]
             raise self._damaged(step, f'{item}: {type(error).__name__}: {reason}') from error

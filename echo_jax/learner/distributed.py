@@ -12,14 +12,15 @@ from jax.experimental import multihost_utils
 
 
 def start() -> None:
-    """Starts `jax.distributed` where this process is one of several; call it before any array.
+    """Starts `jax.distributed` if this process is one of several. Call it before making any array.
 
     Hosts of a TPU pod, tasks of a Slurm job and pods of an indexed Kubernetes job find each other.
     Elsewhere set JAX_COORDINATOR_ADDRESS (host:port), JAX_PROCESS_COUNT and JAX_PROCESS_ID in every
-    process. Raises ValueError where some of the three are missing.
+    process. Raises ValueError if the first is set and the other two are not both numbers.
     """
     environment = os.environ
-    if address := environment.get('JAX_COORDINATOR_ADDRESS'):
+    address = environment.get('JAX_COORDINATOR_ADDRESS')
+    if address:
         try:
             count = int(environment['JAX_PROCESS_COUNT'])
             index = int(environment['JAX_PROCESS_ID'])
@@ -29,18 +30,24 @@ def start() -> None:
                 f'are not both numbers ({error}); set all three'
             ) from error
         jax.distributed.initialize(address, count, index)
-    elif _several_slurm_tasks() or _indexed_job() or _tpu_host():
-        jax.distributed.initialize()  # which asks the same environment for the rest
+        return
+    slurm = 'SLURM_PROCID' in environment and int(environment.get('SLURM_NTASKS', '1')) > 1
+    kubernetes = {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= environment.keys()
+    if slurm or kubernetes or _tpu_host():
+        jax.distributed.initialize()  # JAX reads the rest from the same environment
 
 
 def leads() -> bool:
-    """True in the one process that writes what is written once."""
+    """Whether this process is the first one, which alone writes what all of them share."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def leader_first(what: str) -> Iterator[None]:
-    """The first process goes through the block, then all others do."""
+    """Lets the first process go through the block, and then all others; all must call it.
+
+    `what` is the name under which they wait for each other.
+    """
     if not leads():
         multihost_utils.sync_global_devices(what)
     yield
@@ -49,20 +56,12 @@ def leader_first(what: str) -> Iterator[None]:
 
 
 def leader_says(flag: bool) -> bool:
-    """The first process's `flag`, in every process; all must call it."""
+    """Returns the first process's `flag` in every process; all must call it."""
     return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
 
 
-def _several_slurm_tasks() -> bool:
-    return 'SLURM_PROCID' in os.environ and int(os.environ.get('SLURM_NTASKS', '1')) > 1
-
-
-def _indexed_job() -> bool:
-    return {'KUBERNETES_SERVICE_HOST', 'JOB_COMPLETION_INDEX'} <= os.environ.keys()
-
-
 def _tpu_host() -> bool:
-    """Of a pod or alone: the same call serves both."""
+    """Whether this machine has TPUs to be used. It may be one of a pod, or alone."""
     chips = glob.glob('/dev/accel[0-9]*') or glob.glob('/dev/vfio/[0-9]*')
-    wanted = jax.config.jax_platforms in (None, '', 'tpu', 'tpu,cpu')
+    wanted = jax.config.values['jax_platforms'] in (None, '', 'tpu', 'tpu,cpu')
     return bool(chips) and wanted and importlib.util.find_spec('libtpu') is not None

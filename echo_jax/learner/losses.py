@@ -23,7 +23,7 @@ MAX_LOG_RATIO = 20.0
 class Metric(NamedTuple):
     """What one micro-batch adds to a metric; the micro-batches of a batch add up field by field.
 
-    `count` has no default: a mean whose count is forgotten is an error, not a bare sum in the log.
+    `count` has no default, so that to forget it is an error, and no sum is logged for a mean.
     """
 
     sum: jax.Array  # float scalar
@@ -32,8 +32,8 @@ class Metric(NamedTuple):
 
 Metrics = dict[str, Metric]
 Array = jax.Array | np.ndarray  # a Batch's arrays are NumPy on the host, and traced in the step
-# (ratio [R, T], advantages [R, T], clip_low, clip_high) to the [R, T] values that the policy is to
-# raise, and a bool [R, T] that says which of them have no gradient because of a bound.
+# A function of (ratio [R, T], advantages [R, T], clip_low, clip_high). It returns the [R, T] values
+# that the policy is to raise, and a bool [R, T]: which of them have no gradient because of a bound.
 Surrogate = Callable[[jax.Array, Array, float, float], tuple[jax.Array, jax.Array]]
 
 
@@ -59,7 +59,8 @@ def echo_loss(
     metrics or the gradient.
 
     `env_coef` is a number, or a traced scalar for a schedule. A plain 0 leaves the environment term
-    out of the computation, which then is GRPO; a traced 0 adds 0 times the term: the same number.
+    out of the computation, which is GRPO then; a traced 0 adds 0 times the term, which gives the
+    same number.
 
     Raises ValueError for arrays that are missing or misshapen, and for unknown options.
     """
@@ -161,10 +162,11 @@ SURROGATES: Mapping[str, Surrogate] = {'clip': clip_surrogate}
 def mismatch_weight(
     log_mismatch: jax.Array, segment_ids: Array, kind: str, cap: float
 ) -> jax.Array:
-    """w_t [R, T], from d_t: the old policy's log-probability minus the sampler's, both constants.
+    """The correction w [R, T] of the sampler's mismatch d [R, T], `log_mismatch`.
 
-    'token': min(exp(d_t), cap), truncated importance sampling; 'sequence': the same with d summed
-    over the rollout; 'mask': 1 if 1/cap <= exp(d_t) <= cap, else 0; 'none': 1.
+    d is the old policy's log-probability minus the sampler's, both constants. By `kind`, w is:
+    'token', min(exp(d), cap), truncated importance sampling; 'sequence', the same with d summed
+    over the rollout; 'mask', 1 if 1/cap <= exp(d) <= cap, else 0; 'none', 1.
     """
     if kind != 'none' and cap < 1.0:
         raise ValueError(f'loss.mismatch_cap is {cap}; it must be at least 1')
@@ -186,8 +188,8 @@ def mismatch_weight(
 
 
 def _segment_sum(values: jax.Array, segment_ids: Array) -> jax.Array:
-    """[T]: the sum of `values` [T] over the token's own segment of the row."""
-    # A static bound for jit: a row of T tokens has at most T segments, and 0 is the padding.
+    """For each token, the sum of `values` [T] over its segment of the row, [T]."""
+    # jit needs a static number: a row of T tokens has at most T segments, and 0 is the padding.
     sums = jax.ops.segment_sum(values, segment_ids, num_segments=segment_ids.size + 1)
     return sums[segment_ids]
 
@@ -197,8 +199,9 @@ def env_term(
 ) -> tuple[jax.Array, Metrics]:
     """The environment's loss, weighted cross-entropy on target tokens.
 
-    The metrics are cross-entropies at temperature 1, of `logprobs_t1` if given: over the targets,
-    and over each role that could be one, whether it is trained on or not.
+    The metrics are cross-entropies at temperature 1: of `logprobs_t1`, or of `logprobs` if these
+    are at temperature 1. They are over the targets, and over each role that could be one, whether
+    it is trained on or not.
     """
     target = batch.env_weight > 0
     loss = -jnp.sum(batch.env_weight * jnp.where(target, logprobs, 0.0))
@@ -233,7 +236,7 @@ def kl_term(
 
 def k3(log_ratio: jax.Array) -> jax.Array:
     """exp(x) - 1 - x, Schulman's nonnegative estimate of KL(p, q); x = log q/p of a sample of p."""
-    # expm1: exp(x) - 1 in float32 would lose most digits of the x of 1e-4 that are usual here.
+    # expm1, because in float32 exp(x) - 1 loses most digits of an x of 1e-4, which is usual here.
     return jnp.expm1(log_ratio) - log_ratio
 
 
@@ -268,5 +271,5 @@ def _bounded(log_ratio: jax.Array) -> jax.Array:
 
 
 def _count(mask: Array) -> jax.Array:
-    """The number of True. A float, like the sum that it divides; exact in float32 up to 2**24."""
+    """How many are True, as a float, like the sum that it divides; exact up to 2**24."""
     return jnp.sum(mask, dtype=jnp.float32)

@@ -1,9 +1,11 @@
 """The optimizer of a recipe: clipping by global norm, a linear warm-up, AdamW or Muon.
 
 Muon (optax's) orthogonalises the momentum of every matrix and leaves vectors and embeddings to
-AdamW. The paper's recipe is AdamW. Which parameters are matrices is for the table of the model's
-family to say (model/family.py).
+AdamW. The paper's recipe is AdamW. The table of the model's family says which parameters are
+matrices (model/family.py).
 """
+
+from typing import Any
 
 import jax
 import ml_collections
@@ -13,10 +15,7 @@ from optax import contrib
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The optax chain of a recipe's `optimizer`.
-
-    Reads name, learning_rate, warmup_steps, decay_steps, b1, b2, weight_decay, max_grad_norm.
-    """
+    """The optax chain of a recipe's `optimizer`; configs/base.py says what its keys mean."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     if config.decay_steps:
@@ -42,15 +41,17 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
 
 
-def _matrices(params: nnx.State):
-    """How Muon shall take each parameter: the last two axes of a matrix, and None for the rest."""
+def _matrices(params: optax.Params) -> Any:
+    """`params`, a tree of nnx.Variables, with the numbers of a matrix's two axes for its array.
 
-    def dimensions(param: nnx.Variable):
-        def numbers(leaf):
-            # An axis before them is that of the layers, whose matrices are taken one by one.
-            return contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+    It holds None for all that Muon is to leave to AdamW.
+    """
 
-        is_matrix = param.get_metadata()['kind'] == 'matrix'
-        return jax.tree.map(numbers if is_matrix else lambda leaf: None, param)
+    def dimensions(param: nnx.Variable) -> nnx.Variable:
+        if param.get_metadata()['kind'] != 'matrix':
+            return param.replace(None)
+        # The last two axes. One before them is that of the layers, whose matrices are taken apart.
+        ndim = param.get_value().ndim
+        return param.replace(contrib.MuonDimensionNumbers(ndim - 2, ndim - 1))
 
     return jax.tree.map(dimensions, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,11 +1,13 @@
-"""Maps logical axis names to mesh axes, by the table in the config; the model knows no mesh.
+"""Maps logical axis names to mesh axes, by the table in the config.
 
 Every mesh axis but 'tensor' splits the tokens of a batch: 'data' and 'fsdp' its rows, 'context' the
-tokens of a row. The config's table says over which of them the parameters are split: 'embed' over
-any of these three, and gathered for use; 'heads', 'kv_heads', 'mlp' and 'vocab' over 'tensor', and
-each part is computed apart. A logical name that the table does not list is whole on every device.
+tokens of a row. The config's table says how the parameters are split. 'embed' may be split over any
+of these three; it is gathered when it is used. 'heads', 'kv_heads', 'mlp' and 'vocab' may be split
+over 'tensor'; each part is computed by itself. An axis that the table lacks is whole on every
+device.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -28,16 +30,18 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of `config.mesh`; an axis of -1 takes what the others leave.
 
-    `devices`: all of this machine's, or those of a topology that is only compiled for.
+    `devices` are by default all that JAX has, of all processes. The planner gives those of a
+    topology for which it only compiles. Raises ValueError if the mesh does not fit them.
     """
     sizes = [config.mesh[axis] for axis in MESH_AXES]
     devices = jax.devices() if devices is None else list(devices)
-    fixed = int(np.prod([size for size in sizes if size != -1]))
+    given = [size for size in sizes if size != -1]
+    fixed = math.prod(given)
     if (
-        sizes.count(-1) > 1
-        or min(size for size in [1, *sizes] if size != -1) < 1
+        len(given) < len(sizes) - 1
+        or min(given) < 1
         or len(devices) % fixed
-        or (-1 not in sizes and fixed != len(devices))
+        or (given == sizes and fixed != len(devices))
     ):
         wanted = ', '.join(f'{axis}={size}' for axis, size in zip(MESH_AXES, sizes))
         raise ValueError(
@@ -46,7 +50,7 @@ def make_mesh(
         )
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     if len(devices) > 1 and devices[0].platform == 'tpu':
-        # Neighbours on the mesh are neighbours on the torus.
+        # So that neighbours on the mesh are neighbours on the torus.
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:
         placed = np.array(devices).reshape(sizes)
@@ -54,7 +58,7 @@ def make_mesh(
 
 
 def make_layout(config: ml_collections.ConfigDict, mesh: Mesh) -> Layout:
-    """`config.sharding` over a mesh; ValueError if it splits what this code cannot."""
+    """The layout of `config.sharding` on a mesh. Raises ValueError for a split that is not done."""
     table = {
         name: (axes,) if isinstance(axes, str) else tuple(axes or ())
         for name, axes in config.sharding.items()
@@ -77,36 +81,32 @@ def make_layout(config: ml_collections.ConfigDict, mesh: Mesh) -> Layout:
 
 
 def check_divides(config: ml_collections.ConfigDict, model: ModelConfig, layout: Layout) -> None:
-    """ValueError if the batch, the heads or a parameter do not divide over the mesh."""
+    """Raises ValueError if the batch, the heads or a parameter do not divide over the mesh."""
+
+    def check(what: str, length: int, axis: str) -> None:
+        parts = layout.size(axis)
+        if length % parts:
+            sizes = ' x '.join(f'{name}={layout.mesh.shape[name]}' for name in layout.rules[axis])
+            raise ValueError(
+                f'{what} does not divide over {sizes} = {parts}; make it a multiple, or change '
+                'config.mesh or config.sharding'
+            )
+
     for key, length, axis in (
         ('batch.micro_rows', config.batch.micro_rows, 'rows'),
         ('batch.seq_len', config.batch.seq_len, 'tokens'),
         ('num_attention_heads', model.num_attention_heads, 'heads'),
         ('num_key_value_heads', model.num_key_value_heads, 'kv_heads'),
     ):
-        parts = layout.size(axis)
-        if length % parts:
-            raise ValueError(
-                f'{key}={length} does not divide over {_sizes(layout, axis)} = {parts}; '
-                f'make it a multiple, or change config.mesh'
-            )
+        check(f'{key}={length}', length, axis)
     lengths = model.axis_sizes()
     for name, array in model.arrays().items():
         for axis in array.axes:
-            parts = layout.size(axis)
-            if lengths[axis] % parts:
-                raise ValueError(
-                    f'{name} {array.shape(lengths)}: {lengths[axis]} ({axis}) does not divide over '
-                    f'{_sizes(layout, axis)} = {parts}; change config.mesh or config.sharding'
-                )
-
-
-def _sizes(layout: Layout, axis: str) -> str:
-    return ' x '.join(f'{name}={layout.mesh.shape[name]}' for name in layout.rules[axis])
+            check(f'{name} {array.shape(lengths)}: {lengths[axis]} ({axis})', lengths[axis], axis)
 
 
 def param_shardings(abstract_params: nnx.State, layout: Layout) -> nnx.State:
-    """A NamedSharding for every parameter, by the logical axes that its family's table gave it."""
+    """A NamedSharding for every parameter, by the logical axes that its family's table gives it."""
     return jax.tree.map(
         lambda variable: variable.replace(layout.sharding(*variable.get_metadata()['axes'])),
         abstract_params,
@@ -115,7 +115,10 @@ def param_shardings(abstract_params: nnx.State, layout: Layout) -> nnx.State:
 
 
 def state_shardings(abstract_state, params_shardings, mesh: Mesh):
-    """Shardings of a training state: mirrors of the parameters lie like them, the rest is whole."""
+    """Shardings of a training state: copies of parameters, such as moments, lie as these do.
+
+    Everything else is whole on every device.
+    """
     by_path = {
         _names(path): sharding
         for path, sharding in jax.tree_util.tree_leaves_with_path(params_shardings)
@@ -132,17 +135,17 @@ def state_shardings(abstract_state, params_shardings, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, tokens over context."""
+    """The sharding of a batch's arrays: rows over data and fsdp, tokens over context."""
     return Layout(mesh, _BATCH).sharding('rows', 'tokens')
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """The sharding of an array that is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch, which every host has made alike, on the mesh; a host sends its own part."""
+    """Puts on the mesh a batch that every host has made alike; each host sends its own part."""
     place = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), batch

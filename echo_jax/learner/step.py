@@ -1,8 +1,8 @@
 """One learner update as one jitted function, docs/design.md#the-step.
 
 The batch has one static shape, so nothing compiles twice. The step walks its micro-batches in a
-loop that ends with the last one that holds a token, so a short batch costs only what it holds. What
-the loss is stands in losses.py, how arrays lie on the mesh in sharding.py.
+loop that ends with the last one that holds a token, so a short batch costs only what it holds. The
+loss is in losses.py; sharding.py says how arrays lie on the mesh.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ def token_scores(graphdef, params, batch: Batch, temperature: float) -> TokenSco
     """
     model = nnx.merge(graphdef, params)
     hidden_RTD = model(batch.tokens, batch.positions, batch.segment_ids)
-    # Each place predicts the token after it; rolled back, a score stands at its own token. Not cut
-    # to T - 1 places, because these would not divide over the mesh.
+    # Each place predicts the token after it; rolled back, a score stands at its own token. They are
+    # not cut to T - 1 places, because these would not divide over the mesh.
     targets_RT = jnp.roll(batch.tokens, -1, axis=1)
     scores = score_tokens(hidden_RTD, model.unembedding, targets_RT, temperature)
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1).at[:, 0].set(0.0), scores)
@@ -148,7 +148,7 @@ class ShardedModel:
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None):
-        """On `devices`, or on all that there are. Raises ValueError if the mesh does not fit."""
+        """A recipe's model on `devices`, by default all. Raises ValueError if they do not fit."""
         model = huggingface.recipe_config(config.model)
         graphdef, abstract = model_params.abstract(model)
         layout = sharding.make_layout(config, sharding.make_mesh(config, devices))
@@ -179,19 +179,19 @@ class ShardedModel:
         shardings = sharding.state_shardings(shapes, self.placed, self.mesh)
         abstract_state = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings)
         step = jax.jit(
-            self._laid_out(make_step(self.graphdef, optimizer, self.config)),
+            self._traced(make_step(self.graphdef, optimizer, self.config)),
             in_shardings=(shardings, sharding.batch_sharding(self.mesh), None),
             out_shardings=(shardings, None),
             donate_argnums=0,
             static_argnums=2,  # env_coef: 0 leaves the environment term out of the computation
         )
-        # Placed at once: for arrays that lie elsewhere the step would be compiled a second time.
+        # Placed at once, because for arrays that lie elsewhere the step would be compiled again.
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
 
     def score(self, temperature: float = 1.0) -> Callable:
         """`make_score`, jitted. Every host passes the same batch and gets the whole result."""
         score = jax.jit(
-            self._laid_out(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
+            self._traced(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
             in_shardings=(self.placed, sharding.batch_sharding(self.mesh)),
             out_shardings=sharding.everywhere(self.mesh),
         )
@@ -205,12 +205,6 @@ class ShardedModel:
 
         return jax.jit(as_served, out_shardings=self.placed)
 
-    def _laid_out(self, f: Callable) -> Callable:
-        """`f`, traced with the layout that the model's sharding constraints refer to."""
-
-        @functools.wraps(f)
-        def traced(*args):
-            with partition.use(self.layout):
-                return f(*args)
-
-        return traced
+    def _traced(self, f: Callable) -> Callable:
+        """`f`, to be traced with the layout that the model's sharding constraints refer to."""
+        return partition.use(self.layout)(f)

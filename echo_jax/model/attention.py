@@ -7,9 +7,10 @@ Training never holds [T, T] scores. Accelerators have kernels of their own (flas
 runs plain two-dimensional products at over 100 GFLOP/s and batched ones at 10 to 40. So the blocks
 here walk the pairs P one at a time, fold a head's G queries into the query length, and skip the
 keys that causality hides. Their VJP keeps the output and the log-sum-exp and computes the
-probabilities again. experiments/benchmarks/attention.py measures them.
+probabilities again. experiments/benchmarks/attention.py measures this.
 
-On a mesh every device attends for its own rows, heads and queries, to the keys of whole rows.
+On a mesh every device computes the attention of its own rows, heads and queries to the keys of
+whole rows.
 """
 
 from typing import NamedTuple
@@ -27,7 +28,7 @@ HIDDEN = -1e30  # a masked score; finite, because a row of -inf would be NaN aft
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, one array a layer so that decoding updates in place."""
+    """Keys and values of the tokens so far, an array for each layer: so they update in place."""
 
     keys: tuple[jax.Array, ...]  # one [B, K, S, H] for each layer
     values: tuple[jax.Array, ...]  # likewise
@@ -43,11 +44,12 @@ def segment_attention(
     """Softmax attention of every token over the tokens of its own segment up to itself.
 
     Scores are scaled by H ** -0.5. Returns [B, T, N, H] in the dtype of the queries. Padding
-    (segment 0) attends to padding, which is finite and carries no weight anywhere.
+    (segment 0) attends to padding; the result is finite, and no weight is ever on it.
 
     kind: 'auto' takes the platform's: 'splash' on TPU, 'pallas' on CUDA, else 'blocks', which run
         everywhere. 'cudnn' is faster than 'pallas', and right only if a row holds one segment, from
-        its start, and padding after it.
+        its start, and padding after it. Raises ValueError for another kind, and if 'pallas' or
+        'cudnn' would have to split the tokens of a row.
     """
     if kind == 'auto':
         kind = {'tpu': 'splash', 'gpu': 'pallas', 'cuda': 'pallas'}.get(
@@ -56,64 +58,60 @@ def segment_attention(
     if kind not in KINDS:
         raise ValueError(f'model.attention is {kind!r}; expected one of {KINDS}')
     if kind == 'blocks':
-        attend = _in_blocks
+        attend = _blocks
     else:
         from echo_jax.model import flash  # takes half a second, and no CPU ever runs it
 
-        attend = {'splash': flash.splash, 'pallas': flash.pallas, 'cudnn': flash.cudnn}[kind]
-    return attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        if kind == 'splash':
+            return flash.splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        if partition.size('tokens') > 1:
+            raise ValueError(
+                f'model.attention={kind!r} does not split the tokens of a row; set mesh.context=1, '
+                "or model.attention='blocks'"
+            )
+        attend = {'pallas': flash.pallas, 'cudnn': flash.cudnn}[kind]
+    call = partition.per_device(attend, ATTENTION, QUERIES)
+    return call(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT)
 
 
 # ---------------------------------------------------------------------------- training, on a CPU
 
 
-def _in_blocks(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
-    def attend(q_BtNH, k_BSKH, v_BSKH, segments_Bt, segments_BS):
-        B, t, N, H = q_BtNH.shape
-        S, K = k_BSKH.shape[1:3]
-        G = N // K
-        q_PGtH = q_BtNH.reshape(B, t, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G, t, H)
-        k_PSH, v_PSH = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k_BSKH, v_BSKH))
-        segments = (jnp.repeat(x, K, axis=0) for x in (segments_Bt, segments_BS))
-        # If the tokens of a row are split over devices, this device's queries begin somewhere in
-        # it. Taking them for the first ones would hide keys that they may see.
-        split = partition.mesh_axes('tokens')
-        first = jax.lax.axis_index(split) * t if split else None
-        out_PGtH = _attend(q_PGtH, k_PSH, v_PSH, *segments, first)
-        return out_PGtH.reshape(B, K, G, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
-
-    call = partition.per_device(attend, ATTENTION, QUERIES)
-    return call(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, segment_ids_BT)
+def _blocks(q_BtNH, k_BSKH, v_BSKH, segments_Bt, segments_BS):
+    """What one device computes."""
+    B, t, N, H = q_BtNH.shape
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    q_PGtH = q_BtNH.reshape(B, t, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B * K, G, t, H)
+    k_PSH, v_PSH = (x.transpose(0, 2, 1, 3).reshape(B * K, S, H) for x in (k_BSKH, v_BSKH))
+    segments = (jnp.repeat(x, K, axis=0) for x in (segments_Bt, segments_BS))
+    # If the tokens of a row are split over devices, this device's queries begin somewhere in it.
+    # Taking them for the first ones would hide keys that they may see.
+    split = partition.mesh_axes('tokens')
+    first = jax.lax.axis_index(split) * t if split else None
+    out_PGtH = _attend(q_PGtH, k_PSH, v_PSH, *segments, first)
+    return out_PGtH.reshape(B, K, G, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
 
 
-def _blocks(t: int, S: int, first) -> list[tuple[int, int, int]]:
-    """(start, stop, seen) of the query blocks; a block's products are with the keys [0, seen)."""
+def _bounds(t: int, S: int, first) -> list[tuple[int, int, int]]:
+    """(start, stop, seen) of each block: its queries [start, stop) and the keys [0, seen)."""
     blocks = [(start, min(start + BLOCK, t)) for start in range(0, t, BLOCK)]
-    # `first` is known only when the program runs, but the size of a product must be known before.
-    # So on split rows every block is multiplied with all keys, and the mask alone hides the later.
+    # `first` is known only when the step runs, but the size of a product must be known before. So
+    # on split rows every block is multiplied with all keys, and the mask alone hides the later.
     return [(start, stop, stop if first is None else S) for start, stop in blocks]
 
 
-def _scores(q_GtH, k_SH, segments_t, segments_S, start):
-    """Masked, scaled scores [G, t, S], in `sum_dtype`, of the queries from position `start` on."""
-    G, t, H = q_GtH.shape
-    S = k_SH.shape[0]
-    # bfloat16 scores would be off by up to 2 ** -9 of their size, and their exponentials with them.
-    scores = jnp.dot(q_GtH.reshape(G * t, H), k_SH.T, preferred_element_type=sum_dtype(q_GtH))
-    seen = start + jnp.arange(t)[:, None] >= jnp.arange(S)[None, :]
-    seen &= segments_t[:, None] == segments_S[None, :]
-    return jnp.where(seen, scores.reshape(G, t, S) * H**-0.5, HIDDEN)
-
-
-def _block_scores(q_GtH, k_SH, q_segments_t, segments_S, block, first):
+def _scores(q_GtH, k_SH, segments_t, segments_S, block, first):
+    """Masked, scaled scores [G, queries, keys] of one block of `_bounds`, in `sum_dtype`."""
     start, stop, seen = block
-    return _scores(
-        q_GtH[:, start:stop],
-        k_SH[:seen],
-        q_segments_t[start:stop],
-        segments_S[:seen],
-        start + (0 if first is None else first),
-    )
+    (G, _, H), queries = q_GtH.shape, stop - start
+    q_XH = q_GtH[:, start:stop].reshape(G * queries, H)
+    # bfloat16 scores would be off by up to 2 ** -9 of their size, and their exponentials with them.
+    scores = jnp.dot(q_XH, k_SH[:seen].T, preferred_element_type=sum_dtype(q_GtH))
+    position = start + (0 if first is None else first)
+    mask = position + jnp.arange(queries)[:, None] >= jnp.arange(seen)[None, :]
+    mask &= segments_t[start:stop, None] == segments_S[None, :seen]
+    return jnp.where(mask, scores.reshape(G, queries, seen) * H**-0.5, HIDDEN)
 
 
 @jax.custom_vjp
@@ -127,9 +125,9 @@ def _attend_forward(q_PGtH, k_PSH, v_PSH, q_segments_Pt, segments_PS, first):
         q_GtH, k_SH, v_SH, q_segments, segments = args
         G, t, H = q_GtH.shape
         out, lse = [], []
-        for block in _blocks(t, k_SH.shape[0], first):
+        for block in _bounds(t, k_SH.shape[0], first):
             start, stop, seen = block
-            scores = _block_scores(q_GtH, k_SH, q_segments, segments, block, first)
+            scores = _scores(q_GtH, k_SH, q_segments, segments, block, first)
             top = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = weights.sum(-1, keepdims=True)
@@ -140,7 +138,7 @@ def _attend_forward(q_PGtH, k_PSH, v_PSH, q_segments_Pt, segments_PS, first):
         return jnp.concatenate(out, 1), jnp.concatenate(lse, 1)
 
     inputs = q_PGtH, k_PSH, v_PSH, q_segments_Pt, segments_PS
-    # `map` and not `vmap`, which would make batched products of these.
+    # `map`, because `vmap` would make batched products of these.
     out_PGtH, lse_PGt = jax.lax.map(one_head, inputs)
     return out_PGtH, (inputs, first, out_PGtH, lse_PGt)
 
@@ -155,10 +153,10 @@ def _attend_backward(residuals, d_out_PGtH):
         # which has 8 bits, the later and smaller of those additions would be lost.
         wide = sum_dtype(q_GtH)
         d_q, d_k, d_v = [], jnp.zeros((S, H), wide), jnp.zeros((S, H), wide)
-        for block in _blocks(t, S, first):
+        for block in _bounds(t, S, first):
             start, stop, seen = block
             q, d_out = q_GtH[:, start:stop], d_out_GtH[:, start:stop]
-            scores = _block_scores(q_GtH, k_SH, q_segments, segments, block, first)
+            scores = _scores(q_GtH, k_SH, q_segments, segments, block, first)
             weights = jnp.exp(scores - lse_Gt[:, start:stop, None])
             # Softmax's derivative needs sum(weights * d_weights) of each query. That is also
             # sum(out * d_out), which has H terms and needs no second pass over the keys.

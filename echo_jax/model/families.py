@@ -3,5 +3,5 @@
 from echo_jax.model.family import ModelConfig
 from echo_jax.model.qwen3 import Qwen3Config
 
-DEFAULT = 'qwen3'  # of a config.json, or of a recipe's own sizes, that names none
+DEFAULT = 'qwen3'  # the family if neither config.json nor the recipe names a model_type
 FAMILIES: dict[str, type[ModelConfig]] = {Qwen3Config.model_type: Qwen3Config}

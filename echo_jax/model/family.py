@@ -1,11 +1,9 @@
-"""What a family of models says of itself, above all its table: what each of its arrays is.
+"""How a family of models is described: its config, and a table that says what each array is.
 
-Whatever must know something about an array reads the table: the module makes its parameters from
-it, `learner/sharding.py` places them, the optimizer finds its matrices, `huggingface.py` reads and
-writes them, vLLM's ranks load them, and `planner/estimate.py` counts them. So a second family is a
-module of its own, beside qwen3.py, and one line in `families.py`.
-
-Nothing here knows any one family.
+All code that has to know something about an array reads the table. The module makes its parameters
+from it, `learner/sharding.py` places them, the optimizer finds its matrices, `huggingface.py` reads
+and writes them, vLLM's ranks load them, and `planner/estimate.py` counts them. So a second family
+is a module of its own, beside qwen3.py, and one line in `families.py`. This module knows no family.
 """
 
 import math
@@ -18,8 +16,8 @@ from flax import nnx
 
 from echo_jax.model.attention import Cache
 
-# Logical axes that tensor parallelism splits, both here and in vLLM. Each device computes its part
-# of them alone; all other axes of a parameter are whole on it when it is used.
+# The logical axes that tensor parallelism splits, both here and in vLLM. Each device computes its
+# part of them alone. All other axes of a parameter are whole on a device when it is used.
 TENSOR_AXES = ('heads', 'kv_heads', 'mlp', 'vocab')
 
 
@@ -32,8 +30,8 @@ class Array(NamedTuple):
     # but its rows are words. 'lookup': a table that only gives rows. 'vector': all the rest.
     kind: Literal['matrix', 'unembedding', 'lookup', 'vector']
     transposed: bool = False  # whether its last two axes are the other way round in the directory
-    constant: float = 0.0  # what all of it is at a random start, if `std` is 0
-    std: float = 0.0  # of the normal distribution that a random start is drawn from
+    std: float = 0.0  # standard deviation of the normal distribution of its random start
+    constant: float = 0.0  # the value of all its elements at the start, if `std` is 0
 
     @property
     def stacked(self) -> bool:
@@ -51,10 +49,10 @@ class Array(NamedTuple):
 class ConfigJson(NamedTuple):
     """What a family reads from config.json and writes there, besides what its own methods do."""
 
-    architecture: str  # the class of transformers and of vLLM
-    supported: Mapping[str, Any]  # what it must say of these keys, if it says anything
-    required: tuple[str, ...]  # fields of the family's config that it must name
-    defaults: Mapping[str, Any]  # fields, and what transformers takes if it does not name them
+    architecture: str  # the name of the model's class in transformers and in vLLM
+    supported: Mapping[str, Any]  # the only value that each of these keys may have, if it is there
+    required: tuple[str, ...]  # fields of the family's config that have to be there
+    defaults: Mapping[str, Any]  # other fields, with what transformers takes if they are not there
 
 
 class ModelConfig(Protocol):
@@ -62,11 +60,18 @@ class ModelConfig(Protocol):
 
     model_type: ClassVar[str]  # config.json's, and the family's name in `families.FAMILIES`
     config_json: ClassVar[ConfigJson]
-    spare_tensors: ClassVar[tuple[str, ...]]  # ends of names that a directory may have in vain
-    vocab_size: int
-    num_attention_heads: int  # a device has whole ones
-    num_key_value_heads: int
-    dtype: str  # of activations and matrix products; parameters are float32
+    # Endings of the names of tensors that a directory may hold and that are not read.
+    spare_tensors: ClassVar[tuple[str, ...]]
+
+    # Fields of the dataclass. They are properties here, because it is frozen.
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...  # no head is split over devices
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...  # of activations and matrix products; parameters are float32
 
     def arrays(self) -> dict[str, Array]:
         """The table, by flat name: {'embedding': ..., 'layers/wq': ...}, in the order of files."""
@@ -75,28 +80,28 @@ class ModelConfig(Protocol):
         """The length of every logical axis; 'layers', 'heads' and 'kv_heads' among them."""
 
     def build(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The module, its parameters drawn at random.
+        """The module, with its parameters drawn at random.
 
-        It is called with tokens, positions and segment ids [B, T] and returns the hidden states
-        [B, T, D] that the property `unembedding` [V, D] makes logits of. For the embedded sampler
-        it has `extend(tokens, positions, cache) -> (hidden states, cache)`.
+        It is called with tokens, positions and segment ids [B, T] and returns hidden states
+        [B, T, D]; their products with its property `unembedding` [V, D] are the logits. For the
+        embedded sampler it has `extend(tokens, positions, cache) -> (hidden states, cache)`.
         """
 
     def init_cache(self, batch: int, length: int) -> Cache: ...
 
     @classmethod
     def read_json(cls, found: dict, file) -> dict:
-        """Fields out of config.json that `config_json` does not name."""
+        """The fields that `config_json` does not name, out of the config.json `found`."""
 
     def write_json(self) -> dict:
-        """Keys of config.json that `config_json` does not name."""
+        """The keys of config.json that `config_json` does not name."""
 
 
 def set_params(module: nnx.Module, config: ModelConfig, rngs: nnx.Rngs) -> None:
     """Gives a module the float32 parameters of its family's table, drawn in the table's order.
 
-    The array 'layers/wq' becomes `module.layers['wq']`. The metadata of a parameter is what the
-    learner needs of the table: `axes` and `kind`.
+    The array 'layers/wq' becomes `module.layers['wq']`. A parameter's metadata are the `axes` and
+    the `kind` that the table gives it; the learner reads them.
     """
     sizes, folders = config.axis_sizes(), {}
     for name, array in config.arrays().items():
@@ -114,7 +119,7 @@ def set_params(module: nnx.Module, config: ModelConfig, rngs: nnx.Rngs) -> None:
 
 
 def count_params(config: ModelConfig) -> tuple[int, int]:
-    """How many parameters there are, and how many of them multiply every token."""
+    """(how many parameters there are, how many of them multiply every token)."""
     sizes, total, multiply = config.axis_sizes(), 0, 0
     for array in config.arrays().values():
         size = math.prod(array.shape(sizes))
@@ -127,30 +132,24 @@ def published_arrays(config: ModelConfig) -> dict[str, dict]:
     """What a version of the weights says of its arrays, for vLLM's ranks, which have no JAX.
 
     {flat name: {'name': Hugging Face name, 'stacked', 'transposed', 'split'}}. `split` is None if
-    every rank holds the whole tensor, else the tensor's `axis` that is split, its `length`, and of
-    how many `units` it consists that no rank may cut (heads, words or single numbers). `padded`
-    says that vLLM rounds the length up before it splits, as it does with a vocabulary.
+    every rank holds the whole tensor. Otherwise it says which `axis` of the tensor is split, its
+    `length`, and of how many `units` it consists that no rank may cut (heads, words or single
+    numbers). `padded` says that vLLM rounds the length up before it splits, as it does with a
+    vocabulary.
     """
     sizes = config.axis_sizes()
     units = sizes | {'heads': config.num_attention_heads, 'kv_heads': config.num_key_value_heads}
-
-    def split(array: Array) -> dict | None:
+    published: dict[str, dict] = {}
+    for name, array in config.arrays().items():
+        split = None
         for number, axis in enumerate(array.their_axes()):
-            if axis in TENSOR_AXES:
-                return {
-                    'axis': number,
-                    'length': sizes[axis],
-                    'units': units[axis],
-                    'padded': axis == 'vocab',
-                }
-        return None
-
-    return {
-        name: {
+            if axis in TENSOR_AXES:  # at most one axis of an array is
+                split = {'axis': number, 'length': sizes[axis], 'units': units[axis]}
+                split['padded'] = axis == 'vocab'
+        published[name] = {
             'name': array.theirs,
             'stacked': array.stacked,
             'transposed': array.transposed,
-            'split': split(array),
+            'split': split,
         }
-        for name, array in config.arrays().items()
-    }
+    return published

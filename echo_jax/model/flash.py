@@ -1,7 +1,8 @@
 """Attention kernels of accelerators, as `attention.segment_attention` calls them.
 
-All kernels are JAX's. This module says how they are called on each device of a mesh, and decides
-nothing: which one runs where is `attention.py`'s to say.
+All kernels are JAX's. This module calls them; `attention.py` decides which one runs where. `pallas`
+and `cudnn` are what one device of a mesh computes. `splash` takes the arrays of the whole mesh,
+because its kernel has a table that has to be split too.
 
 B rows, T tokens, t queries of one device, N query heads, K key-value heads, H head dimension.
 """
@@ -17,7 +18,7 @@ from echo_jax.model.precision import sum_dtype
 
 
 def splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
-    """TPU: skips the blocks that causality hides. T is a multiple of 128 on every device."""
+    """For TPUs; skips the blocks that causality hides. T is a multiple of 128 on every device."""
     T, N, H = q_BTNH.shape[1:]
     parts = partition.size('tokens')
     mask = tpu.CausalMask((T, T), shard_count=parts)
@@ -36,8 +37,8 @@ def splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
         out_BNtH = jax.vmap(kernel)(*qkv, tpu.SegmentIds(q_segments_Bt, segments_BT))
         return out_BNtH.transpose(0, 2, 1, 3)
 
-    # The kernel carries a table of the blocks that its queries see. It has to be split like the
-    # queries, or a device would skip the blocks of another's.
+    # The kernel carries a table of the blocks that its queries see. If it were not split like the
+    # queries, a device would skip blocks by the table of another device's queries.
     layout = partition.layout()
     parts_of = kernel.manual_sharding_spec(layout.sharding(None, 'tokens')) if layout else None
     call = partition.per_device(attend, (*ATTENTION, parts_of), QUERIES)
@@ -47,7 +48,8 @@ def splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
 def _splash_blocks(queries: int, keys: int) -> tpu.BlockSizes:
     """Blocks of at most 512 queries and 1,024 keys that divide a device's tokens.
 
-    Larger blocks read keys and values from HBM less often; still larger ones outgrow the VMEM.
+    The larger the blocks, the less often keys and values are read from HBM. Still larger ones than
+    these do not fit in VMEM.
     """
     q = _largest_divisor(queries, (512, 256, 128))
     kv = _largest_divisor(keys, (1024, 512, 256, 128))
@@ -74,42 +76,24 @@ def _largest_divisor(tokens: int, blocks: tuple[int, ...]) -> int:
     )
 
 
-def pallas(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
-    """CUDA, rows of several segments. H and min(T, 128) are powers of two."""
-
-    def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, _):
-        G, H = q_BTNH.shape[2] // k_BTKH.shape[2], q_BTNH.shape[3]
-        # This kernel knows no groups: each query head needs a key-value head of its own.
-        k_BTNH, v_BTNH = (jnp.repeat(x, G, axis=2) for x in (k_BTKH, v_BTKH))
-        return gpu.mha(q_BTNH, k_BTNH, v_BTNH, segments_BT, H**-0.5, True)
-
-    return _whole_rows(attend, 'pallas')(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+def pallas(q_BTNH, k_BTKH, v_BTKH, segments_BT, _) -> jax.Array:
+    """For CUDA, and rows of several segments. H and min(T, 128) are powers of two."""
+    G, H = q_BTNH.shape[2] // k_BTKH.shape[2], q_BTNH.shape[3]
+    # This kernel knows no groups: each query head needs a key-value head of its own.
+    k_BTNH, v_BTNH = (jnp.repeat(x, G, axis=2) for x in (k_BTKH, v_BTKH))
+    return gpu.mha(q_BTNH, k_BTNH, v_BTNH, segments_BT, H**-0.5, True)
 
 
-def cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT) -> jax.Array:
-    """CUDA, rows of one segment that begins the row, bfloat16 or float16."""
-
-    def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, _):
-        # All that cuDNN is told of segments is how long a row is: the rest of it is padding.
-        lengths_B = (segments_BT > 0).sum(1, dtype=jnp.int32)
-        return jax.nn.dot_product_attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            is_causal=True,
-            query_seq_lengths=lengths_B,
-            key_value_seq_lengths=lengths_B,
-            implementation='cudnn',
-        )
-
-    return _whole_rows(attend, 'cudnn')(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-
-
-def _whole_rows(attend, kind: str):
-    if partition.size('tokens') > 1:
-        raise ValueError(
-            f'model.attention={kind!r} does not split the tokens of a row; set mesh.context=1, or '
-            "model.attention='blocks'"
-        )
-    call = partition.per_device(attend, ATTENTION, QUERIES)
-    return lambda q, k, v, segment_ids: call(q, k, v, segment_ids, segment_ids)
+def cudnn(q_BTNH, k_BTKH, v_BTKH, segments_BT, _) -> jax.Array:
+    """For CUDA, and rows of one segment that begins the row. bfloat16 or float16."""
+    # All that cuDNN is told of segments is how long a row is: the rest of it is padding.
+    lengths_B = (segments_BT > 0).sum(1, dtype=jnp.int32)
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        is_causal=True,
+        query_seq_lengths=lengths_B,
+        key_value_seq_lengths=lengths_B,
+        implementation='cudnn',
+    )

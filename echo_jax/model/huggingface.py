@@ -1,9 +1,9 @@
-"""Hugging Face directories: config.json and safetensors, in and out.
+"""Reads and writes Hugging Face directories: config.json and safetensors.
 
-A matrix is [in, out] here, with a leading L for the layers, and [out, in], a tensor a layer, there;
-each family's table says it array by array (family.py). Nothing is downloaded, and nothing that a
-model does not do is read: for a Qwen3, sliding windows, mixtures of experts, scalings of RoPE but
-YaRN, and quantized tensors are refused by name.
+Most matrices are [in, out] here, with a leading axis for the layers. In a directory they are
+[out, in], and there is one for each layer. Each family's table says this of every array
+(family.py). Nothing is downloaded. What a family does not do is refused by name: for Qwen3 that is
+sliding windows, mixtures of experts, scalings of RoPE other than YaRN, and quantized tensors.
 """
 
 import itertools
@@ -31,10 +31,11 @@ SHARD_BYTES = 5_000_000_000  # of one file
 
 
 def recipe_config(model: ml_collections.ConfigDict) -> ModelConfig:
-    """The config that a recipe's `model` asks for, of its own sizes or of the directory `path`.
+    """The config that a recipe's `model` asks for.
 
-    The recipe's other keys are fields of the config, or `model_type`, the family of own sizes. A
-    key that is None is left to config.json or to the family's default.
+    Its sizes are those of the directory `model.path`, or else the recipe's own, for the family
+    `model.model_type`. All other keys are fields of the config; one that is None is left to
+    config.json or to the family's default.
     """
     fields = {key: value for key, value in model.items() if key != 'path' and value is not None}
     if model.path:
@@ -45,8 +46,8 @@ def recipe_config(model: ml_collections.ConfigDict) -> ModelConfig:
 def read_config(path: str | os.PathLike, **options) -> ModelConfig:
     """The config in `path`/config.json, of the family that its `model_type` names.
 
-    `options` are fields of the config: those that config.json settles must say the same. Raises
-    ValueError if they do not, if a size is missing, and for what is not supported.
+    `options` are more fields of the config. Raises ValueError if one of them differs from what
+    config.json says, if a size is missing, and for what is not supported.
     """
     file = pathlib.Path(path) / 'config.json'
     if not file.exists():
@@ -54,7 +55,8 @@ def read_config(path: str | os.PathLike, **options) -> ModelConfig:
             f'{file} is missing; expected a local Hugging Face directory, as `hf download` makes'
         )
     document = safetensors.parse(file.read_bytes(), file)
-    found = {key: value for key, value in document.items() if value is not None}  # null: a default
+    # null means the default, as a missing key does.
+    found = {key: value for key, value in document.items() if value is not None}
     model_type = found.get('model_type', DEFAULT)
     if model_type not in FAMILIES:
         names = ', '.join(map(repr, FAMILIES))
@@ -83,16 +85,6 @@ def read_config(path: str | os.PathLike, **options) -> ModelConfig:
     return family(**(options | fields))
 
 
-def _config_json(config: ModelConfig, dtype: str) -> dict:
-    said = config.config_json
-    return (
-        {'architectures': [said.architecture], 'model_type': config.model_type, 'dtype': dtype}
-        | {key: value for key, value in said.supported.items() if value is not None}
-        | {key: getattr(config, key) for key in (*said.required, *said.defaults)}
-        | config.write_json()
-    )
-
-
 def check_tokenizer(tokenizer, config: ModelConfig) -> None:
     """Raises ValueError if the tokenizer has ids that the embedding has no row for."""
     largest = max(tokenizer.get_vocab().values())
@@ -109,11 +101,11 @@ def check_tokenizer(tokenizer, config: ModelConfig) -> None:
 def load_params(
     path: str | os.PathLike, abstract_params: nnx.State, shardings: nnx.State
 ) -> nnx.State:
-    """The parameters of a directory, in the dtypes and at the places that are asked for.
+    """The parameters in a directory, with the dtypes of `abstract_params` and these shardings.
 
-    A process reads the parts that its own devices hold and no other, one device's part of one array
-    at a time: that is what it takes of the host's memory. Raises ValueError if a file is missing or
-    cut, or if a tensor is missing, unknown, or of another shape than config.json says.
+    A process reads only the parts that its own devices hold. It reads one device's part of one
+    array at a time, so that it needs no more of the host's memory. Raises ValueError if a file is
+    missing or cut short, or if a tensor is missing, unknown, or not of config.json's shape.
     """
     tensors = safetensors.open_tensors(pathlib.Path(path))
     config = read_config(path)
@@ -146,10 +138,11 @@ def write_model(
 ) -> None:
     """Makes a directory that transformers and vLLM load; it appears whole or not at all.
 
-    `params` are the flat names and arrays of `params.flatten`, in any order: one is held at a time,
-    so a generator may read them from wherever they are. `dtype` is that of the tensors. Without
-    `generation_config`, the tokenizer says where a generation ends. Raises ValueError if the
-    directory holds something, or if the arrays or the tokenizer are not of this config.
+    `params` are the flat names and arrays of `params.flatten`, in any order. One array is held at a
+    time, so a generator may read them one by one. `dtype` is that of the tensors. The ids of the
+    tokens that end a generation and that pad are those of `generation_config`; those that it lacks
+    are the tokenizer's. Raises ValueError if the directory is not empty, or if the arrays or the
+    tokenizer are not of this config.
     """
     directory = pathlib.Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -183,9 +176,15 @@ def write_config(
     dtype: str = 'bfloat16',
     generation_config: dict | None = None,
 ) -> None:
-    """What `write_model` writes besides the tensors, into a new directory."""
+    """Writes all that `write_model` writes, except the tensors, into a new directory."""
     directory.mkdir(parents=True)
-    document, ends = _config_json(config, dtype), generation_config or {}
+    said, ends = config.config_json, generation_config or {}
+    document = (
+        {'architectures': [said.architecture], 'model_type': config.model_type, 'dtype': dtype}
+        | {key: value for key, value in said.supported.items() if value is not None}
+        | {key: getattr(config, key) for key in (*said.required, *said.defaults)}
+        | config.write_json()
+    )
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
         ids = {f'{end}_token_id': getattr(tokenizer, f'{end}_token_id') for end in ('eos', 'pad')}
@@ -195,7 +194,7 @@ def write_config(
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """{tensor: shape} of a whole model, one layer after the other, as others write them too."""
+    """{tensor: shape} of a whole model, layer by layer, the order in which others write them."""
     sizes = config.axis_sizes()
     before, stacked, after = [], [], []
     for array in config.arrays().values():
@@ -206,14 +205,14 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _tensors(array: Array, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
-    """{tensor: shape} that an array of ours is made of, in the order of the layers."""
+    """{tensor: shape} of the tensors that make up one of our arrays, in the order of the layers."""
     shape = tuple(sizes[axis] for axis in array.their_axes())
     layers = range(sizes['layers']) if array.stacked else [0]
     return {array.theirs.format(layer): shape for layer in layers}
 
 
 def _load(tensors: dict, array: Array, leaf: jax.ShapeDtypeStruct, sharding) -> jax.Array:
-    """One of our arrays, read as each device of this process holds it."""
+    """One of our arrays; each device of this process gets the part that `sharding` gives it."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         layers, inner = (index[0], index[1:]) if array.stacked else (slice(1), index)
@@ -228,7 +227,7 @@ def _load(tensors: dict, array: Array, leaf: jax.ShapeDtypeStruct, sharding) -> 
             target[...] = np.swapaxes(part, -1, -2) if array.transposed else part
         return out
 
-    # One after the other, or the host would hold the parts of all devices at once.
+    # One after the other; otherwise the host would hold the parts of all devices at once.
     shards = [
         jax.block_until_ready(jax.device_put(read(index), device))
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()

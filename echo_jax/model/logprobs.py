@@ -3,9 +3,9 @@
 M tokens, D model, V vocabulary; m tokens and v words are one block of logits.
 
 Forward and backward walk blocks of tokens and of words, so memory does not grow with M times V. On
-a mesh every device scores its own tokens: blocks of the head are gathered over the axes that split
-'embed' as they are needed, their gradients are summed and split over them again, and the parts of a
-'vocab' that is split are combined like blocks.
+a mesh every device scores its own tokens. Blocks of the head are gathered when they are needed,
+over the mesh axes that split 'embed', and their gradients are summed and split over these again. If
+'vocab' is split, its parts are combined as blocks are.
 """
 
 import functools
@@ -69,7 +69,7 @@ def _forward(hidden, unembedding, targets, temperature):
     score = partition.per_device(
         functools.partial(_score, temperature=temperature),
         in_axes=(STATES, _HEAD, TOKENS),
-        out_axes=(TokenScores(TOKENS, TOKENS, TOKENS), TOKENS),
+        out_axes=(TOKENS, TOKENS),
     )
     scores, lse = score(hidden, unembedding, targets)
     return scores, (hidden, unembedding, targets, lse)
@@ -88,7 +88,7 @@ score_tokens.defvjp(_forward, _backward)
 
 
 class _Sums(NamedTuple):
-    """[m] each, over the words so far."""
+    """Sums over the words so far, [m] each."""
 
     top: jax.Array  # the largest logit
     total: jax.Array  # sum of exp(logit - top)
@@ -99,7 +99,7 @@ class _Sums(NamedTuple):
 
 def _score(hidden, unembedding, targets, temperature):
     """(TokenScores, log-sum-exp) of the tokens [b, t] of one device."""
-    words = _words(unembedding)
+    words, count = _word_blocks(unembedding)
 
     def block(hidden_mD, targets_m):
         def add(number, sums):
@@ -126,7 +126,7 @@ def _score(hidden, unembedding, targets, temperature):
         zero = jnp.zeros(targets_m.shape, sum_dtype(hidden_mD))
         # Any logit is larger than -inf, so exp(old) is 0 in the first block.
         first = _Sums(jnp.full_like(zero, -jnp.inf), zero, zero, zero, zero)
-        return _combine(jax.lax.fori_loop(0, _count(unembedding, words), add, first), temperature)
+        return _combine(jax.lax.fori_loop(0, count, add, first), temperature)
 
     flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     blocks, size = _in_blocks(flat, words)
@@ -162,7 +162,7 @@ def _pull(hidden, unembedding, targets, lse, cotangent, temperature):
     complete, and is summed over the devices once, before the next block begins.
     """
     D = hidden.shape[-1]
-    words, wide = _words(unembedding), sum_dtype(hidden)
+    (words, count), wide = _word_blocks(unembedding), sum_dtype(hidden)
     flat = [hidden.reshape(-1, D), *(x.reshape(-1) for x in (targets, lse, cotangent))]
     blocks, size = _in_blocks(flat, words)
 
@@ -172,10 +172,10 @@ def _pull(hidden, unembedding, targets, lse, cotangent, temperature):
 
         def token_block(d_rows_vD, xs):
             (hidden_mD, targets_m, lse_m, d_m), d_hidden_mD = xs
-            # Computed again from the log-sum-exp: kept, the probabilities would be whole logits.
+            # Computed again from the log-sum-exp. Kept, they would be as large as whole logits.
             probs_mv = jnp.exp(_logits(hidden_mD, rows_vD) / temperature - lse_m[:, None])
             d_logits_mv = ((targets_m[:, None] == ids_v) - probs_mv) * (d_m / temperature)[:, None]
-            # Words of the block before are in its gradient; twice they would count double.
+            # The gradient of words that were in the block before is complete already.
             d_logits_mv = jnp.where(fresh_v, d_logits_mv, 0.0).astype(hidden.dtype)
             # Both are sums over many blocks, in float32, as in `partition.matmul`.
             d_rows_vD += jnp.dot(d_logits_mv.T, hidden_mD, preferred_element_type=wide)
@@ -192,7 +192,7 @@ def _pull(hidden, unembedding, targets, lse, cotangent, temperature):
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_unembedding, d_rows, at, 0)
 
     start = jnp.zeros(blocks[0].shape, wide), jnp.zeros_like(unembedding)
-    d_hidden, d_unembedding = jax.lax.fori_loop(0, _count(unembedding, words), head_block, start)
+    d_hidden, d_unembedding = jax.lax.fori_loop(0, count, head_block, start)
     axes = partition.mesh_axes('vocab')
     if axes:  # a state predicts the words of all devices, so their gradients add up
         d_hidden = jax.lax.psum(d_hidden, axes)
@@ -200,18 +200,16 @@ def _pull(hidden, unembedding, targets, lse, cotangent, temperature):
     return d_hidden.astype(hidden.dtype), d_unembedding
 
 
-def _words(unembedding) -> int:
-    return min(MAX_WORDS, unembedding.shape[0])
-
-
-def _count(unembedding, words: int) -> int:
-    return -(-unembedding.shape[0] // words)
+def _word_blocks(unembedding) -> tuple[int, int]:
+    """(v, how many blocks of v words there are)."""
+    words = min(MAX_WORDS, unembedding.shape[0])
+    return words, -(-unembedding.shape[0] // words)
 
 
 def _in_blocks(arrays, words: int):
-    """Arrays [M, ...] as [blocks, m, ...], padded with zeros, and M."""
+    """(the arrays [M, ...] as [blocks, m, ...], padded with zeros; M)."""
     size = arrays[0].shape[0]
-    # As few blocks as MAX_LOGITS allows, all alike: then little of the last one is padding.
+    # As few blocks as MAX_LOGITS allows, and of equal size, so that little of the last is padding.
     count = -(-size * words // MAX_LOGITS)
     block = -(-size // count)
     pad = count * block - size
@@ -224,13 +222,13 @@ def _in_blocks(arrays, words: int):
 def _head_block(unembedding, number, words: int, dtype):
     """Block `number` of this device's words: (rows [v, D], ids [v], whether new [v], first row).
 
-    The last block ends with the last word, so it may begin with words that were in the one before:
-    a shorter block would be another shape, and the loop has one.
+    All blocks have v words, because a loop has one shape. So the last one, which ends with the last
+    word, may begin with words that were in the block before.
     """
     start = number * words
     at = jnp.minimum(start, unembedding.shape[0] - words)
     rows = jax.lax.dynamic_slice_in_dim(unembedding, at, words).astype(dtype)
-    # Minor axes first, the inverse of how they were split; otherwise the columns come out of order.
+    # Minor axes first, the reverse of how they were split; otherwise the columns come out of order.
     for axis in reversed(partition.mesh_axes('embed')):
         rows = jax.lax.all_gather(rows, axis, axis=1, tiled=True)
     places = at + jnp.arange(words)

@@ -1,9 +1,10 @@
-"""A model's parameters as a tree of shapes, as flat names, and back.
+"""A model's parameters as a tree and as {flat name: array}, and their shapes alone.
 
 The flat names, such as `layers/wq`, are those of the family's table and of the weight store.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +19,17 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: config.build(nnx.Rngs(0))))
 
 
-def flatten(params: nnx.State) -> dict[str, jax.Array]:
-    """{flat name: array}, or whatever the state holds of each: a shape, a sharding."""
+def flatten(params: nnx.State) -> dict[str, Any]:
+    """{flat name: array}, or shape, or sharding: whatever the state holds for each parameter."""
     return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(params)}
 
 
-def unflatten(abstract_params: nnx.State, arrays: Mapping[str, np.ndarray]) -> nnx.State:
+def unflatten(
+    abstract_params: nnx.State, arrays: Mapping[str, np.ndarray | jax.Array]
+) -> nnx.State:
     """The inverse of `flatten`, in the dtypes of `abstract_params`.
 
-    Raises ValueError if `arrays` are not those of this model.
+    Raises ValueError if the names or shapes of `arrays` are not those of this model.
     """
     wanted = {_name(path): leaf.shape for path, leaf in nnx.to_flat_state(abstract_params)}
     found = {name: array.shape for name, array in arrays.items()}

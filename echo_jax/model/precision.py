@@ -1,9 +1,9 @@
-"""The dtype that the model sums and normalises in; parameters and activations choose their own."""
+"""The dtype in which the model sums and normalises, whatever that of parameters and activations."""
 
 import jax
 import jax.numpy as jnp
 
 
 def sum_dtype(*arrays: jax.Array):
-    """float32 for float32 and below; float64 for float64, in which tests check gradients."""
+    """float32, or float64 if an array is; tests check gradients in float64."""
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)

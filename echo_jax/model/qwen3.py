@@ -34,12 +34,13 @@ from echo_jax.model.rope import (
 )
 
 _policies = jax.checkpoint_policies
-# What a layer keeps for its backward pass, besides its input.
+# What a layer keeps for its backward pass, besides its input, by the name of `model.remat`.
 REMAT = {
     'none': _policies.everything_saveable,
     'full': _policies.nothing_saveable,
-    'attention': _policies.save_only_these_names('mixed'),  # so attention runs forward once
-    # The input waits in the host's memory instead of the device's.
+    # The result of attention, so that its forward pass runs once and not twice.
+    'attention': _policies.save_only_these_names('mixed'),
+    # Nothing, and the input is kept in the host's memory instead of the device's.
     'offload': _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=['layer_input'],
@@ -78,7 +79,7 @@ class Qwen3Config:
             'initializer_range': 0.02,
         },
     )
-    # A head that is tied, and the frequencies that older versions of transformers saved.
+    # Some directories repeat a tied head; older versions of transformers saved RoPE's frequencies.
     spare_tensors: ClassVar[tuple[str, ...]] = ('lm_head.weight', 'inv_freq')
 
     vocab_size: int
@@ -89,20 +90,20 @@ class Qwen3Config:
     num_key_value_heads: int
     head_dim: int
     rope_theta: float = 1e6
-    rope_type: str = 'default'  # or 'yarn', which reads the six fields after it
+    rope_type: str = 'default'  # or 'yarn', which uses the next six fields
     factor: float = YARN['factor']
     original_max_position_embeddings: int = YARN['original_max_position_embeddings']
     attention_factor: float | None = YARN['attention_factor']
     beta_fast: float = YARN['beta_fast']
     beta_slow: float = YARN['beta_slow']
     truncate: bool = YARN['truncate']
-    max_position_embeddings: int = 32_768  # for config.json; nothing here is as long
+    max_position_embeddings: int = 32_768  # written to config.json, and not used here
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     dtype: str = 'float32'  # of activations and matrix products; parameters are float32
     attention: str = 'auto'  # the kernel, one of attention.KINDS; 'auto': the platform's
-    remat: str = 'full'  # what the backward pass finds instead of computing it again, see REMAT
+    remat: str = 'full'  # what is kept for the backward pass, one of REMAT
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -110,15 +111,14 @@ class Qwen3Config:
                 f'num_attention_heads={self.num_attention_heads} is no multiple of '
                 f'num_key_value_heads={self.num_key_value_heads}; change config.model'
             )
-        for key, choices in (('attention', attention.KINDS), ('remat', tuple(REMAT))):
+        choices_of = {'attention': attention.KINDS, 'remat': tuple(REMAT), 'rope_type': ROPE_TYPES}
+        for key, choices in choices_of.items():
             if getattr(self, key) not in choices:
                 raise ValueError(
                     f'model.{key} is {getattr(self, key)!r}; expected one of {choices}'
                 )
         if self.head_dim % 2:
             raise ValueError(f'head_dim={self.head_dim} is odd; RoPE rotates pairs, make it even')
-        if self.rope_type not in ROPE_TYPES:
-            raise ValueError(f'rope_type is {self.rope_type!r}; expected one of {ROPE_TYPES}')
 
     @classmethod
     def read_json(cls, found: dict, file: pathlib.Path) -> dict:
@@ -199,17 +199,22 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class Qwen3(nnx.Module):
+    embedding: nnx.Param  # [V, D]
+    layers: nnx.Dict  # {name without 'layers/': nnx.Param [L, ...]}
+    final_norm: nnx.Param  # [D]
+    head: nnx.Param  # [V, D]; absent if the head is tied
+
     def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs):
         self.config = config
-        set_params(self, config, rngs)  # embedding, layers, final_norm and, unless tied, head
+        set_params(self, config, rngs)
 
     @property
     def unembedding(self) -> jax.Array:
-        """[V, D] float32; the embedding itself if the head is tied."""
+        """The head [V, D] float32, which is the embedding if it is tied."""
         return (self.embedding if self.config.tie_word_embeddings else self.head)[...]
 
     def __call__(self, tokens_BT, positions_BT, segment_ids_BT) -> jax.Array:
-        """Hidden states [B, T, D] after the final norm, of whole sequences, several to a row."""
+        """Hidden states [B, T, D] after the final norm. A row may hold several whole sequences."""
 
         def body(x_BTD, layer):
             def attend(q, k, v):
@@ -229,14 +234,14 @@ class Qwen3(nnx.Module):
     def extend(self, tokens_BT, positions_BT, cache: Cache) -> tuple[jax.Array, Cache]:
         """Hidden states [B, T, D] of tokens that follow those in the cache, and the longer cache.
 
-        A row's positions are consecutive and within the cache; what the cache holds from its first
-        new position on is overwritten.
+        A row's positions are consecutive and within the cache. They overwrite what the cache holds
+        there.
         """
         keys, values = list(cache.keys), list(cache.values)
         stacked, x_BTD = self._stacked(), self._embed(tokens_BT)
-        # Each row of the batch has its own length, so each writes at its own place.
+        # The rows of the batch have different lengths, so each writes at its own place.
         write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
-        # No scan: it would copy the cache of all layers into its result at every token.
+        # Not a scan, which would copy the cache of all layers into its result at every token.
         for i in range(self.config.num_hidden_layers):
 
             def attend(q, k, v, i=i):
@@ -254,9 +259,10 @@ class Qwen3(nnx.Module):
         return {name: param[...] for name, param in self.layers.items()}
 
     def _embed(self, tokens_BT):
-        """Each device looks all tokens up in its columns; then columns are traded for rows.
+        """Each device looks all tokens up in its own columns; then columns are traded for rows.
 
-        The table is larger than the states of a micro-batch, so these travel and it does not.
+        Only the states travel between devices, since the table is larger than those of a
+        micro-batch.
         """
         table_VD = partition.constrain(
             self.embedding[...].astype(self.config.dtype), 'vocab', 'embed'

@@ -18,11 +18,11 @@ import numpy as np
 from echo_jax.model.precision import sum_dtype
 
 ROPE_TYPES = ('default', 'yarn')
-# Fields of a config that only YaRN reads, and what it takes for those that config.json lacks.
+# Fields of a config that only YaRN reads, with their values if config.json lacks them.
 YARN = {
     'factor': 1.0,
     'original_max_position_embeddings': 32_768,
-    'attention_factor': None,  # by `factor`
+    'attention_factor': None,  # computed from `factor`
     'beta_fast': 32.0,
     'beta_slow': 1.0,
     'truncate': True,
@@ -32,8 +32,8 @@ YARN = {
 def inverse_frequencies(config, dtype=np.float32) -> np.ndarray:
     """The frequencies [h] of a model's config, in `dtype`, in radians a position.
 
-    Rounded where transformers rounds: one float32 step of a frequency is 0.002 radians at position
-    32,768.
+    They are rounded exactly as transformers rounds them: a difference in float32's last place turns
+    position 32,768 by 0.002 radians.
     """
     H, theta = config.head_dim, config.rope_theta
     numbers_h = np.arange(H // 2)
@@ -43,7 +43,7 @@ def inverse_frequencies(config, dtype=np.float32) -> np.ndarray:
         return plain_h
 
     def dimension(rotations: float) -> float:
-        """The number of the dimension that turns so often over the original context."""
+        """The number of the dimension that makes so many rotations over the original context."""
         wavelength = config.original_max_position_embeddings / (2 * math.pi * rotations)
         return H * math.log(wavelength) / (2 * math.log(theta))
 
@@ -57,7 +57,7 @@ def inverse_frequencies(config, dtype=np.float32) -> np.ndarray:
 
 
 def attention_factor(config) -> float:
-    """What sine and cosine are multiplied by: YaRN's 0.1 ln(factor) + 1, unless it is given."""
+    """The factor of sine and cosine: YaRN's 0.1 ln(factor) + 1, unless the config gives another."""
     if config.rope_type == 'default':
         return 1.0
     if config.attention_factor is not None:
@@ -84,10 +84,10 @@ def rope(
 
 
 def read_rope(found: dict, file: pathlib.Path, max_position_embeddings: int) -> dict:
-    """`rope_type`, `rope_theta` and YARN's fields, as a config.json `found` in `file` says them.
+    """`rope_type`, `rope_theta` and YARN's fields, out of `found`, the config.json in `file`.
 
-    It says them as `rope_theta` and `rope_scaling`, or as `rope_parameters`. Raises ValueError for
-    a scaling, or a number of one, that is not supported.
+    It has them as `rope_theta` and `rope_scaling`, or as `rope_parameters`. Raises ValueError for a
+    kind of scaling, or a key of one, that is not supported.
     """
     said = found.get('rope_scaling') or found.get('rope_parameters') or {}
     said = {key: value for key, value in said.items() if value is not None}
@@ -108,9 +108,9 @@ def read_rope(found: dict, file: pathlib.Path, max_position_embeddings: int) -> 
 
 
 def write_rope(config) -> dict:
-    """Those fields as config.json has them, in both forms.
+    """The keys of config.json that `read_rope` reads, in both their forms.
 
-    Given only the new form, transformers 4 takes a theta of 10,000 and says nothing.
+    If only `rope_parameters` is there, transformers 4 takes a theta of 10,000 without a word.
     """
     rope = {'rope_type': config.rope_type}
     if config.rope_type != 'default':

@@ -1,10 +1,9 @@
-"""The safetensors format: a directory's tensors, read in parts, and files written out of order.
+"""The safetensors format: reads parts of a directory's tensors, and writes files tensor by tensor.
 
-The safetensors library reads. It does not write what is needed here: its `save_file` (0.8) takes
-all tensors of a file at once, which for a sharded model is gigabytes of host memory. So a file is
-made by hand: the length of its header (8 bytes, little-endian), the header (JSON: dtype, shape and
-place of every tensor), and room for the tensors, which come one at a time. What the tensors are for
-is for `huggingface.py` to say.
+The safetensors library does the reading. Its `save_file` (0.8) takes all tensors of a file at once,
+which for a sharded model is gigabytes of host memory. So a file is written by hand: the length of
+its header (8 bytes, little-endian), the header (JSON: dtype, shape and place of every tensor), and
+room for the tensors, which come one at a time. `huggingface.py` knows what the tensors mean.
 """
 
 import json
@@ -22,7 +21,7 @@ SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 
 
 class Tensor(Protocol):
-    """A tensor in a file. `tensor[...]` reads the part that is asked for, and no more."""
+    """A tensor in a file. Indexing it reads the part that is asked for, and no more."""
 
     def get_shape(self) -> list[int]: ...
 
@@ -30,9 +29,9 @@ class Tensor(Protocol):
 
 
 def open_tensors(directory: pathlib.Path) -> dict[str, Tensor]:
-    """{name: tensor} of a single file, or of a model in several.
+    """{name: tensor} of a model, which may be in one file or in several.
 
-    Raises ValueError, which names the file, if one is missing, cut or of another format.
+    Raises ValueError, which names the file, if one is missing, cut short or of another format.
     """
     if (directory / SINGLE).exists() or not (directory / INDEX).exists():
         return _open_file(directory / SINGLE)
@@ -45,10 +44,10 @@ def open_tensors(directory: pathlib.Path) -> dict[str, Tensor]:
 
 
 def parse(text: bytes, file: pathlib.Path) -> dict:
-    """JSON that stood in `file`."""
+    """The JSON document `text`, which was read from `file`. Raises ValueError if it is damaged."""
     try:
         return json.loads(text)
-    except ValueError as error:  # no UTF-8, either
+    except ValueError as error:  # this includes text that is not UTF-8
         raise ValueError(f'{file} is damaged: {error}; download it again') from error
 
 
@@ -57,9 +56,9 @@ def _open_file(file: pathlib.Path) -> dict[str, Tensor]:
         raise ValueError(f'{file} is missing; download or export the model again, whole')
     try:
         opened = safetensors.safe_open(file, 'np')
-        names = opened.keys()  # which is all that it has of a dict
+        names = opened.keys()  # it has `keys`, but is no mapping
         tensors = {name: opened.get_slice(name) for name in names}
-    except (safetensors.SafetensorError, OSError) as error:  # a Git LFS pointer's text comes here
+    except (safetensors.SafetensorError, OSError) as error:  # also if it is a Git LFS pointer
         raise ValueError(
             f'{file} is cut short or no safetensors file ({error}); download it again'
         ) from error
@@ -73,7 +72,7 @@ def _open_file(file: pathlib.Path) -> dict[str, Tensor]:
 
 
 class Place(NamedTuple):
-    """Where the bytes of one tensor go."""
+    """The place of one tensor's bytes in a file."""
 
     file: pathlib.Path
     offset: int
@@ -104,7 +103,8 @@ def create_files(
         file = directory / SINGLE
         if len(shards) > 1:
             file = directory / f'model-{number:05d}-of-{len(shards):05d}.safetensors'
-        header, end = {'__metadata__': {'format': 'pt'}}, 0
+        header: dict[str, dict] = {'__metadata__': {'format': 'pt'}}
+        end = 0
         for name in names:
             start, end = end, end + sizes[name]
             header[name] = {'dtype': code, 'shape': shapes[name], 'data_offsets': [start, end]}
