@@ -75,21 +75,18 @@ class RolloutStore:
         futures = [self._kvstore.read(_key(group_id)) for group_id in ids]
         return [self._decode(group_id, future.result()) for group_id, future in zip(ids, futures)]
 
-    def groups(self) -> list[int]:
-        """Ids of the groups that are there, ascending. Each can be read whole."""
-        return self._listed(0)
+    def groups(self, first: int = 0) -> list[int]:
+        """Ids, from `first` on, of the groups that are there, ascending. Each can be read whole."""
+        found = self._kvstore.list(ts.KvStore.KeyRange(_key(first), 'groups0')).result()
+        matches = (re.fullmatch(rb'groups/(\d{12})', key) for key in found)
+        return sorted(int(match[1]) for match in matches if match)
 
     def missing(self, ids: Iterable[int]) -> list[int]:
         """Those of `ids` that are not there, in their order."""
         ids = list(ids)
-        there = set(self._listed(min(ids))) if ids else set()
+        # A long run asks for its last few groups again and again, so the others are not listed.
+        there = set(self.groups(min(ids, default=0)))
         return [group_id for group_id in ids if group_id not in there]
-
-    def _listed(self, first: int) -> list[int]:
-        """Ids from `first` on: a long run asks for its last few groups again and again."""
-        found = self._kvstore.list(ts.KvStore.KeyRange(_key(first), 'groups0')).result()
-        matches = (re.fullmatch(rb'groups/(\d{12})', key) for key in found)
-        return sorted(int(match[1]) for match in matches if match)
 
     def _decode(self, group_id: int, found: ts.KvStore.ReadResult) -> list[Rollout]:
         if found.state == 'missing':
@@ -268,19 +265,19 @@ def _unplanes(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _compress(payload: bytes) -> bytes:
-    array = _open_chunk(len(payload))
-    array.write(np.frombuffer(payload, np.uint8)).result()
-    return array.kvstore['c.0']
+    memory = open_kvstore('memory://')
+    _open_chunk(memory, len(payload)).write(np.frombuffer(payload, np.uint8)).result()
+    return memory['c.0']
 
 
 def _decompress(chunk: bytes, size: int) -> np.ndarray:
     """uint8 [size]; the codec stops at `size`, so a small chunk cannot fill the memory."""
-    array = _open_chunk(size)
-    array.kvstore['c.0'] = chunk
-    return array.read().result()
+    memory = open_kvstore('memory://')
+    memory['c.0'] = chunk
+    return _open_chunk(memory, size).read().result()
 
 
-def _open_chunk(size: int) -> ts.TensorStore:
-    """A zarr3 array of one chunk in a memory store of its own: TensorStore's zstd as a function."""
+def _open_chunk(memory: ts.KvStore, size: int) -> ts.TensorStore:
+    """A zarr3 array of one chunk, for TensorStore's zstd: Python 3.11 has none."""
     zstd = {'name': 'zstd', 'configuration': {'level': 1}}
-    return open_array(open_kvstore('memory://'), [size], 'uint8', [size], [zstd])
+    return open_array(memory, [size], 'uint8', [size], [zstd])

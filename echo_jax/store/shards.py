@@ -16,21 +16,25 @@ import functools
 import itertools
 import json
 import math
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from echo_jax.store.kvstore import open_array
 
-Index = tuple[slice, ...]
-Params = Mapping[str, np.ndarray]  # or jax.Array
+Index = tuple[slice | types.EllipsisType, ...]
+# Arrays by name, each a np.ndarray or a jax.Array. The type cannot say so, because nothing here
+# imports JAX.
+Params = Mapping[str, Any]
 Job = tuple[int, Callable[[], object]]  # bytes under way, and what finishes it
 
 DTYPES = ('bfloat16', 'float16', 'float32')
 MAX_CHUNK = 16 << 20  # bytes
-_MAX_PENDING = 1 << 30  # bytes under way at once: the host memory of a publish, or of a delta read
+MAX_PENDING = 1 << 30  # bytes under way at once: the host memory of a publish, or of a delta read
 _BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
@@ -39,7 +43,7 @@ class Part:
     """One host's part of a version: a description of all arrays, and its own shards of each."""
 
     arrays: dict[str, dict]  # name, in order: shape, dtype, chunk
-    shards: dict[str, list[tuple[Index, np.ndarray]]]  # values (maybe jax.Arrays); bits in a copy
+    shards: dict[str, list[tuple[Index, Any]]]  # values, as in Params; bits (NumPy) in a copy
 
     @classmethod
     def of(cls, params: Params, process_index: int) -> 'Part':
@@ -58,7 +62,7 @@ class Part:
             arrays[name] = {
                 'shape': list(array.shape),
                 'dtype': array.dtype.name,
-                'chunk': _chunk_shape(tuple(shard_shape), array.dtype.itemsize),
+                'chunk': chunk_shape(shard_shape, array.dtype.itemsize),
             }
         return cls(arrays, shards)
 
@@ -93,16 +97,14 @@ class Part:
 
     def write(self, open_named: Callable[[str], ts.TensorStore], base: 'Part | None') -> None:
         """Writes the values, or the differences to the copy `base`, to arrays by name."""
-        run(
-            job
-            for name, shards in self.shards.items()
-            for number, (index, shard) in enumerate(shards)
-            for job in _write(
-                open_named(name)[index or ...],
-                np.asarray(shard),
-                base and base.shards[name][number][1],
-            )
-        )
+
+        def jobs() -> Iterator[Job]:
+            for name, shards in self.shards.items():
+                for number, (index, shard) in enumerate(shards):
+                    old = base.shards[name][number][1] if base else None
+                    yield from _write(open_named(name)[index or ...], np.asarray(shard), old)
+
+        run(jobs())
 
     def _places(self) -> list[list[Index]]:
         return [[index for index, _ in shards] for shards in self.shards.values()]
@@ -133,7 +135,7 @@ def apply(source: ts.TensorStore, array: np.ndarray) -> Iterator[Job]:
 
 
 def run(jobs: Iterable[Job]) -> None:
-    """Starts jobs ahead of those that finish, at most _MAX_PENDING bytes of them.
+    """Starts jobs ahead of those that finish, at most MAX_PENDING bytes of them.
 
     A job starts when the iterator yields it, so this loop is what bounds the memory: without it all
     reads or writes of a model would be under way at once.
@@ -142,7 +144,7 @@ def run(jobs: Iterable[Job]) -> None:
     for job in jobs:
         pending.append(job)
         size += job[0]
-        while size > _MAX_PENDING:
+        while size > MAX_PENDING:
             nbytes, finish = pending.popleft()
             finish()
             size -= nbytes
@@ -177,8 +179,7 @@ def _chunks(view: ts.TensorStore) -> Iterator[tuple[Index, Index]]:
     again for its neighbour.
     """
     axes = []
-    grid = view.chunk_layout.read_chunk.shape or ()  # None for a scalar
-    for axis, length in zip(view.domain, grid):
+    for axis, length in zip(view.domain, view.chunk_layout.read_chunk_template.shape):
         low, high = axis.inclusive_min, axis.exclusive_max
         # A slice may begin inside a chunk, so the first border above low is the end of that one.
         borders = [low, *range(low - low % length + length, high, length), high]
@@ -190,8 +191,8 @@ def _chunks(view: ts.TensorStore) -> Iterator[tuple[Index, Index]]:
         )
 
 
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """Splits a shard into equal chunks of at most MAX_CHUNK, leading axes first.
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """The shape of the equal chunks of a shard, of at most MAX_CHUNK bytes, leading axes cut first.
 
     Leading axes, because layers are stacked on them and a chunk stays one run of memory. Each
     length divides the shard's, so that the chunk grid meets every shard's border.

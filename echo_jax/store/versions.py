@@ -29,9 +29,12 @@ from echo_jax.store.kvstore import CorruptError, MissingError, inside, open_kvst
 from echo_jax.store.shards import Index
 
 Link = list  # [version, attempt]
+Held = tuple[Link, dict[str, np.ndarray]]  # a version that was read, and its arrays
 
 
 class Versions:
+    """What is published under `url`; `kvstore` is all that lies there."""
+
     def __init__(self, url: str | pathlib.Path):
         self.url = str(url)
         self.kvstore = open_kvstore(url)
@@ -77,14 +80,14 @@ class Versions:
         manifest: dict,
         names: list[str] | None,
         slices: Mapping[str, Index] | None,
-        have: Link | None = None,
-        arrays: dict[str, np.ndarray] | None = None,
+        held: Held | None = None,
     ) -> dict[str, np.ndarray]:
         """The arrays of a manifest: all of them or those in `names`, and of these all or `slices`.
 
-        `have` is a base of it whose `arrays` the caller has: they are changed in place.
+        `held` is a base of it, or itself, that the caller has: its arrays are changed in place.
         """
         version, described, links = manifest['version'], manifest['arrays'], chain(manifest)
+        base, arrays = held or (None, {})
         names, slices = list(described) if names is None else names, slices or {}
         unknown = [name for name in {*names, *slices} if name not in described]
         if unknown or not {*slices} <= {*names}:
@@ -92,7 +95,7 @@ class Versions:
                 f'version {version} in {self.url} has no arrays {unknown}; it has '
                 f'{list(described)}; slices are of arrays in names'
             )
-        for link in links[links.index(have) + 1 :] if have else links:
+        for link in links[links.index(base) + 1 :] if base else links:
             delta = link != links[0]
             sources = {
                 name: self.open_array(link, described, name, delta)[slices.get(name, ...)]
