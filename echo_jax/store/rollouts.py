@@ -18,7 +18,6 @@ Groups of format 1 can be read, too. Their prefix has 8 more bytes, which nothin
 and `environment_only` was a metric of each rollout instead of a column of the header.
 """
 
-import itertools
 import json
 import pathlib
 import re
@@ -116,8 +115,8 @@ def check_group(rollouts: Sequence[Rollout]) -> None:
         raise ValueError(f'group_id is {first.group_id}; expected 0 to 10**12 - 1')
     if not isinstance(first.task_id, str):
         raise ValueError(f'group {first.group_id} has task_id {first.task_id!r}; expected a string')
-    if len({rollout.sample_id for rollout in rollouts}) != len(rollouts):
-        ids = [rollout.sample_id for rollout in rollouts]
+    ids = [rollout.sample_id for rollout in rollouts]
+    if len({*ids}) != len(ids):
         raise ValueError(f'group {first.group_id} has sample_ids {ids}; expected distinct ones')
     for rollout in rollouts:
         name = f'rollout {rollout.sample_id} of group {rollout.group_id}'
@@ -180,7 +179,6 @@ def _encode(rollouts: Sequence[Rollout]) -> bytes:
 
 def _decode(group_id: int, data: bytes) -> list[Rollout]:
     form, header, body = _unpack(group_id, data)
-    names = header['metrics']
     count = len(header['sample_id'])
     per_rollout = ['status', 'tokens', 'turns', 'metrics']
     if form != b'echogrp1':
@@ -190,7 +188,7 @@ def _decode(group_id: int, data: bytes) -> list[Rollout]:
     # Lengths are checked one by one before anything is allocated or split by them: negative ones
     # could still add up to the size of the payload.
     lengths = {column: header['tokens'] for column in _COLUMNS} | {'turn_starts': header['turns']}
-    sizes = [8 * (count + sum(map(len, names)))]
+    sizes = [8 * (count + sum(map(len, header['metrics'])))]
     sizes += [sum(map(_natural, lengths[c])) * dtype.itemsize for c, dtype in _COLUMNS.items()]
     if sum(sizes) != body.size:
         raise ValueError('lengths of its columns do not add up')
@@ -200,8 +198,8 @@ def _decode(group_id: int, data: bytes) -> list[Rollout]:
         for part, (column, dtype) in zip(planes, _COLUMNS.items())
     }
     values = iter(_unplanes(floats, np.dtype('<f8')).tolist())
-    rewards = list(itertools.islice(values, count))
-    metrics = [{name: next(values) for name in names[i]} for i in range(count)]
+    rewards = [next(values) for _ in range(count)]
+    metrics = [{name: next(values) for name in names} for names in header['metrics']]
     if form == b'echogrp1':
         environment_only = [bool(each.pop('environment_only', False)) for each in metrics]
     else:

@@ -24,9 +24,9 @@ from collections.abc import Mapping
 import numpy as np
 import tensorstore as ts
 
-from echo_jax.store.kvstore import seal, unseal, write_once
+from echo_jax.store.kvstore import read_sealed, seal, write_once
 from echo_jax.store.shards import Index, Params, Part
-from echo_jax.store.versions import Held, Link, Versions, chain, manifest_key
+from echo_jax.store.versions import Link, Versions, WeightReader, chain, manifest_key
 
 _POLL_SECONDS = 0.1
 
@@ -127,11 +127,11 @@ class WeightStore:
         MissingError if the version was collected, before or during the read (take `latest()` and
         retry), and CorruptError if its bytes are damaged.
         """
-        return self.published.read(self.published.get(version), names, slices)
+        return self.reader(names, slices).read_writable(version)
 
     def reader(
         self, names: list[str] | None = None, slices: Mapping[str, Index] | None = None
-    ) -> 'WeightReader':
+    ) -> WeightReader:
         """A reader that follows the versions of these arrays, or parts of them, as in `read`."""
         return WeightReader(self.published, names, slices)
 
@@ -152,7 +152,7 @@ class WeightStore:
             written = [part.elements()]  # of each array, by each process
             for process_index in range(1, process_count):
                 while True:
-                    marker = self._get(_host_key(version, begun, process_index))
+                    marker = read_sealed(self._kvstore, _host_key(version, begun, process_index))
                     if marker is not None:
                         break
                     self._pause(deadline, f'process {process_index}', version)
@@ -175,8 +175,13 @@ class WeightStore:
                     f'{expected}: check process_count, and that arrays are global'
                 )
         kind = 'delta' if begun['bases'] else 'full'
-        manifest = {'kind': kind, 'version': version, **begun, 'about': about}
-        manifest['arrays'] = part.arrays
+        manifest = {
+            'kind': kind,
+            'version': version,
+            **begun,
+            'about': about,
+            'arrays': part.arrays,
+        }
         done = write_once(self._kvstore, manifest_key(version), seal(manifest))
         if done:
             self._hold(part, manifest)
@@ -191,7 +196,7 @@ class WeightStore:
                 if manifest['attempt'] == mine:
                     self._hold(part, manifest)
                 return mine is not None
-            begun = self._get(_attempt_key(version))
+            begun = read_sealed(self._kvstore, _attempt_key(version))
             if begun is None or begun['attempt'] == mine:
                 self._pause(deadline, 'process 0', version)
                 continue
@@ -231,10 +236,6 @@ class WeightStore:
             self._copy = part.copy(self._copy)
             self._chain = chain(manifest)
 
-    def _get(self, key: str) -> dict | None:
-        found = self._kvstore.read(key).result()
-        return unseal(found.value) if found.state == 'value' else None
-
     def _pause(self, deadline: float, host: str, version: int) -> None:
         """Sleeps before another look at the store; TimeoutError once the deadline has passed."""
         if time.monotonic() > deadline:
@@ -260,42 +261,6 @@ class WeightStore:
         first = min((links[0][0] for links in chains), default=min(kept))
         old = ts.KvStore.KeyRange('data/', f'data/{first:010d}')
         self._kvstore.delete_range(old).result()
-
-
-class WeightReader:
-    """Follows the versions of one store and holds the arrays of the one that it read last.
-
-    A version that continues from that one costs the deltas between them; any other, such as the
-    first, or one of a learner that went back, is read from its key frame on.
-    """
-
-    def __init__(
-        self, published: Versions, names: list[str] | None, slices: Mapping[str, Index] | None
-    ):
-        self._published, self._names, self._slices = published, names, slices
-        self._held: Held | None = None
-
-    @property
-    def version(self) -> int | None:
-        """The version that it holds; None before the first read and after one that failed."""
-        return self._held[0][0] if self._held else None
-
-    def read(self, version: int) -> dict[str, np.ndarray]:
-        """The arrays of a version: read-only views, good until the next `read`, which changes them.
-
-        Copy what must outlive that, also before `jax.device_put` on a CPU: it may keep the memory.
-        Raises what `WeightStore.read` raises; the next read then starts from a key frame.
-        """
-        manifest = self._published.get(version)
-        links = chain(manifest)
-        held = self._held if self._held and self._held[0] in links else None
-        self._held = None  # arrays that are half changed are of no version
-        arrays = self._published.read(manifest, self._names, self._slices, held)
-        self._held = links[-1], arrays
-        views = {name: array.view() for name, array in arrays.items()}
-        for view in views.values():
-            view.flags.writeable = False
-        return views
 
 
 def _attempt_key(version: int) -> str:
