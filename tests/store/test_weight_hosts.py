@@ -219,7 +219,7 @@ HOST = """
     store = WeightStore(url, keep=3, keyframe_every=9)
     done = []
     for version in (1, 2, 3):
-        done.append(store.publish(params, version, index, 2, timeout=60))
+        done.append(store.publish(params, version, index, 2, timeout=200))
         params = {name: array * 3 for name, array in params.items()}
     kinds = [Versions(url).get(version)['kind'] for version in (1, 2, 3)]
     print(json.dumps({'mine': mine, 'done': done, 'kinds': kinds}))
@@ -245,12 +245,17 @@ def test_two_jax_hosts_publish_their_shards(tmp_path):
         )
         for index in range(2)
     ]
-    for host in hosts:
-        out, err = host.communicate(timeout=120)
-        assert host.returncode == 0, err[-3000:]
-        # Neither host had the whole array: 16 x 32 elements, half each.
-        expected = {'mine': 256, 'done': [True] * 3, 'kinds': ['full', 'delta', 'delta']}
-        assert json.loads(out.splitlines()[-1]) == expected
+    try:
+        for host in hosts:
+            out, err = host.communicate(timeout=240)
+            assert host.returncode == 0, err[-3000:]
+            # Neither host had the whole array: 16 x 32 elements, half each.
+            expected = {'mine': 256, 'done': [True] * 3, 'kinds': ['full', 'delta', 'delta']}
+            assert json.loads(out.splitlines()[-1]) == expected
+    finally:
+        for host in hosts:
+            host.kill()  # nothing, unless the other one failed
+            host.communicate()
     wide = np.arange(16 * 32, dtype=np.float32).reshape(16, 32)
     expected = {
         'both': wide,
