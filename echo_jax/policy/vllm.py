@@ -62,10 +62,12 @@ class VllmPolicy:
     """Implements `Policy` over one engine; `start` makes it, and the first `load` gives it weights.
 
     docs/design.md#policy-and-sandbox
+
+    `engine` is vLLM's AsyncLLM, for its own statistics and for calls to its ranks.
     """
 
     def __init__(self, engine, store: WeightStore, max_model_len: int, probe_tolerance: float):
-        self._engine, self._store = engine, store
+        self.engine, self._store = engine, store
         self._max_model_len, self._probe_tolerance = max_model_len, probe_tolerance
         self.version = -1
         self.swap: Swap | None = None
@@ -196,7 +198,7 @@ class VllmPolicy:
     async def close(self) -> None:
         """Ends the engine and its processes; turns that still run raise PolicyError."""
         self._refusal = 'the policy is closed'
-        self._engine.shutdown()
+        self.engine.shutdown()
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -227,7 +229,7 @@ class VllmPolicy:
         )
         prompt = {'prompt_token_ids': context}
         async with _engine_errors():
-            async for output in self._engine.generate(prompt, params, str(next(self._numbers))):
+            async for output in self.engine.generate(prompt, params, str(next(self._numbers))):
                 final = output
         return final
 
@@ -286,7 +288,7 @@ class VllmPolicy:
     async def _drop_prefixes(self) -> bool:
         """False if blocks stay in use, as those of an aborted request do for a little while."""
         deadline = time.monotonic() + _CACHE_SECONDS
-        while not await self._engine.reset_prefix_cache():
+        while not await self.engine.reset_prefix_cache():
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(_POLL_SECONDS)
@@ -299,7 +301,7 @@ class VllmPolicy:
 
     async def _call(self, method: str, *args) -> list:
         """Calls a method of `WeightLoader` in every rank, and returns what each returned."""
-        return await self._engine.collective_rpc(method, args=args)
+        return await self.engine.collective_rpc(method, args=args)
 
 
 def _start_engine(arguments: dict):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from echo_jax.store.weights import WeightReader, WeightStore
+from echo_jax.store.versions import WeightReader
+from echo_jax.store.weights import WeightStore
 
 READING = 'reading'
 

@@ -51,8 +51,10 @@ class DueStore:
 
     def listed(self) -> list[DueGroups]:
         """What was posted and not withdrawn, by store and number."""
-        documents = self._read('due')
-        return [DueGroups(**{**each, 'task_ids': tuple(each['task_ids'])}) for each in documents]
+        found = self._read('due')
+        for each in found:
+            each['task_ids'] = tuple(each['task_ids'])  # JSON knows lists alone
+        return [DueGroups(**each) for each in found]
 
     def withdraw(self, due: DueGroups) -> None:
         """Makes these groups due no longer, whether or not they have been drawn."""

@@ -70,6 +70,12 @@ def unseal(data: bytes) -> dict:
     return json.loads(text)
 
 
+def read_sealed(kvstore: ts.KvStore, key: str) -> dict | None:
+    """The sealed document under `key`; None if there is none, CorruptError if it is damaged."""
+    found = kvstore.read(key).result()
+    return unseal(found.value) if found.state == 'value' else None
+
+
 def open_array(
     kvstore: ts.KvStore, shape: list[int], dtype: str, chunk: list[int], codecs: list[dict]
 ) -> ts.TensorStore:

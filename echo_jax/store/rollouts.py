@@ -18,7 +18,6 @@ Groups of format 1 can be read, too. Their prefix has 8 more bytes, which nothin
 and `environment_only` was a metric of each rollout instead of a column of the header.
 """
 
-import itertools
 import json
 import pathlib
 import re
@@ -75,21 +74,18 @@ class RolloutStore:
         futures = [self._kvstore.read(_key(group_id)) for group_id in ids]
         return [self._decode(group_id, future.result()) for group_id, future in zip(ids, futures)]
 
-    def groups(self) -> list[int]:
-        """Ids of the groups that are there, ascending. Each can be read whole."""
-        return self._listed(0)
+    def groups(self, first: int = 0) -> list[int]:
+        """Ids, from `first` on, of the groups that are there, ascending. Each can be read whole."""
+        found = self._kvstore.list(ts.KvStore.KeyRange(_key(first), 'groups0')).result()
+        matches = (re.fullmatch(rb'groups/(\d{12})', key) for key in found)
+        return sorted(int(match[1]) for match in matches if match)
 
     def missing(self, ids: Iterable[int]) -> list[int]:
         """Those of `ids` that are not there, in their order."""
         ids = list(ids)
-        there = set(self._listed(min(ids))) if ids else set()
+        # A long run asks for its last few groups again and again, so the others are not listed.
+        there = set(self.groups(min(ids, default=0)))
         return [group_id for group_id in ids if group_id not in there]
-
-    def _listed(self, first: int) -> list[int]:
-        """Ids from `first` on: a long run asks for its last few groups again and again."""
-        found = self._kvstore.list(ts.KvStore.KeyRange(_key(first), 'groups0')).result()
-        matches = (re.fullmatch(rb'groups/(\d{12})', key) for key in found)
-        return sorted(int(match[1]) for match in matches if match)
 
     def _decode(self, group_id: int, found: ts.KvStore.ReadResult) -> list[Rollout]:
         if found.state == 'missing':
@@ -119,8 +115,8 @@ def check_group(rollouts: Sequence[Rollout]) -> None:
         raise ValueError(f'group_id is {first.group_id}; expected 0 to 10**12 - 1')
     if not isinstance(first.task_id, str):
         raise ValueError(f'group {first.group_id} has task_id {first.task_id!r}; expected a string')
-    if len({rollout.sample_id for rollout in rollouts}) != len(rollouts):
-        ids = [rollout.sample_id for rollout in rollouts]
+    ids = [rollout.sample_id for rollout in rollouts]
+    if len({*ids}) != len(ids):
         raise ValueError(f'group {first.group_id} has sample_ids {ids}; expected distinct ones')
     for rollout in rollouts:
         name = f'rollout {rollout.sample_id} of group {rollout.group_id}'
@@ -183,7 +179,6 @@ def _encode(rollouts: Sequence[Rollout]) -> bytes:
 
 def _decode(group_id: int, data: bytes) -> list[Rollout]:
     form, header, body = _unpack(group_id, data)
-    names = header['metrics']
     count = len(header['sample_id'])
     per_rollout = ['status', 'tokens', 'turns', 'metrics']
     if form != b'echogrp1':
@@ -193,7 +188,7 @@ def _decode(group_id: int, data: bytes) -> list[Rollout]:
     # Lengths are checked one by one before anything is allocated or split by them: negative ones
     # could still add up to the size of the payload.
     lengths = {column: header['tokens'] for column in _COLUMNS} | {'turn_starts': header['turns']}
-    sizes = [8 * (count + sum(map(len, names)))]
+    sizes = [8 * (count + sum(map(len, header['metrics'])))]
     sizes += [sum(map(_natural, lengths[c])) * dtype.itemsize for c, dtype in _COLUMNS.items()]
     if sum(sizes) != body.size:
         raise ValueError('lengths of its columns do not add up')
@@ -203,8 +198,8 @@ def _decode(group_id: int, data: bytes) -> list[Rollout]:
         for part, (column, dtype) in zip(planes, _COLUMNS.items())
     }
     values = iter(_unplanes(floats, np.dtype('<f8')).tolist())
-    rewards = list(itertools.islice(values, count))
-    metrics = [{name: next(values) for name in names[i]} for i in range(count)]
+    rewards = [next(values) for _ in range(count)]
+    metrics = [{name: next(values) for name in names} for names in header['metrics']]
     if form == b'echogrp1':
         environment_only = [bool(each.pop('environment_only', False)) for each in metrics]
     else:
@@ -268,19 +263,19 @@ def _unplanes(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _compress(payload: bytes) -> bytes:
-    array = _open_chunk(len(payload))
-    array.write(np.frombuffer(payload, np.uint8)).result()
-    return array.kvstore['c.0']
+    memory = open_kvstore('memory://')
+    _open_chunk(memory, len(payload)).write(np.frombuffer(payload, np.uint8)).result()
+    return memory['c.0']
 
 
 def _decompress(chunk: bytes, size: int) -> np.ndarray:
     """uint8 [size]; the codec stops at `size`, so a small chunk cannot fill the memory."""
-    array = _open_chunk(size)
-    array.kvstore['c.0'] = chunk
-    return array.read().result()
+    memory = open_kvstore('memory://')
+    memory['c.0'] = chunk
+    return _open_chunk(memory, size).read().result()
 
 
-def _open_chunk(size: int) -> ts.TensorStore:
-    """A zarr3 array of one chunk in a memory store of its own: TensorStore's zstd as a function."""
+def _open_chunk(memory: ts.KvStore, size: int) -> ts.TensorStore:
+    """A zarr3 array of one chunk, for TensorStore's zstd: Python 3.11 has none."""
     zstd = {'name': 'zstd', 'configuration': {'level': 1}}
-    return open_array(open_kvstore('memory://'), [size], 'uint8', [size], [zstd])
+    return open_array(memory, [size], 'uint8', [size], [zstd])

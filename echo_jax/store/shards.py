@@ -16,22 +16,26 @@ import functools
 import itertools
 import json
 import math
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from echo_jax.store.kvstore import open_array
 
-Index = tuple[slice, ...]
-Params = Mapping[str, np.ndarray]  # or jax.Array
+Index = tuple[slice | types.EllipsisType, ...]
+# Arrays by name, each a np.ndarray or a jax.Array. The type cannot say so, because nothing here
+# imports JAX.
+Params = Mapping[str, Any]
 Job = tuple[int, Callable[[], object]]  # bytes under way, and what finishes it
 
-DTYPES = ('bfloat16', 'float16', 'float32')
 MAX_CHUNK = 16 << 20  # bytes
-_MAX_PENDING = 1 << 30  # bytes under way at once: the host memory of a publish, or of a delta read
-_BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+MAX_PENDING = 1 << 30  # bytes under way at once: the host memory of a publish, or of a delta read
+_UINT16, _UINT32 = np.dtype(np.uint16), np.dtype(np.uint32)
+_BITS = {'bfloat16': _UINT16, 'float16': _UINT16, 'float32': _UINT32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +43,15 @@ class Part:
     """One host's part of a version: a description of all arrays, and its own shards of each."""
 
     arrays: dict[str, dict]  # name, in order: shape, dtype, chunk
-    shards: dict[str, list[tuple[Index, np.ndarray]]]  # values (maybe jax.Arrays); bits in a copy
+    shards: dict[str, list[tuple[Index, Any]]]  # values, as in Params; bits (NumPy) in a copy
 
     @classmethod
     def of(cls, params: Params, process_index: int) -> 'Part':
         arrays, shards = {}, {}
         for name in sorted(params):
             array = params[name]
-            if array.dtype.name not in DTYPES:
-                raise ValueError(f'{name} is {array.dtype}; expected one of {", ".join(DTYPES)}')
+            if array.dtype.name not in _BITS:
+                raise ValueError(f'{name} is {array.dtype}; expected one of {", ".join(_BITS)}')
             if isinstance(array, np.ndarray):  # whole on every host, and process 0 writes it
                 shard_shape = array.shape
                 shards[name] = [((), array)] if process_index == 0 else []
@@ -58,7 +62,7 @@ class Part:
             arrays[name] = {
                 'shape': list(array.shape),
                 'dtype': array.dtype.name,
-                'chunk': _chunk_shape(tuple(shard_shape), array.dtype.itemsize),
+                'chunk': chunk_shape(shard_shape, array.dtype.itemsize),
             }
         return cls(arrays, shards)
 
@@ -82,7 +86,7 @@ class Part:
         """
         if over is None or not self.matches(over):
             empty = {
-                name: [(index, np.empty(s.shape, _BITS[s.dtype.itemsize])) for index, s in shards]
+                name: [(index, np.empty(s.shape, _BITS[s.dtype.name])) for index, s in shards]
                 for name, shards in self.shards.items()
             }
             over = Part(self.arrays, empty)
@@ -93,16 +97,14 @@ class Part:
 
     def write(self, open_named: Callable[[str], ts.TensorStore], base: 'Part | None') -> None:
         """Writes the values, or the differences to the copy `base`, to arrays by name."""
-        run(
-            job
-            for name, shards in self.shards.items()
-            for number, (index, shard) in enumerate(shards)
-            for job in _write(
-                open_named(name)[index or ...],
-                np.asarray(shard),
-                base and base.shards[name][number][1],
-            )
-        )
+
+        def jobs() -> Iterator[Job]:
+            for name, shards in self.shards.items():
+                for number, (index, shard) in enumerate(shards):
+                    old = base.shards[name][number][1] if base else None
+                    yield from _write(open_named(name)[index or ...], np.asarray(shard), old)
+
+        run(jobs())
 
     def _places(self) -> list[list[Index]]:
         return [[index for index, _ in shards] for shards in self.shards.values()]
@@ -112,12 +114,12 @@ def open_part(folder: ts.KvStore, array: dict, delta: bool) -> ts.TensorStore:
     """The array in `folder` that holds the values, or differences, of what `array` describes."""
     dtype, pack = array['dtype'], []
     if delta:
-        width = ts.dtype(dtype).numpy_dtype.itemsize
-        dtype = _BITS[width].name
+        bits = _BITS[dtype]
+        dtype = bits.name
         # Of real steps' differences: bit planes take a quarter more, level 3 takes 3% less in
         # twice the time, lz4 twice the bytes; blosc's own choice of a smaller block 5% more.
         blosc = {'cname': 'zstd', 'clevel': 1, 'shuffle': 'shuffle', 'blocksize': 1 << 20}
-        pack = [{'name': 'blosc', 'configuration': blosc | {'typesize': width}}]
+        pack = [{'name': 'blosc', 'configuration': blosc | {'typesize': bits.itemsize}}]
     return open_array(folder, array['shape'], dtype, array['chunk'], [*pack, {'name': 'crc32c'}])
 
 
@@ -128,12 +130,12 @@ def apply(source: ts.TensorStore, array: np.ndarray) -> Iterator[Job]:
     is of integers: as floats, a NaN would lose its payload and two zeros would be equal.
     """
     bits = _bits(array)
-    for chunk, part in _chunks(source):
-        yield bits[part].nbytes, functools.partial(_xor_into, bits[part], source[chunk].read())
+    for part, chunk in _chunks(source):
+        yield bits[part].nbytes, functools.partial(_xor_into, bits[part], chunk.read())
 
 
 def run(jobs: Iterable[Job]) -> None:
-    """Starts jobs ahead of those that finish, at most _MAX_PENDING bytes of them.
+    """Starts jobs ahead of those that finish, at most MAX_PENDING bytes of them.
 
     A job starts when the iterator yields it, so this loop is what bounds the memory: without it all
     reads or writes of a model would be under way at once.
@@ -142,7 +144,7 @@ def run(jobs: Iterable[Job]) -> None:
     for job in jobs:
         pending.append(job)
         size += job[0]
-        while size > _MAX_PENDING:
+        while size > MAX_PENDING:
             nbytes, finish = pending.popleft()
             finish()
             size -= nbytes
@@ -155,9 +157,9 @@ def _write(target: ts.TensorStore, data: np.ndarray, base: np.ndarray | None) ->
         yield data.nbytes, target.write(data).result
         return
     bits = _bits(data)
-    for chunk, part in _chunks(target):  # one is packed while the next is made
+    for part, chunk in _chunks(target):  # one is packed while the next is made
         difference = bits[part] ^ base[part]
-        yield difference.nbytes, target[chunk].write(difference).result
+        yield difference.nbytes, chunk.write(difference).result
 
 
 def _xor_into(part: np.ndarray, difference: ts.Future) -> None:
@@ -166,32 +168,27 @@ def _xor_into(part: np.ndarray, difference: ts.Future) -> None:
 
 def _bits(array: np.ndarray) -> np.ndarray:
     """The same memory as unsigned integers of its width."""
-    return array.view(_BITS[array.dtype.itemsize])
+    return array.view(_BITS[array.dtype.name])
 
 
-def _chunks(view: ts.TensorStore) -> Iterator[tuple[Index, Index]]:
-    """The parts of a view that lie in one chunk each: where in the view, and where in its array.
+def _chunks(view: ts.TensorStore) -> Iterator[tuple[Index, ts.TensorStore]]:
+    """The parts of a view that lie in one chunk each, with their indices, which count from 0.
 
-    A view of a TensorStore keeps the indices of the whole array, while the NumPy array read from it
-    counts from 0; so each part comes with both. A part of two chunks would fetch and unpack both
-    again for its neighbour.
+    A part of two chunks would fetch and unpack both again for its neighbour.
     """
-    axes = []
-    grid = view.chunk_layout.read_chunk.shape or ()  # None for a scalar
-    for axis, length in zip(view.domain, grid):
-        low, high = axis.inclusive_min, axis.exclusive_max
-        # A slice may begin inside a chunk, so the first border above low is the end of that one.
-        borders = [low, *range(low - low % length + length, high, length), high]
-        axes.append([(a, b, low) for a, b in itertools.pairwise(borders) if a < b])
+    # A view keeps the indices of the whole array, unlike the NumPy array that is read from it.
+    view = view[ts.d[:].translate_to[0]]
+    grid, axes = view.chunk_layout.read_chunk_template, []
+    for size, origin, length in zip(view.shape, grid.origin, grid.shape):
+        # A view may begin inside a chunk, so the first border above 0 is the end of that one.
+        borders = [0, *range(origin % length or length, size, length), size]
+        axes.append([slice(a, b) for a, b in itertools.pairwise(borders) if a < b])
     for part in itertools.product(*axes):
-        yield (
-            (*(slice(a, b) for a, b, _ in part), ...),
-            (*(slice(a - low, b - low) for a, b, low in part), ...),
-        )
+        yield (*part, ...), view[(*part, ...)]
 
 
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """Splits a shard into equal chunks of at most MAX_CHUNK, leading axes first.
+def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """The shape of the equal chunks of a shard, of at most MAX_CHUNK bytes, leading axes cut first.
 
     Leading axes, because layers are stacked on them and a chunk stays one run of memory. Each
     length divides the shard's, so that the chunk grid meets every shard's border.

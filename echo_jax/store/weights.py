@@ -15,22 +15,18 @@ Process 0 begins an attempt as a delta if it can. A host that does not hold that
 marker, and process 0 begins again with a key frame.
 """
 
-import functools
 import math
 import pathlib
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
 
 import numpy as np
 import tensorstore as ts
 
-from echo_jax.store.kvstore import seal, unseal, write_once
+from echo_jax.store.kvstore import read_sealed, seal, write_once
 from echo_jax.store.shards import Index, Params, Part
-from echo_jax.store.versions import Link, Versions, chain, manifest_key
-
-Answer = TypeVar('Answer')
+from echo_jax.store.versions import Link, Versions, WeightReader, chain, manifest_key
 
 _POLL_SECONDS = 0.1
 
@@ -51,7 +47,8 @@ class WeightStore:
         self.url = str(url)
         self.keep = keep
         self.keyframe_every = keyframe_every
-        self._published = Versions(url)
+        self.published = Versions(url)
+        self._kvstore = self.published.kvstore
         # The chain, key frame first, of the version that this host published last, and its bits.
         self._chain: list[Link] = []
         self._copy: Part | None = None
@@ -83,7 +80,7 @@ class WeightStore:
             raise ValueError(f'version is {version}; expected 0 to 10**10 - 1')
         part = Part.of(params, process_index)
         deadline = time.monotonic() + timeout
-        if self._published.find(version) is not None:
+        if self.published.find(version) is not None:
             return False
         if process_index == 0:
             done = self._lead(part, version, process_count, deadline, about or {})
@@ -93,11 +90,12 @@ class WeightStore:
 
     def versions(self) -> list[int]:
         """The published versions, ascending."""
-        return self._published.numbers()
+        return self.published.numbers()
 
     def latest(self) -> int | None:
         """The newest published version; None if there is none yet."""
-        return max(self.versions(), default=None)
+        versions = self.versions()
+        return versions[-1] if versions else None
 
     def newest(self) -> tuple[int, str] | None:
         """(version, attempt) of the newest version; another attempt may have other bits."""
@@ -105,13 +103,13 @@ class WeightStore:
             version = self.latest()
             if version is None:
                 return None
-            manifest = self._published.find(version)
+            manifest = self.published.find(version)
             if manifest is not None:  # unless it was rewound meanwhile
                 return version, manifest['attempt']
 
     def about(self, version: int) -> dict:
         """What `publish` was told of a version; MissingError if it was collected."""
-        return self._published.get(version).get('about', {})
+        return self.published.get(version).get('about', {})
 
     def read(
         self,
@@ -129,19 +127,19 @@ class WeightStore:
         MissingError if the version was collected, before or during the read (take `latest()` and
         retry), and CorruptError if its bytes are damaged.
         """
-        return self._published.read(self._published.get(version), names, slices)
+        return self.reader(names, slices).read_writable(version)
 
     def reader(
         self, names: list[str] | None = None, slices: Mapping[str, Index] | None = None
-    ) -> 'WeightReader':
+    ) -> WeightReader:
         """A reader that follows the versions of these arrays, or parts of them, as in `read`."""
-        return WeightReader(self._published, names, slices)
+        return WeightReader(self.published, names, slices)
 
     def rewind(self, version: int) -> None:
         """Forgets the versions after `version`: for a learner that resumes before them."""
         self._forget([later for later in self.versions() if later > version])
         beyond = ts.KvStore.KeyRange(f'data/{version + 1:010d}', 'data0')
-        self._published.kvstore.delete_range(beyond).result()
+        self._kvstore.delete_range(beyond).result()
 
     def _lead(
         self, part: Part, version: int, process_count: int, deadline: float, about: dict
@@ -149,11 +147,15 @@ class WeightStore:
         """Process 0's part: opens an attempt, waits for the other hosts, commits."""
         for bases in (self._bases(part, version), []):
             begun = {'attempt': secrets.token_hex(8), 'bases': bases}
-            self._put(_attempt_key(version), begun)
-            written = self._write(part, version, begun)
+            self._kvstore[_attempt_key(version)] = seal(begun)
+            self._write(part, version, begun)
+            written = [part.elements()]  # of each array, by each process
             for process_index in range(1, process_count):
-                look = functools.partial(self._get, _host_key(version, begun, process_index))
-                marker = self._wait(look, deadline, f'process {process_index}', version)
+                while True:
+                    marker = read_sealed(self._kvstore, _host_key(version, begun, process_index))
+                    if marker is not None:
+                        break
+                    self._pause(deadline, f'process {process_index}', version)
                 if marker['layout'] != part.digest():
                     raise ValueError(
                         f'process {process_index} publishes version {version} with other names, '
@@ -161,21 +163,26 @@ class WeightStore:
                         f'arrays'
                     )
                 if marker['written'] is None:  # it does not hold the base
-                    written = None
                     break
-                written = [a + b for a, b in zip(written, marker['written'])]
-            if written is not None:
+                written.append(marker['written'])
+            if len(written) == process_count:
                 break
-        for (name, array), count in zip(part.arrays.items(), written):
-            if count != math.prod(array['shape']):
+        for (name, array), counts in zip(part.arrays.items(), zip(*written)):
+            expected = math.prod(array['shape'])
+            if sum(counts) != expected:
                 raise ValueError(
-                    f'{process_count} processes wrote {count} elements of {name}; expected '
-                    f'{math.prod(array["shape"])}: check process_count, and that arrays are global'
+                    f'{process_count} processes wrote {sum(counts)} elements of {name}; expected '
+                    f'{expected}: check process_count, and that arrays are global'
                 )
-        kind = 'delta' if bases else 'full'
-        manifest = {'kind': kind, 'version': version, **begun, 'about': about}
-        manifest['arrays'] = part.arrays
-        done = write_once(self._published.kvstore, manifest_key(version), seal(manifest))
+        kind = 'delta' if begun['bases'] else 'full'
+        manifest = {
+            'kind': kind,
+            'version': version,
+            **begun,
+            'about': about,
+            'arrays': part.arrays,
+        }
+        done = write_once(self._kvstore, manifest_key(version), seal(manifest))
         if done:
             self._hold(part, manifest)
         return done
@@ -184,47 +191,43 @@ class WeightStore:
         """Another process's part, again for each attempt that it sees, until one is committed."""
         mine = None
         while True:
-            look = functools.partial(self._news, version, mine)
-            manifest, begun = self._wait(look, deadline, 'process 0', version)
+            manifest = self.published.find(version)
             if manifest is not None:
-                break
-            marker = {'layout': part.digest(), 'written': self._write(part, version, begun)}
-            mine = begun['attempt']
-            self._put(_host_key(version, begun, process_index), marker)
-        if manifest['attempt'] == mine:
-            self._hold(part, manifest)
-        return mine is not None
-
-    def _news(self, version: int, mine: str | None) -> tuple[dict | None, dict | None] | None:
-        """(manifest, None) of a committed version, or (None, an attempt other than `mine`)."""
-        manifest = self._published.find(version)
-        if manifest is not None:
-            return manifest, None
-        begun = self._get(_attempt_key(version))
-        return (None, begun) if begun is not None and begun['attempt'] != mine else None
+                if manifest['attempt'] == mine:
+                    self._hold(part, manifest)
+                return mine is not None
+            begun = read_sealed(self._kvstore, _attempt_key(version))
+            if begun is None or begun['attempt'] == mine:
+                self._pause(deadline, 'process 0', version)
+                continue
+            mine, bases, written = begun['attempt'], begun.get('bases', []), None
+            if not bases or self._holds(bases, part):
+                self._write(part, version, begun)
+                written = part.elements()
+            marker = {'layout': part.digest(), 'written': written}
+            self._kvstore[_host_key(version, begun, process_index)] = seal(marker)
 
     def _bases(self, part: Part, version: int) -> list[Link]:
         """What process 0 proposes to make `version` a delta to; empty: a key frame."""
         if not self._holds(self._chain, part) or len(self._chain) >= self.keyframe_every:
             return []
         base, attempt = self._chain[-1]
-        found = self._published.intact(base) if base < version else None
+        found = self.published.intact(base) if base < version else None
         return self._chain if found and found['attempt'] == attempt else []
 
-    def _write(self, part: Part, version: int, begun: dict) -> list[int] | None:
-        """Writes this host's shards; the elements of each array, or None without the base."""
-        bases, link = begun.get('bases', []), [version, begun['attempt']]
-        if bases and not self._holds(bases, part):
-            return None
+    def _write(self, part: Part, version: int, begun: dict) -> None:
+        """Writes this host's shards to an attempt."""
+        link, delta = [version, begun['attempt']], bool(begun.get('bases'))
         part.write(
-            lambda name: self._published.open_array(link, part.arrays, name, bool(bases)),
-            self._copy if bases else None,
+            lambda name: self.published.open_array(link, part.arrays, name, delta),
+            self._copy if delta else None,
         )
-        return part.elements()
 
     def _holds(self, links: list[Link], part: Part) -> bool:
         """Whether this host has the bits of that version, of the same shards as `part`."""
-        return bool(self._chain) and self._chain == links and self._copy.matches(part)
+        if self._copy is None or not self._chain or self._chain != links:
+            return False
+        return self._copy.matches(part)
 
     def _hold(self, part: Part, manifest: dict) -> None:
         """Copies this host's shards of what was committed, over those of the version before."""
@@ -233,34 +236,18 @@ class WeightStore:
             self._copy = part.copy(self._copy)
             self._chain = chain(manifest)
 
-    def _put(self, key: str, document: dict) -> None:
-        self._published.kvstore.write(key, seal(document)).result()
-
-    def _get(self, key: str) -> dict | None:
-        found = self._published.kvstore.read(key).result()
-        return unseal(found.value) if found.state == 'value' else None
-
-    def _wait(
-        self, look: Callable[[], Answer | None], deadline: float, host: str, version: int
-    ) -> Answer:
-        """The first answer of `look` that is not None.
-
-        A loop by hand: with a library for retries it takes more lines to say what None means.
-        """
-        while True:
-            answer = look()
-            if answer is not None:
-                return answer
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f'{self.url}: waited in vain for {host} to publish version {version}; is that '
-                    f'host alive?'
-                )
-            time.sleep(_POLL_SECONDS)
+    def _pause(self, deadline: float, host: str, version: int) -> None:
+        """Sleeps before another look at the store; TimeoutError once the deadline has passed."""
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f'{self.url}: waited in vain for {host} to publish version {version}; is that '
+                f'host alive?'
+            )
+        time.sleep(_POLL_SECONDS)
 
     def _forget(self, versions: list[int]) -> None:
         for version in versions:
-            self._published.kvstore.write(manifest_key(version), None).result()
+            del self._kvstore[manifest_key(version)]
 
     def _collect(self, version: int) -> None:
         """Deletes what is older than the newest `keep` versions and their bases.
@@ -270,47 +257,10 @@ class WeightStore:
         versions = self.versions()
         kept = {*versions[-self.keep :], version}
         self._forget([old for old in versions if old not in kept])
-        chains = [chain(manifest) for manifest in map(self._published.intact, kept) if manifest]
+        chains = [chain(manifest) for manifest in map(self.published.intact, kept) if manifest]
         first = min((links[0][0] for links in chains), default=min(kept))
         old = ts.KvStore.KeyRange('data/', f'data/{first:010d}')
-        self._published.kvstore.delete_range(old).result()
-
-
-class WeightReader:
-    """Follows the versions of one store and holds the arrays of the one that it read last.
-
-    A version that continues from that one costs the deltas between them; any other, such as the
-    first, or one of a learner that went back, is read from its key frame on.
-    """
-
-    def __init__(
-        self, published: Versions, names: list[str] | None, slices: Mapping[str, Index] | None
-    ):
-        self._published, self._names, self._slices = published, names, slices
-        self._link: Link | None = None
-        self._arrays: dict[str, np.ndarray] = {}
-
-    @property
-    def version(self) -> int | None:
-        """The version that it holds; None before the first read and after one that failed."""
-        return self._link and self._link[0]
-
-    def read(self, version: int) -> dict[str, np.ndarray]:
-        """The arrays of a version: read-only views, good until the next `read`, which changes them.
-
-        Copy what must outlive that, also before `jax.device_put` on a CPU: it may keep the memory.
-        Raises what `WeightStore.read` raises; the next read then starts from a key frame.
-        """
-        manifest = self._published.get(version)
-        links = chain(manifest)
-        have, arrays = (self._link, self._arrays) if self._link in links else (None, None)
-        self._link, self._arrays = None, {}  # arrays that are half changed are of no version
-        self._arrays = self._published.read(manifest, self._names, self._slices, have, arrays)
-        self._link = links[-1]
-        views = {name: array.view() for name, array in self._arrays.items()}
-        for view in views.values():
-            view.flags.writeable = False
-        return views
+        self._kvstore.delete_range(old).result()
 
 
 def _attempt_key(version: int) -> str:

@@ -49,7 +49,7 @@ class Rig:
         return version
 
     def fail_at(self, *faults: str) -> None:
-        self.run(self.policy._engine.collective_rpc('fail_at', args=faults))
+        self.run(self.policy.engine.collective_rpc('fail_at', args=faults))
 
     def generate(self, prompts, **options) -> list[Generation]:
         return self.run(generate_all(self.policy, prompts, **options))
@@ -91,7 +91,7 @@ async def generate_all(policy, prompts, *, temperature=1.0, max_tokens=16, seed=
 
 
 async def running(policy, turns: int) -> None:
-    while policy._engine.output_processor.get_num_unfinished_requests() < turns:
+    while policy.engine.output_processor.get_num_unfinished_requests() < turns:
         await asyncio.sleep(0.001)
 
 
@@ -146,7 +146,7 @@ def test_a_cache_that_stays_is_no_success(rig, monkeypatch):
 
     with monkeypatch.context() as stuck:
         stuck.setattr('echo_jax.policy.vllm._CACHE_SECONDS', 0.1)
-        stuck.setattr(rig.policy._engine, 'reset_prefix_cache', refuse)
+        stuck.setattr(rig.policy.engine, 'reset_prefix_cache', refuse)
         with pytest.raises(PolicyError, match='prefix cache'):
             rig.swap()
     rig.swap()
@@ -261,7 +261,7 @@ def test_a_cancelled_turn_frees_its_request(rig):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert rig.policy._engine.output_processor.get_num_unfinished_requests() == 0
+        assert rig.policy.engine.output_processor.get_num_unfinished_requests() == 0
         started = time.monotonic()
         assert await rig.policy._drop_prefixes()  # no block of it is in use
         return time.monotonic() - started
@@ -370,7 +370,7 @@ def test_two_ranks_read_their_shares(tmp_path, monkeypatch):
     ranks = [p for p in psutil.Process(core.pid).children() if 'VLLM::Worker' in p.cmdline()[0]]
     assert len(ranks) == 2
     owner = subprocess.Popen(['sleep', '600'])
-    rig.run(rig.policy._call('end_with', owner.pid))
+    rig.run(rig.policy.engine.collective_rpc('end_with', args=(owner.pid,)))
     assert rig.run(turns_that_fail(rig.policy, owner.kill)) < 10
     owner.wait()
     deadline = time.monotonic() + 30

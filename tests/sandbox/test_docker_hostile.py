@@ -135,7 +135,7 @@ def test_a_network_only_where_the_task_asks_for_one(task, made, used):
     async def main(allowed: bool) -> str:
         asking = dataclasses.replace(task, allow_internet=allowed)
         async with opened(docker.DockerSandbox(asking, images=made[1000])) as sandbox:
-            described = used.client.api.inspect_container(sandbox._name)
+            described = used.client.api.inspect_container(sandbox.container_name)
             return described['HostConfig']['NetworkMode']
 
     assert [asyncio.run(main(allowed)) for allowed in (False, True)] == ['none', 'bridge']
@@ -147,7 +147,7 @@ def test_no_engine_and_no_host_within_reach(task, made, used, monkeypatch, tmp_p
 
     async def main():
         async with opened(docker.DockerSandbox(task, images=made[0])) as sandbox:
-            described = used.client.api.inspect_container(sandbox._name)
+            described = used.client.api.inspect_container(sandbox.container_name)
             return described, [
                 await sandbox.run(command, SEC)
                 for command in (

@@ -154,7 +154,7 @@ def test_a_container_that_dies_says_so(task, made, used):
             async with opened(docker.DockerSandbox(task, images=made[1000])) as sandbox:
                 running = asyncio.create_task(sandbox.run(command, SEC)) if command else None
                 await asyncio.sleep(0.2)
-                used.client.api.remove_container(sandbox._name, force=True)
+                used.client.api.remove_container(sandbox.container_name, force=True)
                 started = time.monotonic()
                 with pytest.raises(SandboxError, match='died'):
                     await (running or sandbox.run('true', SEC))

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import numpy as np
 import pytest
 
 from echo_jax.store.kvstore import MissingError, seal, unseal
 from echo_jax.store.weights import WeightStore
+from tests.support.processes import soon
 from tests.support.weights import (
     SHARDED,
     HostView,
@@ -31,16 +31,22 @@ from tests.support.weights import (
 
 @pytest.mark.parametrize('first', [0, 1, 2])
 def test_hosts_meet_in_the_store_whoever_comes_first(tmp_path, first):
-    results, threads = {}, []
-    order = [first, *{0, 1, 2} - {first}]
-    for host in order:
+    results, threads, there = {}, [], set()
+    for host in [first, *{0, 1, 2} - {first}]:
+        assert WeightStore(tmp_path).versions() == []
         args = (WeightStore(tmp_path), SHARDED, 7, host, 3, results)
         threads.append(threading.Thread(target=publish_as, args=args))
         threads[-1].start()
-        time.sleep(0.25)
-        assert WeightStore(tmp_path).versions() == ([7] if host == order[-1] else [])
+        # The next one comes when all that are there have done what they can without it: process 0
+        # has begun an attempt, and after that the others have written their markers.
+        there.add(host)
+        if 0 in there:
+            assert soon((tmp_path / 'data' / '0000000007' / 'attempt').exists, 60)
+            for other in there - {0}:
+                assert soon(lambda name=f'host.{other}': [*tmp_path.glob(f'data/*/*/{name}')], 60)
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
+    assert WeightStore(tmp_path).versions() == [7]
     assert results == {0: True, 1: True, 2: True}
     assert_equal(WeightStore(tmp_path).read(7), SHARDED)
 
@@ -51,19 +57,25 @@ def test_leftovers_of_a_killed_learner_are_not_mixed_in(tmp_path, first):
     old = {name: array + 100 for name, array in SHARDED.items()}
     results, attempt = {}, 'feedfacefeedface'
     store = WeightStore(tmp_path)
+    begun = tmp_path / 'data' / '0000000007' / 'attempt'
     kvstore(store).write('data/0000000007/attempt', seal({'attempt': attempt})).result()
     publish_as(store, old, 7, 1, 2, results, timeout=0.3)
     assert 'waited in vain for process 0' in str(results[1])
-    assert (tmp_path / 'data' / '0000000007' / attempt / 'host.1').exists()
+    marker = begun.parent / attempt / 'host.1'
+    marker.unlink()
     threads = []
-    for host in (first, 1 - first):  # host 1, where it comes first, begins on the dead attempt
+    for host in (first, 1 - first):
+        assert store.latest() is None
         args = (WeightStore(tmp_path), SHARDED, 7, host, 2, results)
         threads.append(threading.Thread(target=publish_as, args=args))
         threads[-1].start()
-        time.sleep(0.3)
-        assert store.latest() == (None if host == first else 7)
+        if host == 0:
+            assert soon(lambda: unseal(begun.read_bytes())['attempt'] != attempt, 60)
+        elif first == 1:  # it begins on the dead attempt
+            assert soon(marker.exists, 60)
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
+    assert store.latest() == 7
     assert results == {0: True, 1: True}
     assert_equal(store.read(7), SHARDED)
 
@@ -88,12 +100,12 @@ def test_shards_that_do_not_make_up_the_array_are_refused(tmp_path):
         store.publish(half, 1)
     results = {}
     other = {'a': SHARDED['a'], 'c': SHARDED['b']}
-    args = (WeightStore(tmp_path), other, 1, 1, 2, results)
-    thread = threading.Thread(target=publish_as, args=args, kwargs={'timeout': 1})
+    thread = threading.Thread(target=publish_as, args=(store, SHARDED, 2, 0, 2, results))
     thread.start()
-    publish_as(store, SHARDED, 1, 0, 2, results, timeout=5)
-    thread.join(30)
-    assert 'process 1 publishes version 1 with other names' in str(results[0])
+    assert soon((tmp_path / 'data' / '0000000002' / 'attempt').exists, 60)
+    publish_as(WeightStore(tmp_path), other, 2, 1, 2, results, timeout=0.3)
+    thread.join(60)
+    assert 'process 1 publishes version 2 with other names' in str(results[0])
     assert store.versions() == []
 
 
@@ -111,7 +123,7 @@ class Learner:
 
         def one(host):
             view = {name: HostView(array, host, hosts) for name, array in params.items()}
-            results[host] = self.stores[host].publish(view, version, host, hosts, timeout=20)
+            results[host] = self.stores[host].publish(view, version, host, hosts, timeout=60)
 
         threads = [threading.Thread(target=one, args=(host,)) for host in range(hosts)]
         for thread in threads:
@@ -162,8 +174,7 @@ def test_a_host_holds_only_what_was_committed(tmp_path):
     thread = threading.Thread(target=publish_as, args=args)
     thread.start()
     marker = tmp_path / 'data' / '0000000000' / 'new' / 'host.1'
-    while not marker.exists():
-        time.sleep(0.02)
+    assert soon(marker.exists, 60)
     old = {'kind': 'full', 'version': 0, 'attempt': 'old', 'bases': [], 'arrays': {}}
     kvstore(store).write('manifests/0000000000', seal(old)).result()
     thread.join(30)
@@ -208,7 +219,7 @@ HOST = """
     store = WeightStore(url, keep=3, keyframe_every=9)
     done = []
     for version in (1, 2, 3):
-        done.append(store.publish(params, version, index, 2, timeout=60))
+        done.append(store.publish(params, version, index, 2, timeout=200))
         params = {name: array * 3 for name, array in params.items()}
     kinds = [Versions(url).get(version)['kind'] for version in (1, 2, 3)]
     print(json.dumps({'mine': mine, 'done': done, 'kinds': kinds}))
@@ -234,12 +245,17 @@ def test_two_jax_hosts_publish_their_shards(tmp_path):
         )
         for index in range(2)
     ]
-    for host in hosts:
-        out, err = host.communicate(timeout=120)
-        assert host.returncode == 0, err[-3000:]
-        # Neither host had the whole array: 16 x 32 elements, half each.
-        expected = {'mine': 256, 'done': [True] * 3, 'kinds': ['full', 'delta', 'delta']}
-        assert json.loads(out.splitlines()[-1]) == expected
+    try:
+        for host in hosts:
+            out, err = host.communicate(timeout=240)
+            assert host.returncode == 0, err[-3000:]
+            # Neither host had the whole array: 16 x 32 elements, half each.
+            expected = {'mine': 256, 'done': [True] * 3, 'kinds': ['full', 'delta', 'delta']}
+            assert json.loads(out.splitlines()[-1]) == expected
+    finally:
+        for host in hosts:
+            host.kill()  # nothing, unless the other one failed
+            host.communicate()
     wide = np.arange(16 * 32, dtype=np.float32).reshape(16, 32)
     expected = {
         'both': wide,

@@ -38,7 +38,7 @@ def test_round_trip_is_exact(params, max_chunk):
 def test_chunks_divide_the_shard_and_are_small(shape, max_bytes):
     whole, shards_module.MAX_CHUNK = shards_module.MAX_CHUNK, max_bytes
     try:
-        chunk = shards_module._chunk_shape(tuple(shape), 2)
+        chunk = shards_module.chunk_shape(tuple(shape), 2)
     finally:
         shards_module.MAX_CHUNK = whole
     assert all(c >= 1 and n % c == 0 for n, c in zip(shape, chunk))

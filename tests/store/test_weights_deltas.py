@@ -47,7 +47,7 @@ def test_every_kept_version_is_exact(params, max_chunk, keep, keyframe_every, re
     reader, rng, sent = store.reader(), np.random.default_rng(seed), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards_module, 'MAX_CHUNK', max_chunk)
-        patch.setattr(shards_module, '_MAX_PENDING', pending)
+        patch.setattr(shards_module, 'MAX_PENDING', pending)
         for version, follow in enumerate(reads):
             sent[version] = params = changed(params, rng)
             assert store.publish(params, version)

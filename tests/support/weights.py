@@ -77,12 +77,12 @@ def changed(params, rng, share=0.3):
 
 
 def manifest(store: WeightStore, version: int) -> dict:
-    return store._published.get(version)
+    return store.published.get(version)
 
 
 def kvstore(store: WeightStore):
     """What lies under the store's URL, also of a store in memory."""
-    return store._published.kvstore
+    return store.published.kvstore
 
 
 def kinds(store):

@@ -56,7 +56,7 @@ class DockerSandbox(shell.ShellSandbox):
     processes together, `disk_mb` each directory that may be written, and one file; what lies in
     memory counts there, with `disk_mb` on top. `output_bytes` of each stream of a command are kept,
     from its start; the rest is discarded. `runtime` is one that the engine knows; None is its
-    default.
+    default. `container_name` is for whoever wants to look inside: `docker exec -it NAME sh`.
     """
 
     startup_sec = _STARTUP_SEC
@@ -81,7 +81,7 @@ class DockerSandbox(shell.ShellSandbox):
         limits.setdefault('memory_mb', task.memory_mb)
         self._limits = containers.Limits(**limits)
         self._runtime = runtime
-        self._name = f'echo_jax-{secrets.token_hex(8)}'
+        self.container_name = f'echo_jax-{secrets.token_hex(8)}'
         self._creating: asyncio.Future | None = None
         self._is_open = False  # whether `_control` is
         self._unread = (b'', b'')  # of the last command's background, after its report
@@ -122,9 +122,9 @@ class DockerSandbox(shell.ShellSandbox):
         await asyncio.wait({creating})
         try:
             if creating.exception() is None:
-                await self._engine.call(containers.remove, self._engine, self._name)
+                await self._engine.call(containers.remove, self._engine, self.container_name)
         except SandboxError as error:
-            log.warning('%s is left to the engine: %s', self._name, error)
+            log.warning('%s is left to the engine: %s', self.container_name, error)
         finally:
             self._close_shell()
             if self._is_open:
@@ -139,7 +139,7 @@ class DockerSandbox(shell.ShellSandbox):
         """Runs in a thread."""
         try:
             return containers.create(
-                self._engine, self.task, image, self._name, self._limits, self._runtime
+                self._engine, self.task, image, self.container_name, self._limits, self._runtime
             )
         except docker.errors.NotFound as error:
             self._images.forget(self.task)
@@ -167,7 +167,9 @@ class DockerSandbox(shell.ShellSandbox):
         """Runs in a thread."""
         user = f'{self._images.user}:{self._images.user}'
         command = [f'{HOME}/bash', '-pc', read_script('docker_shell'), f'{HOME}/bash']
-        made = self._engine.client.api.exec_create(self._name, command, stdin=True, user=user)
+        made = self._engine.client.api.exec_create(
+            self.container_name, command, stdin=True, user=user
+        )
         self._exec = made['Id']
         return self._engine.hijack(f'/exec/{self._exec}/start', {'Tty': False, 'Detach': False})
 
@@ -255,7 +257,7 @@ class DockerSandbox(shell.ShellSandbox):
         if self._images.user or time.monotonic() < self._looked + _LOOK_AT_DISK_SEC:
             return False
         self._looked = time.monotonic()
-        written = await self._ask(containers.written, self._engine, self._name)
+        written = await self._ask(containers.written, self._engine, self.container_name)
         return written > self._limits.disk_mb << 20
 
 
