@@ -142,6 +142,6 @@ def temporaries(T, V, D):
 def test_memory_does_not_grow_with_tokens_times_words(request):
     if 'small' in request.node.name:
         pytest.skip('the sizes of a real model need real blocks')
-    # Whole logits take 9.3 GiB. XLA's CPU compiler widens bfloat16 arrays; see tests/planner for it.
+    # Whole logits take 9.3 GiB. XLA's CPU compiler widens bfloat16 arrays; see tests/planner.
     assert 0.1 < temporaries(16_384, 151_936, 4_096) < 1.5
     assert temporaries(8_192, 32_768, 64) < 10 * temporaries(1_024, 4_096, 64)
