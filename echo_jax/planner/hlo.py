@@ -6,36 +6,25 @@ counted: what a Pallas kernel does inside (`topology.kernel_flops` reads that el
 of anything but matrix products, and the padding of tiled arrays.
 """
 
-import collections
 import dataclasses
 import functools
 import math
 import re
 from typing import NamedTuple
 
-_SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
-_INSTRUCTION = re.compile(r'  (ROOT )?%(\S+) = (.*)')
 _COMPUTATION = re.compile(r'(ENTRY )?%(\S+) .*\{$')
-_CALLED = re.compile(r'\b(?:calls|body|to_apply|true_computation|false_computation)=%([\w.-]+)')
-_BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+# The type of a result may hold spaces, if it is a tuple, but none before a word and a bracket.
+_INSTRUCTION = re.compile(r'  (ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:, (.*))?$')
+_SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
+_ELSEWHERE = re.compile(r'S\([1-9]')  # a memory other than the HBM
+_NAME = r'%([\w.-]+)'
 _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-# These move nothing: names of other values, buffers without contents, and loops and calls, whose
-# insides are counted instead.
-_FREE = {
-    'parameter',
-    'constant',
-    'tuple',
-    'get-tuple-element',
-    'bitcast',
-    'after-all',
-    'opt-barrier',
-    'partition-id',
-    'replica-id',
-    'while',
-    'conditional',
-    'call',
-    'async-start',
-}
+# These move nothing: names of other values, buffers without contents, the ends of asynchronous
+# instructions, and loops and calls, whose insides are counted instead.
+_FREE = re.compile(
+    'parameter|constant|tuple|get-tuple-element|bitcast|after-all|opt-barrier|partition-id|'
+    'replica-id|while|conditional|call|async-start|.*-done'
+)
 
 
 class Chip(NamedTuple):
@@ -59,12 +48,20 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    name: str
-    opcode: str
-    shapes: tuple[Shape, ...]  # of the result; several if it is a tuple
-    operands: tuple[str, ...]
-    rest: str  # arguments and attributes, as written
     is_root: bool
+    shapes: tuple[Shape, ...]  # of the result; several if it is a tuple
+    opcode: str
+    arguments: str  # as written; a parameter's is its number, a constant's its value
+    operands: list[str]  # names of the values among the arguments
+    attributes: str  # as written
+
+    @property
+    def called(self) -> str:
+        """The computation that a fusion, a call or a loop runs."""
+        return _search(rf'\b(?:calls|body|to_apply)={_NAME}', self.attributes)[1]
+
+
+Computation = dict[str, Instruction]  # by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,49 +96,37 @@ def module_cost(text: str, chip: Chip, *, devices: int, unknown_trips: int) -> C
 # ------------------------------------------------------------------------------- reading the text
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """(computations by name, each its instructions by name; the name of the entry)."""
-    computations, entry = {}, ''
+def _search(pattern: str, text: str) -> re.Match[str]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(
+            f'the compiler wrote {text!r}; expected {pattern} in it: planner/hlo.py has to learn '
+            'how this version writes it'
+        )
+    return found
+
+
+def _parse(text: str) -> tuple[dict[str, Computation], str]:
+    """(computations by name; the name of the entry)."""
+    computations, entry, current = {}, '', {}
     for line in text.splitlines():
         computation, found = _COMPUTATION.match(line), _INSTRUCTION.match(line)
-        if computation and ' = ' not in line:
-            current = computations[computation[2]] = {}
-            entry = computation[2] if computation[1] else entry
-        elif found:
-            result, rest = _split(found[3])
-            opcode, _, rest = rest.partition('(')
-            arguments, _ = _closing('(' + rest)
+        if found:
+            root, name, result, opcode, arguments, attributes = found.groups('')
             shapes = tuple(
-                Shape(dtype, tuple(map(int, filter(None, dims.split(',')))), _in_hbm(tiles))
+                Shape(dtype, _numbers(dims), not _ELSEWHERE.search(tiles))
                 for dtype, dims, tiles in _SHAPE.findall(result)
             )
-            names = tuple(re.findall(r'%([\w.-]+)', arguments))
-            is_root = bool(found[1])
-            current[found[2]] = Instruction(found[2], opcode, shapes, names, rest, is_root)
+            operands = re.findall(_NAME, arguments)
+            current[name] = Instruction(bool(root), shapes, opcode, arguments, operands, attributes)
+        elif computation:
+            current = computations[computation[2]] = {}
+            entry = computation[2] if computation[1] else entry
     return computations, entry
 
 
-def _in_hbm(tiles: str) -> bool:
-    return not re.search(r'S\([1-9]', tiles)
-
-
-def _split(text: str) -> tuple[str, str]:
-    """'type opcode(...)...' as (type, 'opcode(...)...'); a tuple's type holds spaces."""
-    if text.startswith('('):
-        result, rest = _closing(text)
-        return result, rest.lstrip()
-    result, _, rest = text.partition(' ')
-    return result, rest
-
-
-def _closing(text: str) -> tuple[str, str]:
-    """The bracket that `text` begins with, and what follows it."""
-    depth = 0
-    for bracket in re.finditer(r'[()]', text):
-        depth += 1 if bracket[0] == '(' else -1
-        if depth == 0:
-            return text[: bracket.end()], text[bracket.end() :]
-    return text, ''
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r'\d+', text)))
 
 
 # -------------------------------------------------------------------------------------- counting
@@ -149,7 +134,7 @@ def _closing(text: str) -> tuple[str, str]:
 
 @dataclasses.dataclass(eq=False)
 class _Module:
-    computations: dict[str, dict[str, Instruction]]
+    computations: dict[str, Computation]
     chip: Chip
     devices: int
     unknown_trips: int
@@ -163,13 +148,12 @@ class _Module:
 
     def _instruction(self, name: str, i: Instruction) -> Cost:
         if i.opcode == 'while':
-            return self.cost(_CALLED.search(i.rest)[1]) * self._trips(name, i)
+            return self.cost(i.called) * self._trips(name, i)
         if i.opcode == 'conditional':
-            branches = _BRANCHES.search(i.rest)
-            names = re.findall(r'[\w.-]+', branches[1]) if branches else _CALLED.findall(i.rest)
-            return max(map(self.cost, names), key=lambda cost: cost.seconds)
+            branches = [n for n in re.findall(_NAME, i.attributes) if n in self.computations]
+            return max(map(self.cost, branches), key=lambda cost: cost.seconds)
         if i.opcode in ('call', 'async-start'):
-            return self.cost(_CALLED.search(i.rest)[1])
+            return self.cost(i.called)
         flops, sent = self._work(name, i)
         moved = self._traffic(name, i)
         in_step = 0.0 if i.opcode.endswith('-start') else sent
@@ -180,17 +164,17 @@ class _Module:
         """(FLOPs, bytes sent) of one instruction, a fusion with all that is in it."""
         operands = [self.computations[name][operand] for operand in i.operands]
         if i.opcode == 'fusion':
-            called = _CALLED.search(i.rest)[1]
-            inside = [self._work(called, j) for j in self.computations[called].values()]
-            flops, sent = map(sum, zip(*inside))
+            inside = [self._work(i.called, j) for j in self.computations[i.called].values()]
+            sent = sum(sent for _, sent in inside)
             # A TPU's reduce-scatter: an all-reduce of which each chip keeps, and is sent, a part.
-            return flops, sent / 2 if called.startswith('all-reduce-scatter') else sent
+            sent /= 2 if i.called.startswith('all-reduce-scatter') else 1
+            return sum(flops for flops, _ in inside), sent
         if i.opcode in ('convolution', 'dot'):
             return _product_flops(i, *(operand.shapes[0] for operand in operands)), 0.0
         kind = i.opcode.removesuffix('-start')
         if kind in _COLLECTIVES:
             size = sum(shape.bytes for operand in operands for shape in operand.shapes)
-            n = self._group(i.rest)
+            n = self._group(i.attributes)
             share = {
                 'all-gather': n - 1,
                 'all-reduce': 2 * (n - 1) / n,
@@ -215,29 +199,27 @@ class _Module:
 
     def _trips(self, name: str, loop: Instruction) -> int:
         """How often a loop runs whose counter grows by a constant to a constant."""
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition = self.computations[re.search(r'condition=%([\w.-]+)', loop.rest)[1]]
+        condition = self.computations[_search(f'condition={_NAME}', loop.attributes)[1]]
         test = _root(condition)
-        if test.opcode != 'compare' or 'direction=LT' not in test.rest:
+        if test.opcode != 'compare' or 'direction=LT' not in test.attributes:
             return self.unknown_trips
         counter, end = condition[test.operands[0]], _number(condition, test.operands[1])
         if counter.opcode != 'get-tuple-element' or end is None:
             return self.unknown_trips
-        k = int(re.search(r'index=(\d+)', counter.rest)[1])
-        body = self.computations[re.search(r'body=%([\w.-]+)', loop.rest)[1]]
-        first = self.computations[name][loop.operands[0]]
-        start = (
-            _number(self.computations[name], first.operands[k]) if first.opcode == 'tuple' else 0
-        )
+        k = int(_search(r'index=(\d+)', counter.attributes)[1])
+        body, around = self.computations[loop.called], self.computations[name]
+        first = around[loop.operands[0]]
+        start = _number(around, first.operands[k]) if first.opcode == 'tuple' else None
         return -(-(end - (start or 0)) // _increment(body, _root(body).operands[k]))
 
     # ---- HBM
 
     def _traffic(self, name: str, i: Instruction) -> float:
         """Bytes that an instruction of the schedule reads from HBM and writes to it."""
-        if i.opcode in _FREE or i.opcode.endswith('-done') or '"AllocateBuffer"' in i.rest:
+        if _FREE.fullmatch(i.opcode) or '"AllocateBuffer"' in i.attributes:
             return 0.0
         defined = self.computations[name]
         read = sum(
@@ -247,7 +229,7 @@ class _Module:
         )
         return read + self._written(defined, i)
 
-    def _read(self, defined: dict[str, Instruction], i: Instruction, k: int) -> float:
+    def _read(self, defined: Computation, i: Instruction, k: int) -> float:
         """Bytes of operand k that `i` reads: a slice reads its result, a fusion as its insides."""
         whole = sum(shape.bytes for shape in defined[i.operands[k]].shapes)
         match i.opcode:
@@ -256,26 +238,22 @@ class _Module:
             case 'dynamic-update-slice' if k == 0:
                 return 0.0  # it is written in place
             case 'fusion':
-                inside = self.computations[_CALLED.search(i.rest)[1]]
-                number = next(
-                    j.name
-                    for j in inside.values()
-                    if j.opcode == 'parameter' and j.rest.startswith(f'{k})')
-                )
-                return min(whole, self._read_by_users(inside, number))
+                inside = self.computations[i.called]
+                numbers = {j.arguments: n for n, j in inside.items() if j.opcode == 'parameter'}
+                return min(whole, self._read_by_users(inside, numbers[str(k)]))
         return whole
 
-    def _read_by_users(self, defined: dict[str, Instruction], name: str) -> float:
+    def _read_by_users(self, defined: Computation, name: str) -> float:
         total = 0.0
-        for user in defined.values():
+        for other, user in defined.items():
             if name in user.operands:
                 if user.opcode == 'bitcast':
-                    total += self._read_by_users(defined, user.name)
+                    total += self._read_by_users(defined, other)
                 else:
                     total += self._read(defined, user, user.operands.index(name))
         return total
 
-    def _written(self, defined: dict[str, Instruction], i: Instruction) -> float:
+    def _written(self, defined: Computation, i: Instruction) -> float:
         """Bytes of the result that land in HBM; of an update in place, those of the update."""
         shapes = i.shapes
         match i.opcode:
@@ -290,7 +268,7 @@ class _Module:
         return sum(shape.bytes for shape in shapes if shape.in_hbm)
 
     def _written_by_fusion(self, i: Instruction) -> float:
-        inside = self.computations[_CALLED.search(i.rest)[1]]
+        inside = self.computations[i.called]
         root = _root(inside)
         parts = [inside[o] for o in root.operands] if root.opcode == 'tuple' else [root]
         total = 0.0
@@ -303,46 +281,43 @@ class _Module:
         return total
 
 
-def _root(computation: dict[str, Instruction]) -> Instruction:
+def _root(computation: Computation) -> Instruction:
     return next(i for i in computation.values() if i.is_root)
 
 
-def _number(computation: dict[str, Instruction], name: str) -> int | None:
+def _number(computation: Computation, name: str) -> int | None:
     """The integer that a value is, or None if it is no constant."""
     i = computation[name]
     while i.opcode in ('copy', 'bitcast'):
         i = computation[i.operands[0]]
-    found = re.match(r'(\d+)\)', i.rest) if i.opcode == 'constant' else None
-    return int(found[1]) if found else None
+    return int(i.arguments) if i.opcode == 'constant' and i.arguments.isdigit() else None
 
 
-def _increment(body: dict[str, Instruction], name: str) -> int:
+def _increment(body: Computation, name: str) -> int:
     """By how much a body's end has increased the loop's counter; one unrolled by two adds 2."""
     total, i = 0, body[name]
     while i.opcode in ('add', 'copy', 'bitcast'):
         numbers = [_number(body, operand) for operand in i.operands]
         total += next((n for n in numbers if n is not None), 0)
         i = body[next((o for o, n in zip(i.operands, numbers) if n is None), i.operands[0])]
-        if i.opcode == 'constant':
-            break
     return total or 1
 
 
 def _product_flops(i: Instruction, lhs: Shape, rhs: Shape) -> float:
     """FLOPs of a product: 2 x the elements of the result x the products that each sums."""
     if i.opcode == 'dot':
-        contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.rest)
-        dims = [int(d) for d in contracted[1].split(',') if d] if contracted else []
+        contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.attributes)
+        dims = _numbers(contracted[1]) if contracted else ()
         return 2.0 * math.prod(i.shapes[0].dims) * math.prod(lhs.dims[d] for d in dims)
     # TPUs write every product as a convolution, with heads or batches as padded spatial dimensions:
     # only the pairs of a result and a window position that do not fall on padding are products.
-    lhs_names, rhs_names, out_names = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', i.rest).groups()
+    labels = _search(r'dim_labels=(\w+)_(\w+)->(\w+)', i.attributes)
+    lhs_names, rhs_names, out_names = labels.groups()
     size = dict(zip(lhs_names, lhs.dims))
     kernel = dict(zip(rhs_names, rhs.dims))
     out = dict(zip(out_names, i.shapes[0].dims))
-    window = _window(i.rest)
     pairs = math.prod(
-        _pairs(size[d], kernel[d], out[d], *window.get(int(d), (1, 0, 1, 1)))
+        _pairs(size[d], kernel[d], out[d], *_window(i.attributes, int(d)))
         for d in out_names
         if d.isdigit()
     )
@@ -350,21 +325,15 @@ def _product_flops(i: Instruction, lhs: Shape, rhs: Shape) -> float:
     return 2.0 * out['b'] * out['f'] * kernel['i'] * pairs
 
 
-def _window(attributes: str) -> dict[int, tuple[int, int, int, int]]:
-    """{spatial dimension: (stride, padding before, dilation of the input, and of the kernel)}."""
-    text = re.search(r'window=\{([^}]*)\}', attributes)
-    if not text:
-        return {}
-    parts = collections.defaultdict(lambda: None)
-    parts |= {key: value.split('x') for key, value in re.findall(r'(\w+)=(\S+)', text[1])}
+def _window(attributes: str, d: int) -> list[int]:
+    """[stride, padding before, dilation of the input, and of the kernel] of spatial dimension d.
 
-    def at(key, d, default):
-        return int(parts[key][d].partition('_')[0]) if parts[key] else default
-
-    return {
-        d: (at('stride', d, 1), at('pad', d, 0), at('lhs_dilate', d, 1), at('rhs_dilate', d, 1))
-        for d in range(len(parts['size']))
-    }
+    They are written for all dimensions together, as in window={size=1x3 pad=0_0x2_2 stride=1x2}.
+    """
+    parts = dict(re.findall(r'(\w+)=(\S+)', _search(r'window=\{([^}]*)\}', attributes)[1]))
+    defaults = {'stride': '1', 'pad': '0', 'lhs_dilate': '1', 'rhs_dilate': '1'}
+    written = [parts[key].split('x')[d] if key in parts else defaults[key] for key in defaults]
+    return [int(text.partition('_')[0]) for text in written]
 
 
 def _pairs(size, kernel, out, stride, before, dilation, kernel_dilation) -> int:
