@@ -134,11 +134,14 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
 
     # The model. Its sizes have the names of Hugging Face's config.json. A size of None is what
     # config.json of `model.path` says; one that is given must be the same there. Without
-    # `model.path` all sizes must be given.
+    # `model.path` all sizes that its family has must be given.
     c.model = ml_collections.ConfigDict()
     # The Hugging Face directory of a dense Qwen3 that training starts from. If this is empty,
     # training starts from random parameters.
     c.model.path = ''
+    # The family of models, as config.json's `model_type` names it. None is what config.json of
+    # `model.path` says, or 'qwen3'. A size that the family does not have must be None.
+    c.model.model_type = placeholder(str)
     # The number of rows of the embedding. Without `model.path`, a tokenizer of this size is trained
     # on the tasks.
     c.model.vocab_size = placeholder(int)

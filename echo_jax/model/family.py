@@ -56,8 +56,14 @@ class ConfigJson(NamedTuple):
 
 
 class ModelConfig(Protocol):
-    """The config of one model: a frozen dataclass of its sizes, named as in config.json."""
+    """The config of one model: a frozen dataclass of its sizes, named as in config.json.
 
+    A recipe's `model` gives the fields. Those that every recipe has a value for (`dtype`,
+    `attention` and `remat`) must be among them, the others of configs/base.py only if the family
+    has such a size: a recipe leaves the rest None.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     model_type: ClassVar[str]  # config.json's, and the family's name in `families.FAMILIES`
     config_json: ClassVar[ConfigJson]
     # Endings of the names of tensors that a directory may hold and that are not read.

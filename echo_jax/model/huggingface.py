@@ -6,6 +6,7 @@ Most matrices are [in, out] here, with a leading axis for the layers. In a direc
 sliding windows, mixtures of experts, scalings of RoPE other than YaRN, and quantized tensors.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -35,12 +36,37 @@ def recipe_config(model: ml_collections.ConfigDict) -> ModelConfig:
 
     Its sizes are those of the directory `model.path`, or else the recipe's own, for the family
     `model.model_type`. All other keys are fields of the config; one that is None is left to
-    config.json or to the family's default.
+    config.json or to the family's default. Raises ValueError for a family that is not there, and
+    for a key that the family has no field for.
     """
     fields = {key: value for key, value in model.items() if key != 'path' and value is not None}
     if model.path:
         return read_config(model.path, **fields)
-    return FAMILIES[fields.pop('model_type', DEFAULT)](**fields)
+    fields.pop('model_type', None)
+    return _config(own_family(model), fields)
+
+
+def own_family(model: ml_collections.ConfigDict) -> type[ModelConfig]:
+    """The family of a recipe's `model` without a `path`; ValueError if there is none."""
+    model_type = model.get('model_type') or DEFAULT
+    if model_type not in FAMILIES:
+        raise ValueError(f'model.model_type is {model_type!r}; expected one of {list(FAMILIES)}')
+    return FAMILIES[model_type]
+
+
+def field_names(family: type[ModelConfig]) -> set[str]:
+    """The names of the fields of a family's config, which are keys of a recipe's `model`."""
+    return {field.name for field in dataclasses.fields(family)}
+
+
+def _config(family: type[ModelConfig], fields: dict) -> ModelConfig:
+    strange = [f'model.{key}' for key in fields if key not in field_names(family)]
+    if strange:
+        raise ValueError(
+            f'{", ".join(strange)} is given, which a {family.model_type} model does not have; set '
+            'it to None'
+        )
+    return family(**fields)
 
 
 def read_config(path: str | os.PathLike, **options) -> ModelConfig:
@@ -82,7 +108,7 @@ def read_config(path: str | os.PathLike, **options) -> ModelConfig:
                 'recipe'
             )
     options.pop('model_type', None)
-    return family(**(options | fields))
+    return _config(family, options | fields)
 
 
 def check_tokenizer(tokenizer, config: ModelConfig) -> None:

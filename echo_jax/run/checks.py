@@ -73,8 +73,11 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
             f'warm_start.steps={config.warm_start.steps}'
         )
-    unknown = [f'model.{key}' for key, value in config.model.items() if value is None]
-    if unknown and not config.model.path:
+    if config.model.path:
+        return
+    sizes = huggingface.field_names(huggingface.own_family(config.model))
+    unknown = [f'model.{key}' for key in config.model if key in sizes and config.model[key] is None]
+    if unknown:
         raise ValueError(
             f'{", ".join(unknown)} is None and there is no model.path whose config.json would say '
             'it; set one of them'

@@ -1,7 +1,9 @@
 """Recipes that are refused before a run begins, and that they are refused for a reason."""
 
+import dataclasses
 import subprocess
 import sys
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from configs import base, qwen3_8b, tiny
 from echo_jax.learner.batching import make_batch
 from echo_jax.learner.losses import echo_loss
+from echo_jax.model.families import FAMILIES
+from echo_jax.model.huggingface import recipe_config
 from echo_jax.run.checks import check_config
 from echo_jax.run.inert import INERT, check_inert, flat, keys_of
 from echo_jax.run.workdir import Workdir
@@ -215,6 +219,38 @@ def test_sizes_are_given_or_found():
     check_config(config)
     config.model.hidden_size = config.model.rope_theta = None
     with pytest.raises(ValueError, match=r'model\.hidden_size, model\.rope_theta is None'):
+        check_config(config)
+
+
+def test_a_recipe_chooses_the_family_and_gives_the_sizes_that_it_has(monkeypatch):
+    config = tiny.get_config()
+    config.model.model_type = 'qwen3'
+    check_config(config)
+    config.model.model_type = 'toy'
+    with pytest.raises(
+        ValueError, match=r"model\.model_type is 'toy'; expected one of \['qwen3'\]"
+    ):
+        check_config(config)
+
+    @dataclasses.dataclass(frozen=True)
+    class Family:  # a Qwen3 without RoPE has no base of it
+        model_type: ClassVar[str] = 'toy'
+        hidden_size: int
+        dtype: str
+
+    monkeypatch.setitem(FAMILIES, 'toy', Family)
+    model = config.model.copy_and_resolve_references()
+    for key in set(model) - {'path', 'model_type', 'hidden_size', 'dtype', 'rope_theta'}:
+        model[key] = None
+    with pytest.raises(ValueError, match=r'model\.rope_theta is given, which a toy model does not'):
+        recipe_config(model)
+    model.rope_theta = None
+    assert recipe_config(model) == Family(hidden_size=128, dtype='float32')
+    config.model = model
+    config.model.hidden_size = None
+    with pytest.raises(
+        ValueError, match=r'^model\.hidden_size is None and there is no model\.path'
+    ):
         check_config(config)
 
 
