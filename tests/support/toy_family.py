@@ -170,7 +170,8 @@ def main(folder: pathlib.Path, mesh: dict[str, int]) -> None:
         assert again[name].sharding == array.sharding
         np.testing.assert_array_equal(again[name], array)
         assert not np.array_equal(before[name], array), f'{name} did not change'
-    np.savez(folder / 'found.npz', muon=muon_names(state.opt_state), **again, **sums)
+    found = {name: metric.sum for name, metric in sums.items()}
+    np.savez(folder / 'found.npz', muon=muon_names(state.opt_state), **again, **found)
 
 
 if __name__ == '__main__':
