@@ -55,7 +55,7 @@ class Rig:
         return self.run(generate_all(self.policy, prompts, **options))
 
     def gap(self, prompt, generation, temperature: float = 1.0) -> float:
-        """The largest distance from the reference's log-probabilities, by the tokens' own version."""
+        """The largest distance from the reference's log-probabilities, by the version sampled."""
         (version,) = {*generation.versions.tolist()}
         tokens = [*prompt, *generation.token_ids]
         expected = self.learner.logprobs(tokens, temperature, version)[len(prompt) :]
