@@ -1,12 +1,11 @@
-"""What a recipe takes on a TPU topology, from its real step compiled for it, with no TPU.
+"""Says what a recipe takes on a TPU topology, by compiling its real step for it, without a TPU.
 
     python -m echo_jax.plan --config=configs/qwen3_8b.py --topology=v5p:2x2x4 --json
     python -m echo_jax.plan --config=configs/qwen3_8b.py --topology=v5e:8x8 --search
 
-Needs libtpu, the compiler (`pip install "jax[tpu]"`), and takes its word for memory: arguments,
-temporaries and code of one chip, and the limit that it compiles against.
-
-How time and memory are estimated: planner/estimate.py.
+It needs libtpu, the compiler (`pip install "jax[tpu]"`), which says how much memory arguments,
+temporaries and code take on one chip, and how much there is. planner/estimate.py says how the time
+is estimated. Nothing is trained.
 """
 
 import json
@@ -25,12 +24,12 @@ _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:v
 _TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'Chips and shape, such as v5p:2x2x4.', required=True
 )
-_ROWS = flags.DEFINE_integer('rows', None, "Rows of a batch; the recipe's.", lower_bound=1)
-_SEQ_LEN = flags.DEFINE_integer('seq_len', None, "Tokens a row; the recipe's.", lower_bound=1)
-_MESH = flags.DEFINE_string('mesh', None, "Such as fsdp=8,context=2; the recipe's.")
-_GPU = flags.DEFINE_string('gpu', 'H100', f'Of the rollout workers: {", ".join(GPUS)}.')
-_JSON = flags.DEFINE_bool('json', False, 'One JSON line instead of a table.')
-_COMPARE = flags.DEFINE_bool('compare', True, 'Compile without the ECHO term too.')
+_ROWS = flags.DEFINE_integer('rows', None, "Rows of a batch, if not the recipe's.", lower_bound=1)
+_SEQ_LEN = flags.DEFINE_integer('seq_len', None, "A row's, if not the recipe's.", lower_bound=1)
+_MESH = flags.DEFINE_string('mesh', None, "Such as fsdp=8,context=2, if not the recipe's.")
+_GPU = flags.DEFINE_string('gpu', 'H100', f'GPU of the rollout workers: {", ".join(GPUS)}.')
+_JSON = flags.DEFINE_bool('json', False, 'Print one JSON line instead of a table.')
+_COMPARE = flags.DEFINE_bool('compare', True, 'Compile the step without the ECHO term too.')
 _SEARCH = flags.DEFINE_bool('search', False, 'Try meshes and micro-batch sizes, and rank them.')
 _SEARCH_LIMIT = flags.DEFINE_integer('search_limit', 8, 'Compilations at most.', lower_bound=1)
 flags.mark_flag_as_required('config')
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         config.mesh.update(mesh_sizes(_MESH.value))
     config.batch.seq_len = _SEQ_LEN.value or config.batch.seq_len
     rows = _ROWS.value or batch_rows(config)
-    gpu = rollout_plan(config, _GPU.value)  # fails now where there is no such GPU
+    gpu = rollout_plan(config, _GPU.value)  # fails at once if there is no such GPU
     devices = tpu_devices(_TOPOLOGY.value)
     where = _TOPOLOGY.value, devices, hbm_limit(devices[0]), rows
     if _SEARCH.value:

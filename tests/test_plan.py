@@ -167,8 +167,9 @@ def test_a_plan():
     assert found['fits'] and found['hint'] is None
     assert found['hbm_limit_gib'] == 15.75
     assert found['state_gib_per_chip'] < found['hbm_gib_per_chip'] < 1
-    # The layers once more for remat, the head three times for two temperatures, whole blocks of
-    # attention where half would do: more than the mathematics, not twice as much again.
+    # The layers run once more for remat, the head runs three times for two temperatures, and
+    # attention computes whole blocks of which half would do. That is more than the mathematics
+    # asks for, but not twice as much again.
     model, hardware = found['model_flops_per_step'], found['hardware_flops_per_step']
     assert 1.2 < hardware / model < 2.5
     # Each chip gathers the layers' three quarters that it lacks, at least forward and backward.
@@ -184,7 +185,7 @@ def test_a_plan():
 
 def test_a_search():
     found = planned(*SMALL, '--rows=8', '--search', '--search_limit=2')
-    # The first mesh, fsdp=4, once with 4 rows at a time and once with all 8.
+    # The first mesh is fsdp=4. It is tried with 4 rows at a time and with all 8.
     assert {p['micro_rows'] for p in found} == {4, 8}
     assert {p['mesh']['fsdp'] for p in found} == {4}
     seconds = [p['estimated_step_seconds'] for p in found]

@@ -177,7 +177,7 @@ def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Ba
             f'{capacity} of batch.groups x group_size (to a multiple of batch.micro_rows); '
             'raise batch.groups'
         )
-    batch = _padding(capacity, seq_len)
+    batch = padding(capacity, seq_len)
     for row, members in enumerate(rows):
         start = 0
         for number, segment in enumerate(members, start=1):
@@ -196,7 +196,7 @@ def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Ba
     return batch
 
 
-def _padding(rows: int, length: int) -> Batch:
+def padding(rows: int, length: int) -> Batch:
     """A batch [rows, length] of zeros, which is all padding."""
     dtypes = {'roles': np.uint8, 'tokens': np.int32, 'positions': np.int32, 'segment_ids': np.int32}
     return Batch(
@@ -239,7 +239,7 @@ def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | Non
 
     What `part` does not fill is padding. With `pad_id`, so are these tokens at the end of a row.
     """
-    batch = _padding(rows, length)
+    batch = padding(rows, length)
     batch.positions[:] = np.arange(length)
     for row, tokens in enumerate(part):
         end = len(tokens)

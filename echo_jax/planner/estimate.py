@@ -1,11 +1,11 @@
 """What a recipe takes: memory, FLOPs and time of its step, and how many rollouts a GPU holds.
 
-Nothing is trained or started. Memory is the compiler's word, and this is how the rest is estimated.
+Nothing is trained or started. The compiler says what memory the step takes; the rest is estimated.
 
 Time is a roofline, so it is optimistic. Each instruction of the compiled schedule, loops counted,
 takes the longest of three: its matrix products at the chip's peak; its operands and results once
 through the HBM; what it sends, at the interconnect's rate with all links of the chip busy.
-Collectives that run beside the schedule count if all of them together take longer than it. The
+Collectives that run beside the schedule count only if together they take longer than it does. The
 matrix products of Pallas kernels are added at peak. Recomputed layers count as often as they run,
 and every row is taken to be full, of one sequence. Left out are work of the vector units (norms,
 softmax), what a product reads more than once, pipeline fill, latency and contention of the
@@ -26,6 +26,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -33,7 +34,7 @@ import ml_collections
 from echo_jax.learner.sharding import MESH_AXES
 from echo_jax.model import huggingface
 from echo_jax.model.family import ModelConfig, count_params
-from echo_jax.planner.topology import CHIPS, PlannedStep
+from echo_jax.planner.topology import CHIPS, Compiled, PlannedStep, TooLarge
 
 GIB = 2**30
 # Bytes of memory, as the vendor's data sheets count them, in powers of ten.
@@ -43,7 +44,7 @@ _WITH_GRADIENTS = 4 / 3
 
 
 def model_flops(c: ModelConfig, rows: int, seq_len: int) -> float:
-    """FLOPs of one step, forward and backward, nothing computed twice; see the module's docstring.
+    """FLOPs of one step, forward and backward, if nothing is computed twice; see the module's text.
 
     A parameter that multiplies costs a token 2 FLOPs forward and 4 backward. A score and its part
     of the mixture cost 4 H FLOPs forward and 8 H backward, and causality leaves half of S^2.
@@ -70,11 +71,8 @@ def plan(
     step = PlannedStep(config, devices, rows)
     env_coef = config.loss.env_coef
     echo = step.compile(env_coef, chip)
-    cost = echo.cost
     needed = model_flops(model, rows, config.batch.seq_len)
-    seconds = cost and max(cost.seconds, cost.sent_bytes / chip.ici_bandwidth)
-    grpo = step.compile(0.0, chip) if compare and cost and env_coef else None
-    return {
+    found: dict[str, Any] = {
         'topology': topology,
         'chips': len(devices),
         'mesh': dict(step.mesh.shape),
@@ -84,24 +82,41 @@ def plan(
         'params': count_params(model)[0],
         'hbm_gib_per_chip': echo.hbm_bytes / GIB,
         'hbm_limit_gib': limit / GIB,
-        'fits': cost is not None,
-        'hint': None if cost else hint(step, echo.hbm_bytes, limit),
+        'fits': isinstance(echo, Compiled),
+        'hint': None,
         'state_gib_per_chip': step.state_bytes / GIB,
         'tokens_per_step': rows * config.batch.seq_len,
         'model_flops_per_step': needed,
-        'hardware_flops_per_step': cost and len(devices) * cost.flops,
-        'estimated_step_seconds': seconds,
-        'estimated_mfu': cost and needed / (seconds * len(devices) * chip.peak_flops),
-        'hbm_traffic_gib_per_step': cost and cost.hbm_bytes / GIB,
-        'collective_gib_per_step': cost and cost.sent_bytes / GIB,
+        'hardware_flops_per_step': None,
+        'estimated_step_seconds': None,
+        'estimated_mfu': None,
+        'hbm_traffic_gib_per_step': None,
+        'collective_gib_per_step': None,
         'compile_seconds': echo.seconds,
-        'echo_over_grpo_flops': cost.flops / grpo.cost.flops if grpo and grpo.cost else None,
-        'echo_over_grpo_hbm': echo.hbm_bytes / grpo.hbm_bytes if grpo else None,
+        'echo_over_grpo_flops': None,
+        'echo_over_grpo_hbm': None,
     }
+    if isinstance(echo, TooLarge):
+        return found | {'hint': hint(step, echo.hbm_bytes, limit)}
+    cost = echo.cost
+    seconds = max(cost.seconds, cost.sent_bytes / chip.ici_bandwidth)
+    found |= {
+        'hardware_flops_per_step': len(devices) * cost.flops,
+        'estimated_step_seconds': seconds,
+        'estimated_mfu': needed / (seconds * len(devices) * chip.peak_flops),
+        'hbm_traffic_gib_per_step': cost.hbm_bytes / GIB,
+        'collective_gib_per_step': cost.sent_bytes / GIB,
+    }
+    if compare and env_coef:
+        grpo = step.compile(0.0, chip)
+        found['echo_over_grpo_hbm'] = echo.hbm_bytes / grpo.hbm_bytes
+        if isinstance(grpo, Compiled):
+            found['echo_over_grpo_flops'] = cost.flops / grpo.cost.flops
+    return found
 
 
 def hint(step: PlannedStep, used: float, limit: int) -> str:
-    """Says what would make a step fit that takes `used` bytes a chip, more than the limit."""
+    """Says what could make a step fit that takes `used` bytes of a chip, more than `limit`."""
     sizes, micro_rows = step.mesh.shape, step.config.batch.micro_rows
     over = f'{(used - limit) / GIB:.1f} GiB a chip too much'
     kept = _WITH_GRADIENTS * step.state_bytes
@@ -124,7 +139,7 @@ def hint(step: PlannedStep, used: float, limit: int) -> str:
 
 
 def rollout_plan(config: ml_collections.ConfigDict, gpu: str) -> dict:
-    """What a version of the weights weighs, and how many rollouts one GPU holds beside them."""
+    """How large a version of the weights is, and how many rollouts a GPU holds beside it."""
     if gpu not in GPUS:
         raise ValueError(f'gpu is {gpu!r}; expected one of {", ".join(GPUS)}')
     model = huggingface.recipe_config(config.model)
@@ -151,7 +166,7 @@ def rollout_plan(config: ml_collections.ConfigDict, gpu: str) -> dict:
 def candidates(
     config: ml_collections.ConfigDict, chips: int, rows: int
 ) -> Iterator[tuple[dict[str, int], list[int]]]:
-    """(mesh, micro-batch sizes from the smallest) that divide; those that split least come first.
+    """Yields the meshes that divide, those that split least first, each with its micro-batch sizes.
 
     Splitting the tokens or the heads costs communication in every layer that fsdp alone does not.
     """
@@ -221,7 +236,7 @@ def plan_line(p: dict) -> str:
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """The sizes of all axes that 'fsdp=8,context=2' asks for; an axis that it leaves out is 1."""
+    """The sizes of all axes for a text such as 'fsdp=8,context=2'; an axis not in it is 1."""
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in text.split(','):
         axis, _, size = part.partition('=')

@@ -1,9 +1,10 @@
 """What a compiled XLA module does, counted from its text: FLOPs, HBM and collective bytes.
 
-By hand, because XLA's own `cost_analysis` counts the body of a loop once; here it counts as often
-as it runs. All numbers are of one chip, since a partitioned module is what one chip runs. Not
-counted: what a Pallas kernel does inside (`topology.kernel_flops` reads that elsewhere), the FLOPs
-of anything but matrix products, and the padding of tiled arrays.
+It is counted by hand, because XLA's own `cost_analysis` counts the body of a loop once; here it
+counts as often as it runs. All numbers are those of one chip, since a partitioned module is what
+one chip runs. What is not counted: the inside of Pallas kernels (`topology.kernel_flops` counts
+their products elsewhere), the FLOPs of anything but matrix products, and the padding of tiled
+arrays.
 """
 
 import dataclasses
@@ -142,33 +143,37 @@ class _Module:
     @functools.cache  # noqa: B019  the cache lives as long as the one count that it is made for
     def cost(self, name: str) -> Cost:
         """The cost of a computation that is a schedule: the entry, a loop's body, a branch."""
-        return sum(
-            (self._instruction(name, i) for i in self.computations[name].values()), start=Cost()
-        )
+        defined = self.computations[name]
+        return sum((self._instruction(defined, i) for i in defined.values()), start=Cost())
 
-    def _instruction(self, name: str, i: Instruction) -> Cost:
+    def _instruction(self, defined: Computation, i: Instruction) -> Cost:
         if i.opcode == 'while':
-            return self.cost(i.called) * self._trips(name, i)
+            return self.cost(i.called) * self._trips(defined, i)
         if i.opcode == 'conditional':
             branches = [n for n in re.findall(_NAME, i.attributes) if n in self.computations]
             return max(map(self.cost, branches), key=lambda cost: cost.seconds)
         if i.opcode in ('call', 'async-start'):
             return self.cost(i.called)
-        flops, sent = self._work(name, i)
-        moved = self._traffic(name, i)
-        in_step = 0.0 if i.opcode.endswith('-start') else sent
-        rates = zip((flops, moved, in_step), self.chip)
-        return Cost(flops, moved, sent, max(amount / rate for amount, rate in rates))
+        flops, sent = self._work(defined, i)
+        moved = self._traffic(defined, i)
+        waited_for = 0.0 if i.opcode.endswith('-start') else sent
+        seconds = max(
+            flops / self.chip.peak_flops,
+            moved / self.chip.hbm_bandwidth,
+            waited_for / self.chip.ici_bandwidth,
+        )
+        return Cost(flops, moved, sent, seconds)
 
-    def _work(self, name: str, i: Instruction) -> tuple[float, float]:
-        """(FLOPs, bytes sent) of one instruction, a fusion with all that is in it."""
-        operands = [self.computations[name][operand] for operand in i.operands]
+    def _work(self, defined: Computation, i: Instruction) -> tuple[float, float]:
+        """(FLOPs, bytes sent) of one instruction; a fusion's are those of all that is in it."""
+        operands = [defined[operand] for operand in i.operands]
         if i.opcode == 'fusion':
-            inside = [self._work(i.called, j) for j in self.computations[i.called].values()]
-            sent = sum(sent for _, sent in inside)
+            inside = self.computations[i.called]
+            work = [self._work(inside, j) for j in inside.values()]
+            sent = sum(sent for _, sent in work)
             # A TPU's reduce-scatter: an all-reduce of which each chip keeps, and is sent, a part.
             sent /= 2 if i.called.startswith('all-reduce-scatter') else 1
-            return sum(flops for flops, _ in inside), sent
+            return sum(flops for flops, _ in work), sent
         if i.opcode in ('convolution', 'dot'):
             return _product_flops(i, *(operand.shapes[0] for operand in operands)), 0.0
         kind = i.opcode.removesuffix('-start')
@@ -197,7 +202,7 @@ class _Module:
         members = re.match(r'\{\{([\d,]+)\}', text)
         return len(members[1].split(',')) if members else self.devices
 
-    def _trips(self, name: str, loop: Instruction) -> int:
+    def _trips(self, defined: Computation, loop: Instruction) -> int:
         """How often a loop runs whose counter grows by a constant to a constant."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
@@ -210,18 +215,16 @@ class _Module:
         if counter.opcode != 'get-tuple-element' or end is None:
             return self.unknown_trips
         k = int(_search(r'index=(\d+)', counter.attributes)[1])
-        body, around = self.computations[loop.called], self.computations[name]
-        first = around[loop.operands[0]]
-        start = _number(around, first.operands[k]) if first.opcode == 'tuple' else None
+        first, body = defined[loop.operands[0]], self.computations[loop.called]
+        start = _number(defined, first.operands[k]) if first.opcode == 'tuple' else None
         return -(-(end - (start or 0)) // _increment(body, _root(body).operands[k]))
 
     # ---- HBM
 
-    def _traffic(self, name: str, i: Instruction) -> float:
+    def _traffic(self, defined: Computation, i: Instruction) -> float:
         """Bytes that an instruction of the schedule reads from HBM and writes to it."""
         if _FREE.fullmatch(i.opcode) or '"AllocateBuffer"' in i.attributes:
             return 0.0
-        defined = self.computations[name]
         read = sum(
             self._read(defined, i, k)
             for k, operand in enumerate(i.operands)

@@ -1,6 +1,6 @@
-"""A recipe's step compiled for TPUs that are not there: chips, topologies, memory, cost.
+"""Compiles a recipe's step for TPUs that this machine does not have, to read its memory and cost.
 
-Needs libtpu, which compiles without a TPU. What is compiled here is read, and never run.
+It needs libtpu, which compiles without a TPU. Nothing that is compiled here is ever run.
 """
 
 import importlib.util
@@ -14,14 +14,15 @@ from typing import NamedTuple
 import jax
 import ml_collections
 import numpy as np
+from jax.core import ShapedArray
 from jax.experimental import topologies
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, jaxprs_in_params
 
-from echo_jax.learner import sharding
+from echo_jax.learner.batching import padding
+from echo_jax.learner.sharding import batch_sharding
 from echo_jax.learner.step import ShardedModel
 from echo_jax.planner import hlo
 from echo_jax.planner.hlo import Chip
-from echo_jax.types import Batch
 
 # All of these have one device a chip. `Chip` names the pages with these numbers; they list the
 # interconnect as 1,600, 4,800 and 3,584 Gbps, of late also as twice that in both directions.
@@ -35,8 +36,7 @@ CHIPS = {
 def tpu_devices(topology: str) -> list[jax.Device]:
     """Devices that can be compiled for, but run nothing. Call it before JAX starts a backend.
 
-    Raises ValueError for a topology that does not exist, or of chips that CHIPS lacks, and if there
-    is no libtpu.
+    Raises ValueError if there is no libtpu, no such topology, or if CHIPS lacks its kind of chip.
     """
     if topology.partition(':')[0] not in CHIPS:
         raise ValueError(
@@ -65,12 +65,14 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 
 class OutOfMemory(NamedTuple):
-    used: int  # bytes of HBM that would be taken
-    limit: int  # bytes of HBM that there are
+    """What the compiler says when a step needs more HBM than a chip has."""
+
+    used: int  # bytes of HBM that the step needs
+    limit: int  # bytes of HBM that may be used
 
 
 def read_out_of_memory(message: str) -> OutOfMemory | None:
-    """The two numbers of the compiler's message, or None if it speaks of something else."""
+    """The two numbers of the compiler's message, or None if it is about something else."""
     size = r'(\d[\d.]*)([KMGT]?)'
     found = re.search(rf'in memory space hbm. Used {size} of {size}', message) or re.search(
         rf'memory on HBM.*?\({size}\) exceeds available HBM \({size}\)', message, re.DOTALL
@@ -101,13 +103,22 @@ def hbm_limit(device: jax.Device) -> int:
 
 
 class Compiled(NamedTuple):
-    hbm_bytes: float  # of one chip
-    cost: hlo.Cost | None  # of one chip; None if the step does not fit
+    """A step that fits; its memory and cost are those of one chip."""
+
+    hbm_bytes: float
     seconds: float  # of compilation
+    cost: hlo.Cost
+
+
+class TooLarge(NamedTuple):
+    """A step that the compiler refuses, because it does not fit a chip's HBM."""
+
+    hbm_bytes: float  # that it would take of one chip
+    seconds: float  # until the compiler refused
 
 
 class PlannedStep:
-    """The recipe's own step on a mesh of `devices`, for a batch of `rows`; it is only compiled."""
+    """The step that the recipe trains with, for a batch of `rows` rows on a mesh of `devices`."""
 
     def __init__(self, config: ml_collections.ConfigDict, devices: Sequence[jax.Device], rows: int):
         """Raises ValueError if the batch or the model does not divide over the mesh."""
@@ -128,19 +139,26 @@ class PlannedStep:
             for leaf in jax.tree.leaves(self.state)
         )
 
-    def compile(self, env_coef: float, chip: Chip) -> Compiled:
+    def compile(self, env_coef: float, chip: Chip) -> Compiled | TooLarge:
+        """Compiles the step; `env_coef` 0 leaves ECHO's term out of it."""
         started = time.monotonic()
         reference = self.state.params if self.config.loss.kl_coef else None
-        traced = self.step.trace(self.state, self._batch(), env_coef, reference)
+        zeros, place = padding(self.rows, self.config.batch.seq_len), batch_sharding(self.mesh)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), zeros
+        )
+        traced = self.step.trace(self.state, batch, env_coef, reference)
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             refused = read_out_of_memory(str(error))
             if refused:
-                return Compiled(refused.used, None, time.monotonic() - started)
+                return TooLarge(refused.used, time.monotonic() - started)
             raise
         seconds = time.monotonic() - started
-        memory = compiled.memory_analysis()
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        if memory is None or text is None:
+            raise RuntimeError('the compiler shows neither memory nor text of what it has compiled')
         used = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -149,69 +167,39 @@ class PlannedStep:
             + memory.generated_code_size_in_bytes
         )
         micro_batches = self.rows // self.config.batch.micro_rows
-        cost = hlo.module_cost(
-            compiled.as_text(), chip, devices=self.mesh.size, unknown_trips=micro_batches
-        )
+        cost = hlo.module_cost(text, chip, devices=self.mesh.size, unknown_trips=micro_batches)
         kernels = kernel_flops(traced.jaxpr.jaxpr, micro_batches)
-        cost += hlo.Cost(flops=kernels, seconds=kernels / chip.peak_flops)
-        return Compiled(used, cost, seconds)
-
-    def _batch(self) -> Batch:
-        place = sharding.batch_sharding(self.mesh)
-        dtypes = {
-            **dict.fromkeys(('tokens', 'positions', 'segment_ids'), np.int32),
-            'roles': np.uint8,
-        }
-        shape = self.rows, self.config.batch.seq_len
-        return Batch(
-            *(
-                jax.ShapeDtypeStruct(shape, dtypes.get(name, np.float32), sharding=place)
-                for name in Batch._fields
-            )
-        )
+        return Compiled(used, seconds, cost + hlo.Cost(kernels, seconds=kernels / chip.peak_flops))
 
 
-def kernel_flops(jaxpr: Jaxpr, unknown_trips: int) -> float:
+def kernel_flops(jaxpr: Jaxpr, unknown_trips: int, in_kernel: bool = False) -> float:
     """FLOPs of the matrix products in the Pallas kernels of a traced function.
 
     A kernel under `shard_map`, the only way that it can be partitioned, is that of one chip. Every
-    cell of its grid counts, and the dearer branch of a condition; of splash attention, which skips
-    the cells that the causal mask hides, half of them.
+    cell of its grid is counted, but only half of them for splash attention, which skips the cells
+    that the causal mask hides. Of a condition the dearer branch is counted. A loop whose length is
+    not written down runs `unknown_trips` times. `in_kernel` says that `jaxpr` is a kernel's body.
     """
     total = 0.0
     for equation in jaxpr.eqns:
         p = equation.params
-        if equation.primitive.name == 'pallas_call':
-            cells = math.prod(p['grid_mapping'].grid)
-            causal = 0.5 if p['name'].startswith('splash') else 1.0
-            total += causal * cells * _dot_flops(p['jaxpr'])
-            continue
-        times = {'scan': p.get('length'), 'while': unknown_trips}.get(equation.primitive.name, 1)
-        total += times * sum(kernel_flops(inner, unknown_trips) for inner in _inner(p))
-    return total
-
-
-def _dot_flops(jaxpr: Jaxpr) -> float:
-    total = 0.0
-    for equation in jaxpr.eqns:
-        p = equation.params
-        if equation.primitive.name == 'dot_general':
-            (contracted, _), _ = p['dimension_numbers']
-            sizes = equation.invars[0].aval.shape
-            out = math.prod(equation.outvars[0].aval.shape)
-            total += 2.0 * out * math.prod(sizes[i] for i in contracted)
-            continue
-        inner = [_dot_flops(j) for j in _inner(p)]
+        inner = [kernel_flops(j, unknown_trips, in_kernel) for j in jaxprs_in_params(p)]
         match equation.primitive.name:
+            case 'pallas_call':
+                causal = 0.5 if p['name'].startswith('splash') else 1.0
+                cells = math.prod(p['grid_mapping'].grid)
+                total += causal * cells * kernel_flops(p['jaxpr'], 1, in_kernel=True)
+            case 'dot_general' if in_kernel:
+                (contracted, _), _ = p['dimension_numbers']
+                avals = equation.invars[0].aval, equation.outvars[0].aval
+                lhs, out = (aval.shape for aval in avals if isinstance(aval, ShapedArray))
+                total += 2.0 * math.prod(out) * math.prod(lhs[i] for i in contracted)
             case 'scan':
                 total += p['length'] * sum(inner)
+            case 'while':
+                total += unknown_trips * sum(inner)
             case 'cond':
                 total += max(inner, default=0.0)
             case _:
                 total += sum(inner)
     return total
-
-
-def _inner(params: dict) -> list[Jaxpr]:
-    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, 'eqns'))
-    return [leaf for leaf in leaves if hasattr(leaf, 'eqns')]

@@ -184,8 +184,9 @@ class JaxPolicy:
             request = self._waiting.pop(0)
             if request.future.done():
                 continue
-            # The slot with most of this context cached: its episode's own, if nobody took it. Among
-            # equals the one that was idle longest, whose episode has most likely ended.
+            # Takes the slot with most of this context cached, which is its episode's own if nobody
+            # took it. Among equals it is the one that was idle longest: its episode has most likely
+            # ended.
             slot = max(idle, key=lambda s: (_usable(s.cached, request.context), -s.last_used))
             slot.cached = slot.cached[: _usable(slot.cached, request.context)]
             self._clock += 1

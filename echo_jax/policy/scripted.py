@@ -13,9 +13,8 @@ class ScriptedPolicy:
     """Gives replies[n] in turn n, with special tokens recognised, and ends the turn.
 
     It keeps no count but reads the turn off the context, so one object serves any number of
-    episodes at once, and one that is tried again starts over.
-
-    Raises ValueError for a reply that would open a turn itself.
+    episodes at once, and an episode that is tried again starts over. The constructor raises
+    ValueError for a reply that would open a turn itself.
     """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast, replies: list[str]):

@@ -37,7 +37,7 @@ _ENVIRONMENT = {
 PROBE_TOLERANCE = {'float32': 1e-3, 'bfloat16': 0.05, 'float16': 0.01}
 _SAME = 1e-6  # nats; log-probabilities that differ by less may be those of the same weights
 _POLL_SECONDS = 0.05
-_CPU_BATCH_TOKENS = 2048  # at least; tokens that the engine prefills at one time
+_CPU_BATCH_TOKENS = 2048  # the engine may prefill at least this many tokens at one time
 _CACHE_SECONDS = 5.0  # within which the blocks of aborted requests must be free
 _STORE_ERRORS = {error.__name__: error for error in (CorruptError, MissingError, ValueError)}
 
@@ -89,22 +89,26 @@ class VllmPolicy:
         dtype: str,
         max_model_len: int,
         max_num_seqs: int,
-        gpu_memory_utilization: float = 0.9,
-        tensor_parallel_size: int = 1,
-        seed: int = 0,
         probe_tolerance: float | None = None,
         **engine_args,
     ) -> 'VllmPolicy':
         """Starts the engine, which blocks the event loop for the minute that it takes.
 
-        model_dir: a Hugging Face directory; config.json is all that is read of it. dtype: of the
-        engine's weights and activations. max_model_len: tokens of a context and what follows.
-        max_num_seqs: turns that decode together. probe_tolerance: nats, else PROBE_TOLERANCE.
-        engine_args: any other of vLLM's AsyncEngineArgs. Raises PolicyError if vLLM is missing or
-        refuses the model.
+        model_dir: a Hugging Face directory, of which only config.json is read.
+        dtype: what the engine's weights and activations are.
+        max_model_len: tokens of a context and what is sampled after it.
+        max_num_seqs: turns that decode together.
+        probe_tolerance: nats; by default the dtype's in PROBE_TOLERANCE.
+        engine_args: other arguments of vLLM's AsyncEngineArgs, such as tensor_parallel_size; they
+            replace those that are set here.
+
+        Raises PolicyError if vLLM is missing or refuses the model.
         """
-        if probe_tolerance is None and dtype not in PROBE_TOLERANCE:
-            raise ValueError(f'policy.dtype is {dtype!r}; expected one of {list(PROBE_TOLERANCE)}')
+        if probe_tolerance is None:
+            if dtype not in PROBE_TOLERANCE:
+                expected = list(PROBE_TOLERANCE)
+                raise ValueError(f'policy.dtype is {dtype!r}; expected one of {expected}')
+            probe_tolerance = PROBE_TOLERANCE[dtype]
         arguments = dict(
             model=os.fspath(model_dir),
             load_format='dummy',  # the first `load` brings real ones
@@ -112,17 +116,14 @@ class VllmPolicy:
             dtype=dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
-            gpu_memory_utilization=gpu_memory_utilization,
-            tensor_parallel_size=tensor_parallel_size,
-            seed=seed,
+            gpu_memory_utilization=0.9,
             enable_prefix_caching=True,
             logprobs_mode='processed_logprobs',  # after the temperature
             worker_extension_cls=f'{vllm_rank.__name__}.{vllm_rank.WeightLoader.__name__}',
             disable_log_stats=True,
         )
         engine = _start_engine(arguments | engine_args)
-        tolerance = PROBE_TOLERANCE[dtype] if probe_tolerance is None else probe_tolerance
-        policy = cls(engine, WeightStore(weights_url), max_model_len, tolerance)
+        policy = cls(engine, WeightStore(weights_url), max_model_len, probe_tolerance)
         await policy._call('end_with', os.getpid())
         return policy
 
@@ -137,9 +138,9 @@ class VllmPolicy:
     ) -> Generation:
         """Samples until a stop token, which is in the result, or `max_tokens`, from one version.
 
-        Temperature 0 is greedy, with the log-probabilities of temperature 1. Cancelling it frees
-        the engine's request. Raises ValueError for a context that is empty or does not fit, and
-        PolicyError if the engine died or its weights are not proven.
+        Temperature 0 is greedy, with the log-probabilities of temperature 1. Cancelling the call
+        frees the engine's request. Raises ValueError for a context that is empty or does not fit,
+        and PolicyError if the engine died or its weights are not proven.
         """
         context = np.asarray(token_ids).tolist()
         if not 0 < len(context) <= len(context) + max_tokens <= self._max_model_len:
@@ -170,14 +171,14 @@ class VllmPolicy:
         )
 
     async def load(self, version: int) -> None:
-        """Swaps to a published version; turns that begin meanwhile wait, those that run end first.
+        """Swaps to a published version; running turns end first, and turns that begin then wait.
 
         The version's `about` holds 'arrays', which `vllm_rank.read_published` reads, and 'probe':
-        'tokens', and their 'logprobs' by the published values at temperature 1, the first 0. A swap
-        that did not take is done once more. If that does not take either, PolicyError is raised,
-        and by `generate` too until a later `load` succeeds. MissingError, CorruptError and the
-        ValueError for an `about` that is not understood come before anything has changed, and the
-        version that was there goes on sampling.
+        its 'tokens', and their 'logprobs' under the published weights at temperature 1, the first
+        of which is 0. A swap that did not take is done once more. If that does not take either,
+        PolicyError is raised, and `generate` raises it too until a later `load` succeeds.
+        MissingError, CorruptError and the ValueError for an `about` that is not understood come
+        before anything has changed, and the version that was there goes on sampling.
         """
         async with self._loading, _engine_errors():
             about = await asyncio.to_thread(self._store.about, version)
@@ -202,7 +203,7 @@ class VllmPolicy:
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """Waits while weights are swapped, and is waited for by the next swap."""
+        """Holds one turn: it waits while weights are swapped, and the next swap waits for it."""
         while not self._open.is_set():
             await self._open.wait()
         if self._refusal:
@@ -217,7 +218,7 @@ class VllmPolicy:
                 self._idle.set()
 
     async def _request(self, context: list[int], **sampling):
-        """vLLM's whole output of one request."""
+        """Asks the engine for one request, and returns vLLM's whole output."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -229,9 +230,8 @@ class VllmPolicy:
         )
         prompt = {'prompt_token_ids': context}
         async with _engine_errors():
-            async for output in self.engine.generate(prompt, params, str(next(self._numbers))):
-                final = output
-        return final
+            outputs = self.engine.generate(prompt, params, str(next(self._numbers)))
+            return [output async for output in outputs][-1]
 
     async def _fetch(self, version: int, arrays: dict[str, dict]) -> None:
         """Has every rank read its part; raises the store's errors as the store does."""
@@ -259,7 +259,7 @@ class VllmPolicy:
         return gap
 
     async def _try(self, version: int, probe: dict) -> tuple[float, str]:
-        """Loads what was fetched and scores the probe: (its gap, what is wrong with it)."""
+        """Loads what was fetched and scores the probe; (the probe's gap, what is wrong or '')."""
         try:
             await self._call('load_fetched')
         except Exception as error:  # vLLM raises a bare one for whatever went wrong in a rank
@@ -267,7 +267,8 @@ class VllmPolicy:
         if not await self._drop_prefixes():
             return np.inf, 'the prefix cache of the version before could not be dropped'
         tokens, learner = probe['tokens'], np.asarray(probe['logprobs'], np.float32)[1:]
-        engine = await self._score(tokens)
+        output = await self._request(tokens, max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        engine = np.array(output.prompt_logprobs.logprobs, np.float32)  # of all but the first token
         gap = float(np.abs(engine - learner).mean())
         if not gap <= self._probe_tolerance:  # a NaN is no success
             return gap, (
@@ -286,18 +287,16 @@ class VllmPolicy:
         return gap, ''
 
     async def _drop_prefixes(self) -> bool:
-        """False if blocks stay in use, as those of an aborted request do for a little while."""
+        """Drops the prefix cache; returns False if it cannot be, because blocks stay in use.
+
+        Those of an aborted request do for a little while.
+        """
         deadline = time.monotonic() + _CACHE_SECONDS
         while not await self.engine.reset_prefix_cache():
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(_POLL_SECONDS)
         return True
-
-    async def _score(self, tokens: list[int]) -> np.ndarray:
-        """float32 [n - 1]: log-probabilities of all tokens but the first, at temperature 1."""
-        output = await self._request(tokens, max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        return np.array(output.prompt_logprobs.logprobs, np.float32)
 
     async def _call(self, method: str, *args) -> list:
         """Calls a method of `WeightLoader` in every rank, and returns what each returned."""

@@ -1,21 +1,20 @@
-"""What runs inside vLLM's worker processes: reads a rank's part of published weights, loads it.
+"""Runs inside vLLM's worker processes: reads a rank's part of published weights and loads it.
 
-vLLM mixes `WeightLoader` into its worker class; `vllm.py` calls its methods by collective_rpc. What
-each array is, the published version says itself, in the `arrays` of its `about` record. This module
-decides nothing: whether a load took is for the probe to say. Its imports of torch and vLLM are in
-functions, since `vllm.py` is imported where they are not installed.
+vLLM mixes `WeightLoader` into its worker class; `vllm.py` calls its methods by collective_rpc. The
+published version itself says what each array is, in the `arrays` of its `about` record. This module
+does not judge whether a load took; `vllm.py` does, by the probe. It imports torch and vLLM inside
+functions, because `vllm.py` can be imported without either.
 """
 
 import concurrent.futures
 import os
 import select
 import threading
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from echo_jax.store.versions import WeightReader
 from echo_jax.store.weights import WeightStore
 
 READING = 'reading'
@@ -49,9 +48,9 @@ class Share(NamedTuple):
 
 
 def read_published(arrays: Mapping[str, dict]) -> dict[str, Published]:
-    """The `arrays` of a version's `about`; raises ValueError if this code does not know their form.
+    """Reads the `arrays` of a version's `about`; raises ValueError if it does not know their form.
 
-    Ignoring what is not known could load a tensor the wrong way round.
+    To ignore what is not known could load a tensor the wrong way round.
     """
     found = {}
     for ours, said in arrays.items():
@@ -68,22 +67,19 @@ def read_published(arrays: Mapping[str, dict]) -> dict[str, Published]:
 
 
 def share(split: Split | None, rank: int, size: int) -> Share | None:
-    """What rank `rank` of `size` holds of a tensor; None if it is all of it.
+    """The part of a tensor that rank `rank` of `size` holds; None if it holds all of it.
 
-    These are the rules of vLLM's layers: units are split evenly; if ranks outnumber them, as they
-    may the key-value heads, several ranks hold the same one; a vocabulary is split after it is
-    padded, so the last ranks may hold less of it.
+    These are the rules of vLLM's layers. Units are split evenly. If there are fewer units than
+    ranks, as may happen with key-value heads, several ranks hold the same one. A vocabulary is
+    split after it is padded, so the last ranks may hold less of it.
     """
     if split is None or size == 1:
         return None
     axis, length, units, padded = split
     if padded:
-        from vllm.model_executor.layers.vocab_parallel_embedding import (
-            DEFAULT_VOCAB_PADDING_SIZE,
-            pad_vocab_size,
-        )
+        from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 
-        rows = pad_vocab_size(length, DEFAULT_VOCAB_PADDING_SIZE) // size
+        rows = vocabulary.pad_vocab_size(length, vocabulary.DEFAULT_VOCAB_PADDING_SIZE) // size
         return Share(axis, min(rank * rows, length), min((rank + 1) * rows, length), length)
     parts = min(size, units)
     part = rank * parts // size
@@ -91,12 +87,19 @@ def share(split: Split | None, rank: int, size: int) -> Share | None:
 
 
 class WeightLoader:
-    """A rank's part of a swap: `begin_fetch`, `fetch_state` until it is '', `load_fetched`."""
+    """Reads and loads one rank's part of a version.
 
+    First comes `begin_fetch`, then `fetch_state` until it is not READING, and then `load_fetched`.
+    """
+
+    # vLLM's worker class has these, and this class is mixed into it.
+    rank: int
+    vllm_config: Any
+    get_model: Callable[[], Any]
     # What the reader reads. It stays, and with it this rank's part in host memory, because the next
     # version is published as a small difference to this one.
     _source: tuple[str, Mapping[str, dict]] | None = None
-    _fetch: concurrent.futures.Future | None = None
+    _fetch: concurrent.futures.Future[dict[str, np.ndarray]]
 
     def end_with(self, pid: int) -> None:
         """Ends this process when process `pid` ends.
@@ -112,30 +115,30 @@ class WeightLoader:
         threading.Thread(target=wait, daemon=True).start()
 
     def begin_fetch(self, weights_url: str, version: int, arrays: Mapping[str, dict]) -> None:
-        """Reads this rank's part of a version in a thread of its own, while the engine goes on.
+        """Starts to read this rank's part of a version in a thread, while the engine goes on.
 
-        `arrays` is what the version says of them: {our name: the fields of `Published`}.
+        `arrays` is what the version says of its arrays: {our name: the fields of `Published`}.
         """
         if self._source != (weights_url, arrays):
+            self._arrays = read_published(arrays)
+            size = self.vllm_config.parallel_config.tensor_parallel_size
+            self._shares = {
+                ours: share(array.split, self.rank % size, size)
+                for ours, array in self._arrays.items()
+            }
+            slices = {
+                ours: our_slices(self._arrays[ours], part)
+                for ours, part in self._shares.items()
+                if part
+            }
+            self._reader = WeightStore(weights_url).reader(list(arrays), slices)
             self._source = weights_url, arrays
-            self._reader = self._open(weights_url, read_published(arrays))
         pool = concurrent.futures.ThreadPoolExecutor(1)
         self._fetch = pool.submit(self._reader.read, version)
         pool.shutdown(wait=False)
 
-    def _open(self, weights_url: str, arrays: dict[str, Published]) -> WeightReader:
-        size = self.parallel_config.tensor_parallel_size
-        self._arrays = arrays
-        self._shares = {
-            ours: share(array.split, self.rank % size, size) for ours, array in arrays.items()
-        }
-        slices = {
-            ours: our_slices(arrays[ours], part) for ours, part in self._shares.items() if part
-        }
-        return WeightStore(weights_url).reader(list(arrays), slices)
-
     def fetch_state(self) -> tuple[str, str]:
-        """(READING, ''), or ('', '') once the part is here, or an error's class and its text."""
+        """(READING, ''), then ('', '') when the part is here, or an error's class and its text."""
         if not self._fetch.done():
             return READING, ''
         error = self._fetch.exception()
@@ -152,11 +155,11 @@ class WeightLoader:
             try:
                 model.load_weights(self._their_tensors(arrays))
             finally:  # half an update must be ended too, or the next one is added to it
-                reload.finalize_layerwise_reload(model, self.model_config)
+                reload.finalize_layerwise_reload(model, self.vllm_config.model_config)
             self._pack_head(model)
 
     def _their_tensors(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, object]]:
-        """(name, tensor) of Hugging Face, layer by layer, so that vLLM buffers one at a time."""
+        """Yields Hugging Face's names and tensors, by layers, so that vLLM buffers one layer."""
         stacked = [name for name in arrays if self._arrays[name].stacked]
         for name in arrays:
             if name not in stacked:
@@ -167,14 +170,32 @@ class WeightLoader:
                 yield self._arrays[name].name.format(layer), self._tensor(name, arrays[name][layer])
 
     def _tensor(self, name: str, array: np.ndarray):
+        """The torch tensor that vLLM's loaders expect: whole, with this rank's part in its place.
+
+        The loaders read that part and nothing else. The system takes no memory for the rest, since
+        it is never touched.
+        """
+        import torch
+
+        part = self._shares[name]
         turned = np.swapaxes(array, -1, -2) if self._arrays[name].transposed else array
-        return _whole(turned, self._shares[name])
+        if array.dtype.name == 'bfloat16':  # of ml_dtypes, which torch does not know
+            tensor = torch.from_numpy(turned.view(np.uint16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(turned)
+        if part is None:
+            return tensor
+        shape = list(tensor.shape)
+        shape[part.axis] = part.length
+        whole = torch.empty(shape, dtype=tensor.dtype)
+        whole.narrow(part.axis, part.start, part.stop - part.start).copy_(tensor)
+        return whole
 
     def _pack_head(self, model) -> None:
-        """Packs the head again, of which vLLM keeps a copy for its kernel on a CPU.
+        """Packs the head again: on a CPU vLLM keeps a copy of it in the form that its kernel needs.
 
-        A reload forgets to, if the head is tied. The log-probabilities would be those of the new
-        layers under the old head.
+        If the head is tied, vLLM's reload leaves the copy as it was. The log-probabilities would be
+        those of the new layers under the old head.
         """
         from vllm.platforms import current_platform
 
@@ -184,27 +205,7 @@ class WeightLoader:
 
 
 def our_slices(array: Published, part: Share) -> tuple[slice, ...]:
-    """The same part of our array; the axes after the last slice are whole."""
+    """The slices of our array that are this part; axes after the last slice are whole."""
     axis = 1 - part.axis if array.transposed else part.axis
     before = axis + 1 if array.stacked else axis
     return (slice(None),) * before + (slice(part.start, part.stop),)
-
-
-def _whole(array: np.ndarray, part: Share | None):
-    """The torch tensor that vLLM's loaders expect: of the full shape, with this rank's part in it.
-
-    The loaders read that part and nothing else, and memory that is never touched is never taken.
-    """
-    import torch
-
-    if array.dtype.name == 'bfloat16':  # of ml_dtypes, which torch does not know
-        tensor = torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    else:
-        tensor = torch.from_numpy(array)
-    if part is None:
-        return tensor
-    shape = list(tensor.shape)
-    shape[part.axis] = part.length
-    whole = torch.empty(shape, dtype=tensor.dtype)
-    whole.narrow(part.axis, part.start, part.stop - part.start).copy_(tensor)
-    return whole

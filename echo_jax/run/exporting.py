@@ -30,7 +30,9 @@ def saved_params(
 def export_run(work: Workdir, step: int | None, output: str, dtype: str, shard_bytes: int) -> int:
     """Writes the model directory `output` and returns the step that was written.
 
-    step: a saved step; None is the last. dtype: of the tensors; empty is the run's `model.dtype`.
+    step: a saved step, or None for the last one.
+    dtype: what the tensors are written as; '' stands for the run's `model.dtype`.
+    shard_bytes: as many bytes of tensors as a file may hold.
     """
     path = work.config.model.path
     config = huggingface.recipe_config(work.config.model)

@@ -1,4 +1,4 @@
-"""Costs of programs: of one that is written out below, by hand, and of what XLA compiles here."""
+"""Costs of modules: of one that is written out below, and of what XLA compiles here."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from echo_jax.planner.hlo import Chip, module_cost
 # FLOPs, HBM bytes and sent bytes a second: products take 1 s a thousand, and so on.
 CHIP = Chip(1000.0, 100.0, 10.0)
 # A loop of 3 passes (0, 2, 4 of 6) around one of 5, and one whose end is no constant.
-PROGRAM = """
+MODULE = """
 HloModule jit_f, is_scheduled=true
 
 %product (a: bf16[7,4,8], b: s32[], c: bf16[8,16]) -> bf16[4,16] {
@@ -96,8 +96,8 @@ ENTRY %main (x: f32[20], y: f32[40], n: s32[]) -> f32[20] {
 """
 
 
-def test_a_program_by_hand():
-    cost = module_cost(PROGRAM, CHIP, devices=8, unknown_trips=7)
+def test_a_module_by_hand():
+    cost = module_cost(MODULE, CHIP, devices=8, unknown_trips=7)
     # The product of [4, 8] and [8, 16]: 2 x 4 x 16 x 8 = 1,024 FLOPs, 5 times in each of 3 passes.
     assert cost.flops == 3 * 5 * 1024
     # The product reads its slice of 4 x 8 bfloat16 (64 bytes), not the 7; the matrix is in VMEM;
@@ -119,14 +119,14 @@ def test_a_program_by_hand():
 
 
 def product(line: str, lhs: str, rhs: str) -> float:
-    program = f"""
+    text = f"""
 ENTRY %main (a: {lhs}, b: {rhs}) -> f32[] {{
   %a = {lhs} parameter(0)
   %b = {rhs} parameter(1)
   ROOT {line}
 }}
 """
-    return module_cost(program, CHIP, devices=1, unknown_trips=1).flops
+    return module_cost(text, CHIP, devices=1, unknown_trips=1).flops
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_the_limit_is_the_compilers(libtpu, name, chips, sold_gib):
     assert 0.95 < topology.hbm_limit(devices[0]) / GIB / sold_gib < 1.01
 
 
-def test_counts_of_a_program_for_four_chips(libtpu):
+def test_counts_of_a_module_for_four_chips(libtpu):
     """Three layers [256, 512] x [512, 512] a chip, weights gathered, in a loop of unknown end."""
     mesh = Mesh(np.array(topology.tpu_devices('v5e:2x2')), ('x',))
 

@@ -1,4 +1,4 @@
-"""What a worker says where vLLM is not installed, as in the learner's environment."""
+"""What a worker says if vLLM is not installed, as in the learner's environment."""
 
 import asyncio
 import importlib.util

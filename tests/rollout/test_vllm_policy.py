@@ -55,7 +55,7 @@ class Rig:
         return self.run(generate_all(self.policy, prompts, **options))
 
     def gap(self, prompt, generation, temperature: float = 1.0) -> float:
-        """The largest distance from the reference by the version that the tokens name."""
+        """The largest distance from the reference's log-probabilities, by the version sampled."""
         (version,) = {*generation.versions.tolist()}
         tokens = [*prompt, *generation.token_ids]
         expected = self.learner.logprobs(tokens, temperature, version)[len(prompt) :]
@@ -124,7 +124,7 @@ def test_every_swap_brings_the_learners_logprobs(rig, temperature):
 
 
 def test_the_prefix_cache_must_be_dropped(rig, monkeypatch):
-    """What load does about it, undone: old keys and values under the new weights."""
+    """If `load` did not drop it, old keys and values would be used under the new weights."""
 
     async def keep(self):
         return True
@@ -345,7 +345,7 @@ async def turns_that_fail(policy, end) -> float:
 
 
 def test_an_engine_that_died_fails_every_turn(rig):
-    """The last of an engine's tests."""
+    """It stands last of those that share an engine, because it kills the engine."""
 
     def kill():
         for process in multiprocessing.active_children():
@@ -355,9 +355,9 @@ def test_an_engine_that_died_fails_every_turn(rig):
 
 
 def test_two_ranks_read_their_shares(tmp_path, monkeypatch):
-    """Of key-value heads fewer than ranks, and a vocabulary that is padded.
+    """There are fewer key-value heads than ranks, and the vocabulary is padded.
 
-    And they end, and give their GPUs back, with the process that they were told to end with.
+    The ranks also end, and give their GPUs back, with the process that they were told to end with.
     """
     monkeypatch.setenv('VLLM_CPU_OMP_THREADS_BIND', 'nobind')  # more ranks than NUMA nodes
     others = {*multiprocessing.active_children()}
