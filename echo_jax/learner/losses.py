@@ -33,7 +33,7 @@ class Metric(NamedTuple):
 Metrics = dict[str, Metric]
 Array = jax.Array | np.ndarray  # a Batch's arrays are NumPy on the host, and traced in the step
 # A function of (ratio [R, T], advantages [R, T], clip_low, clip_high). It returns the [R, T] values
-# that the policy is to raise, and a bool [R, T]: which of them have no gradient because of a bound.
+# that the policy is to raise, and a bool [R, T]: at which of them a bound acts, for clip_fraction.
 Surrogate = Callable[[jax.Array, Array, float, float], tuple[jax.Array, jax.Array]]
 
 
@@ -245,7 +245,7 @@ def total(value: jax.Array) -> Metric:
     return Metric(value, None)
 
 
-def _mean(values: jax.Array, mask: Array) -> Metric:
+def _mean(values: Array, mask: Array) -> Metric:
     return Metric(jnp.sum(jnp.where(mask, values, 0.0)), _count(mask))
 
 
