@@ -118,6 +118,42 @@ def test_a_module_by_hand():
     assert cost.seconds == pytest.approx(3 * pass_seconds + 7 * 3.2 + 0.08 + 3.2 + 4)
 
 
+@pytest.mark.parametrize(
+    'branches',
+    [
+        'branch_computations={%cheap, %dear}, backend_config={"note":"%p"}',
+        'true_computation=%dear, false_computation=%cheap',
+    ],
+)
+def test_a_condition_costs_as_much_as_its_dearer_branch(branches):
+    text = f"""
+%cheap (a: f32[20]) -> f32[20] {{
+  %a = f32[20]{{0}} parameter(0)
+  ROOT %b = f32[20]{{0}} negate(%a)
+}}
+
+%dear (a: f32[20]) -> f32[20] {{
+  %a.1 = f32[20]{{0}} parameter(0)
+  %b.1 = f32[20]{{0}} negate(%a.1)
+  ROOT %c.1 = f32[20]{{0}} negate(%b.1)
+}}
+
+ENTRY %main (p: pred[], x: f32[20]) -> f32[20] {{
+  %p = pred[] parameter(0)
+  %x = f32[20]{{0}} parameter(1)
+  ROOT %y = f32[20]{{0}} conditional(%p, %x, %x), {branches}
+}}
+"""
+    # Each negation reads and writes 80 bytes; the dear branch has two.
+    assert module_cost(text, CHIP, devices=1, unknown_trips=1).hbm_bytes == 2 * 160
+
+
+def test_a_text_in_another_form_is_refused():
+    text = MODULE.replace('condition=%outer_condition, ', '')
+    with pytest.raises(ValueError, match=r'the compiler wrote .*expected condition='):
+        module_cost(text, CHIP, devices=8, unknown_trips=7)
+
+
 def product(line: str, lhs: str, rhs: str) -> float:
     text = f"""
 ENTRY %main (a: {lhs}, b: {rhs}) -> f32[] {{
