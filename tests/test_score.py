@@ -97,7 +97,7 @@ def test_flags_that_contradict_each_other(programs, model, tmp_path):
         (np.zeros((0, 3), np.int32), r'is of shape \(0, 3\); expected at least one token'),
         (np.array([[1, 2], [50, 3]]), r'token 50 at \[1, 0\]; expected ids from 0 to 49'),
         (np.array([[1, 2], [3, -1]]), r'token -1 at \[1, 1\]'),
-        (np.array([[None]]), r'is no \.npy array'),
+        (np.array([[None]]), r'is not a \.npy array'),
     ],
 )
 def test_tokens_that_are_none(tmp_path, array, says):
@@ -110,7 +110,7 @@ def test_files_that_are_no_array(tmp_path):
     file = tmp_path / 'tokens.npy'
     for write in (lambda: file.write_text('[[1]]'), lambda: file.write_bytes(b'')):
         write()
-        with pytest.raises(ValueError, match=r'is no \.npy array'):
+        with pytest.raises(ValueError, match=r'is not a \.npy array'):
             read_tokens(file)
     with file.open('wb') as opened:
         np.savez(opened, a=np.zeros((1, 1), int))
