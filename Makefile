@@ -40,7 +40,7 @@ quickstart: setup  ## trains the tiny agent on this machine's CPU, into WORKDIR 
 	$(VENV)/bin/python -m echo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
 
 check: lint  ## lint and the quick tests, in about two minutes: what to run before every commit
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -n auto -m "not slow"
 
 test: develop  ## all tests: those of vLLM and the fleet need .venv-rollout (make rollout), those of Docker an engine
 	$(VENV)/bin/python -m pytest

@@ -133,6 +133,7 @@ def start_sleeper(checkout, name, seconds):
     return code, said, int((checkout / 'runs/launch' / f'{name}.pid').read_text())
 
 
+@pytest.mark.slow
 def test_a_process_is_started_once_and_stopped_gently(checkout):
     code, said, pid = start_sleeper(checkout, 'learner', 0.5)
     assert (code, said) == (0, f'learner started, pid {pid}, log runs/launch/learner.log\n')

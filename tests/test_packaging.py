@@ -15,6 +15,8 @@ import zipfile
 import pytest
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 # What only some users need: Harbor's sandboxes, vLLM, which brings torch, and Docker's SDK, which

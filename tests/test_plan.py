@@ -159,6 +159,7 @@ def test_mesh_flags():
 # ----------------------------------------------------------------------------------- the program
 
 
+@pytest.mark.slow
 def test_a_plan():
     found = planned(*SMALL, '--rows=8', '--gpu=H200')
     assert (found['topology'], found['chips']) == ('v5e:2x2', 4)
@@ -183,6 +184,7 @@ def test_a_plan():
     assert found['rollout']['gpu'] == 'H200' and found['rollout']['rollouts_at_once'] > 100
 
 
+@pytest.mark.slow
 def test_a_search():
     found = planned(*SMALL, '--rows=8', '--search', '--search_limit=2')
     # The first mesh is fsdp=4. It is tried with 4 rows at a time and with all 8.
@@ -193,6 +195,7 @@ def test_a_search():
     assert found[0]['estimated_mfu'] > found[1]['estimated_mfu']
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit():
     flags = '--topology=v5e:2x2', '--rows=4', '--seq_len=128', '--config.batch.micro_rows=4'
     found = planned('--config=configs/qwen3_8b.py', *flags, '--mesh=fsdp=4')
@@ -207,6 +210,7 @@ def test_a_model_that_does_not_fit():
     assert found['estimated_step_seconds'] is None and found['estimated_mfu'] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, says',
     [
@@ -224,6 +228,7 @@ def test_a_wrong_flag_is_one_line(flags, says):
     assert says in done.stderr
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_divide_is_one_line():
     pytest.importorskip('libtpu')
     done = run(*SMALL, '--rows=8', '--mesh=fsdp=3')

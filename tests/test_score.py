@@ -134,6 +134,7 @@ def test_any_integers_and_any_padding(tmp_path):
     assert seen[0].tokens.dtype == seen[0].positions.dtype == np.int32
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_finite_are_an_error(model):
     _, tokens = model
     config = dataclasses.replace(CONFIG, tie_word_embeddings=False)

@@ -66,6 +66,7 @@ def restore(directory, **kwargs):
         checkpointer.close()
 
 
+@pytest.mark.slow
 def test_round_trip_under_donation_keeps_the_last(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep=2)
     assert checkpointer.restore(abstract) is None and checkpointer.latest() is None
@@ -257,6 +258,7 @@ again.close()
 """
 
 
+@pytest.mark.slow
 def test_another_mesh(saved, tmp_path):
     """One device to four and back; the fingerprints do not know of either."""
     process = run_python(

@@ -190,6 +190,7 @@ variants = st.fixed_dictionaries(
 ).map(lambda v: v | {'mismatch': 'none'} if v['old_logprobs'] == 'rollout' else v)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     rollouts=rollout_lists(),

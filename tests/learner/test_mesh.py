@@ -17,6 +17,8 @@ from echo_jax.learner.step import ShardedModel
 from tests.support.mesh_step import SHARDING, SIZES
 from tests.support.random_rollouts import small_config
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 MESHES = [
     {'fsdp': 8},

@@ -139,6 +139,7 @@ def assert_trees_close(actual, expected, rtol=1e-8, atol=1e-11):
     jax.tree.map(check, actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [CURRENT, ROLLOUT, RECOMPUTED], ids=lambda o: o['old_logprobs'])
 def test_step_is_the_objective_of_every_rollout_alone(options):
     """Loss and every parameter's gradient: the reference's, pulled back through log_softmax."""
@@ -245,6 +246,7 @@ PACKINGS = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(rollouts=rollout_lists(), loss=loss_settings, order=st.permutations(range(10)))
 def test_packing_changes_nothing(rollouts, loss, order):
@@ -262,6 +264,7 @@ def test_packing_changes_nothing(rollouts, loss, order):
         assert_trees_close(other, runs[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_float32_and_another_packing_agree_with_float64():
     rollouts, params = draw_rollouts(), draw_params()
     apart, packed = (make_batch(rollouts, recipe(pack=pack)) for pack in (False, True))

@@ -44,6 +44,7 @@ def runs(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_step_of_a_second_family(runs):
     """It starts at random, learns, is written and read, and is the same on either mesh."""

@@ -126,6 +126,7 @@ def edit(path, **changes):
 # ------------------------------------------------------------------------------------- the numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, temperature', [*((name, 1.0) for name in MODELS), ('grouped', 0.6), ('yarn', 0.8)]
 )

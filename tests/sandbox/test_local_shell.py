@@ -58,6 +58,7 @@ def test_odd_commands(session):
     assert large.stdout == '300000\n'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'command, exit_code',
     [

@@ -226,6 +226,7 @@ HOST = """
 """
 
 
+@pytest.mark.slow
 def test_two_jax_hosts_publish_their_shards(tmp_path):
     with socket.socket() as free:
         free.bind(('localhost', 0))

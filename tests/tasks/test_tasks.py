@@ -193,6 +193,7 @@ def test_epochs_hold_every_task_once_in_a_new_order():
     assert drawn != [t.task_id for step in other for t in step]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     count=st.integers(1, 12),
