@@ -94,8 +94,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         with report.Progress('train', config.num_steps, done) as progress:
             while done < config.num_steps:
                 started = time.monotonic()
-                ahead.post(done)
-                rollouts = ahead.wait()
+                rollouts = ahead.draw(done)
                 drawn = time.monotonic()
 
                 batch = sharding.put_batch(batching.make_batch(rollouts, config), model.mesh)
@@ -113,11 +112,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 metrics.write(done, values)
                 if done % config.checkpoint.every == 0:
                     save()
-                progress.show(
-                    done,
-                    reward=values['rollout/reward'],
-                    env_ce=values.get('train/env_ce', float('nan')),
-                )
+                env_ce_now = values.get('train/env_ce', float('nan'))
+                progress.show(done, reward=values['rollout/reward'], env_ce=env_ce_now)
         save()
     except entry.Stopped:
         save()

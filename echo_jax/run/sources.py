@@ -284,8 +284,11 @@ class GroupsAhead:
         # Of each step ahead: where the tasks stood before it, and its groups.
         self._posted: collections.deque[tuple[dict, DueGroups]] = collections.deque()
 
-    def post(self, done: int) -> None:
-        """Posts what is not posted yet, after `done` steps."""
+    def draw(self, done: int) -> list[Rollout]:
+        """The rollouts of the step after the first `done`; posts those ahead before it waits.
+
+        Raises Stopped if a stop is requested.
+        """
         config = self._config
         last = min(done + config.max_staleness, config.num_steps - 1)
         for number in range(done + len(self._posted), last + 1):
@@ -301,9 +304,6 @@ class GroupsAhead:
             )
             self._posted.append((position, due))
             self._source.post(due)
-
-    def wait(self) -> list[Rollout]:
-        """The rollouts of the next step. Raises Stopped if a stop is requested."""
         groups = self._source.wait(self._posted[0][1])
         return [rollout for group in groups for rollout in group]
 
