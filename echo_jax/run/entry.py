@@ -7,7 +7,6 @@ program: what a program expects to go wrong besides EXPECTED, the program says i
 import asyncio
 import contextlib
 import dataclasses
-import os
 import pathlib
 import signal
 import sys
@@ -19,9 +18,6 @@ from ml_collections import config_flags
 
 from echo_jax.sandbox import SandboxError
 from echo_jax.store.kvstore import MissingError
-
-# When transformers is imported it says that there is no PyTorch; nothing here wants PyTorch.
-os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
 
 EXPECTED = (ValueError, OSError, FloatingPointError, SandboxError, MissingError)
 # What absl and ml_collections raise while they parse flags. A flag that names no key of the config

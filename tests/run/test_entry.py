@@ -1,5 +1,6 @@
 """The entry that all programs share, with a program of a few lines."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -106,3 +107,17 @@ def test_traceback_on_request():
 
 def test_ctrl_c():
     assert fails(CONFIG, '--raises=KeyboardInterrupt') == 'stopped'
+
+
+def test_no_import_order_lets_transformers_ask_for_pytorch():
+    script = (
+        'import os, sys\n'
+        'import echo_jax.agent.protocol\n'
+        'assert "transformers" in sys.modules\n'
+        'print(os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"])'
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith('TRANSFORMERS_')}
+    done = subprocess.run(
+        [sys.executable, '-c', script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, '1\n'), done.stderr
