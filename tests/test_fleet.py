@@ -61,10 +61,10 @@ class Fleet:
 
     def _start(self, program: str | pathlib.Path, *flags: str, **options) -> subprocess.Popen:
         name = pathlib.Path(program).stem
-        log = (self._folder / f'{name}{len(self._started)}.log').open('w')
-        process = self._programs.start(
-            program, *self._flags, *flags, output=log, **self.environment | options
-        )
+        with (self._folder / f'{name}{len(self._started)}.log').open('w') as log:
+            process = self._programs.start(
+                program, *self._flags, *flags, output=log, **self.environment | options
+            )
         self._started.append(process)
         return process
 
