@@ -193,7 +193,7 @@ def test_a_worker_and_then_the_engine_die_under_running_containers(fleet, daemon
     ours = {'label': 'echo_jax.run'}
 
     def running() -> list:
-        return client.containers.list(filters=ours)
+        return client.containers.list(filters=ours, ignore_removed=True)
 
     fleet.environment['DOCKER_HOST'] = daemon.url
     learner, worker = fleet.learner(), fleet.worker()
