@@ -210,6 +210,7 @@ _OUTPUT = st.lists(
 _BYTES = st.binary(max_size=80).map(lambda b: b.decode(errors='replace'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('thinking', ['keep_all', 'strip_rollout', 'strip_all'])
 @hypothesis.given(data=st.data())
 @hypothesis.settings(

@@ -55,6 +55,7 @@ def group(task, policy, protocol, sandbox, *, size=4, at_once=2):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('failures', [0, 2, 100])
 def test_a_group_retries_and_then_records(make_task, tiny_tokenizer, protocol_config, failures):
     sandbox = type('Sandbox', (Counted,), {'failures': failures})

@@ -93,6 +93,7 @@ def test_round_trip_under_donation_keeps_the_last(tmp_path):
     checkpointer.close()
 
 
+@pytest.mark.slow
 def test_parts_and_other_configs(saved):
     checkpointer = Checkpointer(saved, read_only=True)
     got, _, _ = checkpointer.restore({'params': abstract.params})
@@ -163,6 +164,7 @@ def test_every_damaged_file_is_noticed_or_harmless(saved, tmp_path):
         assert {largest, pathlib.Path('2/extra/metadata')} <= paths
 
 
+@pytest.mark.slow
 @damages_files
 def test_removing_the_damaged_step_falls_back(saved, tmp_path):
     directory = tmp_path / 'copy'

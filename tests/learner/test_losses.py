@@ -122,6 +122,7 @@ def test_mismatch_by_hand(mismatch, weights):
     assert finish_metrics(metrics)['mismatch_weight'] == pytest.approx(np.mean(weights), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sequence_correction_is_of_each_rollout_in_a_packed_row():
     rollouts = [make_rollout('PAAOAA', reward=1.0), make_rollout('PAOA', sample=1, first_token=11)]
     for r in rollouts:

@@ -146,6 +146,7 @@ def test_bfloat16_errs_no_more_than_transformers(models):
     assert 1e-3 < ours.mean() <= theirs.mean() and ours.max() <= 1.2 * theirs.max()
 
 
+@pytest.mark.slow
 def test_the_old_form_of_the_config_is_the_same_model(models, tmp_path):
     for name, scaling in [('tied', None), ('yarn', {'type': 'yarn', 'factor': 4.0})]:
         path = shutil.copytree(models / name, tmp_path / name)

@@ -116,6 +116,7 @@ def test_a_sample_depends_on_its_seed_alone_bit_for_bit():
             np.testing.assert_array_equal(logprobs, again[2])
 
 
+@pytest.mark.slow
 def test_more_episodes_than_slots_still_gives_right_logprobs():
     for tokens, sampled, logprobs in play(list(range(20, 32)), slots=3):
         np.testing.assert_allclose(

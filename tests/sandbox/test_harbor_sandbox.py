@@ -143,6 +143,7 @@ def test_one_shell_for_all_commands(session):
     assert fifth.exit_code == 2 or 'unexpected EOF' in fifth.stderr
 
 
+@pytest.mark.slow
 def test_a_timeout_kills_all_and_keeps_the_directory(session):
     results = session(
         'cd /tmp; x=1; (setsid sleep 1000 &)',

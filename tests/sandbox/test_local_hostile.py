@@ -197,6 +197,7 @@ def test_verifier_tests_run_and_the_reward_is_read(task, backend, tmp_path):
     assert asyncio.run(main()).stdout == '0.5'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'trick',
     [

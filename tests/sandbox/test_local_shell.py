@@ -115,6 +115,7 @@ def test_same_commands_same_bytes(task, backend):
 # Time and quantity.
 
 
+@pytest.mark.slow
 def test_timeout_kills_everything_started(session):
     late, where, left = session(
         'cd /tmp; echo begun; setsid sleep 61 & nohup sleep 62 >/dev/null 2>&1 & (sleep 63 &) ;'

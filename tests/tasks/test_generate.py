@@ -105,6 +105,7 @@ def test_any_other_name_in_the_action_earns_0(machine):
     assert tried
 
 
+@pytest.mark.slow
 def test_cheats_and_damage_earn_0(machine):
     solve = '\n'.join(machine.draft.commands)
     results = [path for path, text in machine.draft.changes.items() if text is not None]
