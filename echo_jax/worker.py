@@ -19,7 +19,6 @@ from ml_collections import config_flags
 
 from echo_jax.policy import PolicyError
 from echo_jax.run import entry
-from echo_jax.run.inert import check_inert
 from echo_jax.run.rollout_worker import check_config, start
 from echo_jax.sandbox.make import sandbox_maker
 
@@ -44,8 +43,7 @@ def main(argv: Sequence[str]) -> None:
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
     if not 0 <= _INDEX.value < _COUNT.value:
         raise ValueError(f'--index={_INDEX.value} is not below --count={_COUNT.value}')
-    check_config(config)
-    check_inert(config, entry.overrides())
+    check_config(config, entry.overrides())
     name = _NAME.value or f'{socket.gethostname()}-{_INDEX.value}'
     here = {'gpu_memory_utilization': _MEMORY.value, 'tensor_parallel_size': _PARALLEL.value}
     engine = {key: value for key, value in here.items() if value is not None}

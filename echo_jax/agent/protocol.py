@@ -108,6 +108,10 @@ class Protocol:
         content = [Span(Role.PROMPT, instruction)]
         return self.encoder.encode_framed(self._prompt_frame, content).ids
 
+    def count_prompt_tokens(self, instruction: str) -> int:
+        """The length of the prompt of a task, template included."""
+        return len(self.prompt_ids(instruction))
+
     def start(self, instruction: str) -> 'Conversation':
         return Conversation(self, self.prompt_ids(instruction))
 

@@ -9,13 +9,14 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING
 
 import ml_collections
 
 from echo_jax.agent.collect import collect
 from echo_jax.agent.protocol import Protocol
+from echo_jax.run.inert import check_inert
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.due import DueGroups, DueStore
@@ -179,10 +180,14 @@ async def _until(condition: Callable[[], bool], what: str) -> None:
         await asyncio.sleep(_START_POLL_SECONDS)
 
 
-def check_config(config: ml_collections.ConfigDict) -> None:
-    """Raises ValueError if the run of this config has no workers."""
+def check_config(config: ml_collections.ConfigDict, overrides: Iterable[str]) -> None:
+    """Raises ValueError if the run of this config has no workers, or a key that is set cannot act.
+
+    overrides: the keys that flags name (`run.entry.overrides`).
+    """
     if config.policy.backend != 'vllm':
         raise ValueError(
             f'policy.backend is {config.policy.backend!r}: its learner samples by itself; workers '
             "are for 'vllm'"
         )
+    check_inert(config, overrides)

@@ -240,7 +240,7 @@ def read_splits(work: Workdir, protocol: Protocol) -> dict[str, TaskSource]:
     """The tasks whose prompts fit, by split ('train', 'heldout'); says how many there are."""
     limit = work.config.protocol.max_prompt_tokens
     splits = {
-        split: TaskSource(work.tasks(split), lambda text: len(protocol.prompt_ids(text)), limit)
+        split: TaskSource(work.tasks(split), protocol.count_prompt_tokens, limit)
         for split in ('train', 'heldout')
     }
     dropped = sum(tasks.dropped for tasks in splits.values())

@@ -76,7 +76,7 @@ def drop_long_prompts(
         return list(tasks)
     tokenizer = work.tokenizer() if work else read_tokenizer(config.model.path)
     protocol, limit = Protocol(tokenizer, config.protocol), config.protocol.max_prompt_tokens
-    source = TaskSource(tasks, lambda text: len(protocol.prompt_ids(text)), limit)
+    source = TaskSource(tasks, protocol.count_prompt_tokens, limit)
     CONSOLE.print(f'{source.dropped} prompts over {limit} tokens dropped')
     return source.tasks
 

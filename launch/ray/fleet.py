@@ -147,7 +147,7 @@ async def _close(actor) -> None:
 def main(argv) -> None:
     del argv
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
-    check_config(config)
+    check_config(config, entry.overrides())
     # Ray's nodes may have no checkout, so the code is sent with the job.
     code = {
         'working_dir': str(ROOT),
