@@ -14,6 +14,7 @@ from echo_jax.learner.batching import make_batch
 from echo_jax.learner.losses import echo_loss
 from echo_jax.model.families import FAMILIES
 from echo_jax.model.huggingface import recipe_config
+from echo_jax.run import rollout_worker
 from echo_jax.run.checks import check_config
 from echo_jax.run.inert import INERT, check_inert, flat, keys_of
 from echo_jax.run.workdir import Workdir
@@ -252,6 +253,13 @@ def test_a_recipe_chooses_the_family_and_gives_the_sizes_that_it_has(monkeypatch
         ValueError, match=r'^model\.hidden_size is None and there is no model\.path'
     ):
         check_config(config)
+
+
+def test_workers_refuse_a_key_that_cannot_act():
+    config = with_values(**{'policy.backend': 'vllm', 'loss.mismatch': 'none'})
+    rollout_worker.check_config(config, [])
+    with pytest.raises(ValueError, match=r'loss\.mismatch_cap=2\.0 has no effect'):
+        rollout_worker.check_config(config, ['loss.mismatch_cap'])
 
 
 def test_a_worker_without_jax_can_check():
