@@ -247,14 +247,29 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.sandbox.backend = 'docker'
     # The number of sandboxes that one process has open at a time, at most.
     c.sandbox.at_once = 512
+    # How commands are run: 'fresh', each in a new `bash -c` in the working directory, as in the
+    # released code; 'persistent', all in one shell, so that `cd` and variables last; see
+    # docs/protocol.md#shell.
+    c.sandbox.shell = 'fresh'
     # The number of processes of one sandbox, at most.
     c.sandbox.processes = 512
+    # The number of CPUs of one sandbox. None is what the task names, as it is for the next four
+    # keys; what neither names is not limited.
+    c.sandbox.cpus = placeholder(float)
     # The memory in MiB of a whole sandbox with 'docker' and 'harbor', of each process with 'local'.
-    c.sandbox.memory_mb = 1024
-    # The disk space in MiB of each directory that may be written with 'docker', of all of them
-    # together with 'local', of the whole sandbox with 'harbor'.
-    c.sandbox.disk_mb = 4096
-    # The user id that the agent has in a container; 0 is root without capabilities.
+    c.sandbox.memory_mb = placeholder(int)
+    # The disk space in MiB that one sandbox may write.
+    c.sandbox.disk_mb = placeholder(int)
+    # The number of seconds that the agent has for a task.
+    c.sandbox.agent_timeout = placeholder(float)
+    # The number of seconds that the task's tests have.
+    c.sandbox.verifier_timeout = placeholder(float)
+    # What a container may do: 'docker', what Docker lets it do by default, as tasks of Harbor expect;
+    # 'strict', no capability, no new privileges, a system that cannot be written, for tasks from
+    # strangers that were written for it.
+    c.sandbox.hardening = 'docker'
+    # The user id that the agent has in a container with `sandbox.hardening = 'strict'`; 0 is root
+    # without capabilities.
     c.sandbox.user = 1000
     # Whether commands that build an image reach the network.
     c.sandbox.build_network = True
@@ -262,6 +277,12 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.sandbox.runtime = placeholder(str)
     # The name of Harbor's environment, such as 'docker', 'modal' or 'daytona'.
     c.sandbox.harbor_environment = 'docker'
+
+    # The task's tests, which give the reward; see docs/protocol.md#verifier.
+    c.verifier = ml_collections.ConfigDict()
+    # Whether what the agent left running is killed before the tests. Harbor keeps it, since a task
+    # may ask for a server. With 'local', and with `sandbox.hardening = 'strict'`, it is always killed.
+    c.verifier.kill_agent_processes = False
 
     # What is worked on; see docs/protocol.md#tasks.
     c.tasks = ml_collections.ConfigDict()

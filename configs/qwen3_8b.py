@@ -40,5 +40,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.model.tie_word_embeddings = False
 
     c.policy.keyframe_every = 10
-    c.sandbox.user = 0
+    c.sandbox.cpus = 1
+    c.sandbox.memory_mb = 1024
+    c.sandbox.agent_timeout = 600
+    c.sandbox.verifier_timeout = 120
     return c

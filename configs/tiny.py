@@ -56,6 +56,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
 
     c.sandbox.backend = 'local'
     c.sandbox.at_once = 64
+    c.sandbox.shell = 'persistent'
     c.sandbox.processes = 64
     c.sandbox.memory_mb = 512
     c.sandbox.disk_mb = 32

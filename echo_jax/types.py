@@ -44,22 +44,48 @@ class Status(enum.StrEnum):
     INFRA_ERROR = 'infra_error'  # nobody's reward: no weight in any mean or loss
 
 
+class Healthcheck(NamedTuple):
+    """A command that must succeed before the agent begins, as Harbor's [environment.healthcheck].
+
+    Failures within `start_period_sec` of the start do not count; after it, `retries` in a row do.
+    """
+
+    command: str
+    interval_sec: float = 5.0
+    timeout_sec: float = 30.0
+    start_period_sec: float = 0.0
+    start_interval_sec: float = 5.0
+    retries: int = 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One Harbor task directory (docs/protocol.md#tasks). Field names say seconds and MiB."""
+    """One Harbor task directory (docs/protocol.md#tasks). Field names say seconds and MiB.
+
+    A limit or an account of None is not named by the task: the backend's own holds then.
+    """
 
     task_id: str  # the directory's name
     path: pathlib.Path
     instruction: str
     agent_timeout_sec: float = 600.0
-    verifier_timeout_sec: float = 120.0
+    verifier_timeout_sec: float = 600.0
     build_timeout_sec: float = 600.0
     docker_image: str | None = None
-    cpus: float = 1.0
-    memory_mb: int = 1024
-    allow_internet: bool = False
-    workdir: str = '/app'
+    cpus: float | None = None
+    memory_mb: int | None = None
+    storage_mb: int | None = None
+    network: bool = True  # whether the sandbox reaches other machines
+    workdir: str | None = None  # None is the image's own
     env: dict[str, str] = dataclasses.field(default_factory=dict)
+    solution_env: dict[str, str] = dataclasses.field(default_factory=dict)
+    verifier_env: dict[str, str] = dataclasses.field(default_factory=dict)
+    agent_user: str | int | None = None  # None is the image's own
+    verifier_user: str | int | None = None
+    healthcheck: Healthcheck | None = None
+    # What this task asks for that only Harbor itself provides, such as 'docker-compose.yaml'. A
+    # task with any of it runs with sandbox.backend = 'harbor'; other sandboxes refuse it.
+    needs_harbor: tuple[str, ...] = ()
     environment_only: bool = False  # its rollouts carry the environment loss and no policy gradient
 
 
@@ -78,6 +104,8 @@ class Rollout:
     group_id: int  # numbers the groups of the whole run
     sample_id: int  # within the group
     environment_only: bool = False  # the task's: it has a part in the environment loss alone
+    reason: str = ''  # one line that explains a VERIFIER_ERROR or an INFRA_ERROR
+    tests_output: str = ''  # the end of what the task's tests printed
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # for people to read only
 
 

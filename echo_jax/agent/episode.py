@@ -17,11 +17,11 @@ import tenacity
 from echo_jax.agent.encoding import Span
 from echo_jax.agent.observations import NO_COMMANDS, execute
 from echo_jax.agent.protocol import Conversation, Protocol, turn_seed, warning_prefix
-from echo_jax.agent.verifier import verify
 from echo_jax.policy import Policy
 from echo_jax.sandbox import Sandbox, SandboxError
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
+_REASON_CHARS = 1_000  # of an error's message that are kept
 RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds; a container engine that died is back by then
 # Reasons for the end of the agent's part, and the status that each gives the episode.
 _STATUS = {
@@ -38,6 +38,7 @@ class _Counts:
     """The metrics of one episode; seconds of wall clock."""
 
     turns: int = 0
+    turns_cut: int = 0  # by max_turn_tokens
     parse_errors: int = 0  # turns answered by a whole-response error
     warnings: int = 0
     commands: int = 0  # really run
@@ -60,7 +61,8 @@ async def run_episode(
     """Starts the sandbox, lets the policy work in it, verifies, and in any case stops the sandbox.
 
     The verifier runs however the agent's part ended, even by its timeout or a spent budget. `seed`
-    is the run's. Raises SandboxError if the sandbox fails; run_group tries again then.
+    is the run's. Raises PolicyFailed if the policy fails. What else it raises is the fault of the
+    task or of its sandbox; run_group tries again after a SandboxError.
     """
     conversation, counts = protocol.start(task.instruction), _Counts()
     episode = _Episode(
@@ -70,23 +72,30 @@ async def run_episode(
         await sandbox.start()
         ending = await episode.converse(time.monotonic() + task.agent_timeout_sec)
         started = time.monotonic()
-        reward, status = await verify(task, sandbox)
+        verdict = await sandbox.verify()
         counts.seconds_verifying = time.monotonic() - started
     finally:
         await _stop(sandbox)
     metrics = dataclasses.asdict(counts)
     metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
-    metrics['correct'] = reward >= SOLVED_REWARD
+    metrics |= {f'reward/{key}': value for key, value in verdict.rewards.items() if key != 'reward'}
+    metrics['correct'] = verdict.reward >= SOLVED_REWARD
     return _rollout(
         conversation,
-        reward=reward - length_penalty(conversation, protocol.config),
-        status=_STATUS[ending] if status == Status.OK else status,
+        reward=verdict.reward - length_penalty(conversation, protocol.config),
+        status=_STATUS[ending] if verdict.status == Status.OK else verdict.status,
+        reason=verdict.reason,
+        tests_output=verdict.output,
         task_id=task.task_id,
         group_id=group_id,
         sample_id=sample_id,
         environment_only=task.environment_only,
         metrics={name: float(value) for name, value in metrics.items()},
     )
+
+
+class PolicyFailed(Exception):
+    """The policy failed, for the reason that is this error's cause."""
 
 
 async def _stop(sandbox: Sandbox) -> None:
@@ -142,14 +151,17 @@ class _Episode:
                         seed=turn_seed(*self.seeds, turn),
                         stop_token_ids=conversation.protocol.stop_token_ids,
                     )
-            except TimeoutError:
+            except TimeoutError as error:
                 if not clock.expired():  # the policy raised it, and the agent still has time
-                    raise
+                    raise PolicyFailed from error
                 return 'agent_timeout'
+            except Exception as error:
+                raise PolicyFailed from error
             finally:
                 self.counts.seconds_sampling += time.monotonic() - started
             conversation.append_turn(generation)
             self.counts.turns += 1
+            self.counts.turns_cut += generation.finish_reason == 'length'
             ending, observation = await self._act(generation.token_ids, deadline)
             if ending:
                 return ending
@@ -218,8 +230,10 @@ async def run_group(
 
     `sandboxes` is shared by all groups of a process and bounds the sandboxes that live at a time.
     After a SandboxError the sample is drawn again in a fresh sandbox, `retry_after` seconds later;
-    if the last try fails too, it becomes an INFRA_ERROR with nothing but the prompt in it. Any
-    other error ends the whole group.
+    if the last try fails too, it becomes an INFRA_ERROR with nothing but the prompt in it, and the
+    error as its reason. Any other error of the task or of its sandbox (a link that leads outside, a
+    file that cannot be read) makes it one at once, since no other sandbox would do better. What the
+    policy raises ends the whole group.
     """
 
     async def run_sample(sample_id: int) -> Rollout:
@@ -242,26 +256,44 @@ async def run_group(
         error = state.outcome and state.outcome.exception()
         logging.warning('%s, try %d of %d: %s', sample, state.attempt_number, tries, error)
 
-    def infra_error(state: tenacity.RetryCallState) -> Rollout:
+    def infra_error(sample_id: int, error: BaseException | None, retries: int) -> Rollout:
+        reason = ' '.join(str(error).split()) or type(error).__name__
         return _rollout(
             protocol.start(task.instruction),
             reward=0.0,
             status=Status.INFRA_ERROR,
+            reason=reason[:_REASON_CHARS],
             task_id=task.task_id,
             group_id=group_id,
-            sample_id=state.args[0],
+            sample_id=sample_id,
             environment_only=task.environment_only,
-            metrics={'infra_retries': float(len(retry_after))},
+            metrics={'infra_retries': float(retries)},
         )
+
+    def give_up(state: tenacity.RetryCallState) -> Rollout:
+        error = state.outcome.exception() if state.outcome else None
+        return infra_error(state.args[0], error, tries - 1)
 
     retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception_type(SandboxError),
         wait=tenacity.wait_chain(*map(tenacity.wait_fixed, retry_after)),
         stop=tenacity.stop_after_attempt(tries),
         after=log_failure,
-        retry_error_callback=infra_error,
+        retry_error_callback=give_up,
     )
-    draw = retrying.wraps(run_sample)  # which keeps the state of each call apart
+    retried = retrying.wraps(run_sample)  # which keeps the state of each call apart
+
+    async def draw(sample_id: int) -> Rollout:
+        try:
+            return await retried(sample_id)
+        except PolicyFailed as error:
+            raise error.__cause__ or error from None
+        except Exception as error:  # one bad task never ends a run, whatever is wrong with it
+            logging.warning(
+                'task %s, group %d, sample %d: %r', task.task_id, group_id, sample_id, error
+            )
+            return infra_error(sample_id, error, 0)
+
     async with asyncio.TaskGroup() as running:
         samples = [running.create_task(draw(sample_id)) for sample_id in range(group_size)]
     return [sample.result() for sample in samples]

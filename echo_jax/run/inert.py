@@ -25,6 +25,11 @@ def sandbox_kinds(config: ml_collections.ConfigDict) -> set[str]:
     return warm_start | {config.sandbox.backend}
 
 
+def kills_on_request(config: ml_collections.ConfigDict) -> bool:
+    """Whether the run has sandboxes that keep or kill what the agent left running, as asked."""
+    return 'docker' in sandbox_kinds(config) and config.sandbox.hardening == 'docker'
+
+
 _KINDS = ('sandbox.backend', 'warm_start.sandbox', 'warm_start.steps')
 
 # Two kinds of keys are not here. loss.clip_low, loss.clip_high and loss.old_logprobs='recomputed'
@@ -74,7 +79,22 @@ INERT = (
         reason="with policy.backend = 'jax', which has no workers",
     ),
     Inert(
-        keys=('sandbox.user', 'sandbox.build_network', 'sandbox.runtime'),
+        keys=('sandbox.user',),
+        when=lambda config: config.sandbox.hardening == 'docker',
+        deciding=('sandbox.hardening',),
+        reason="with sandbox.hardening = 'docker', where the image and the task name the user",
+    ),
+    Inert(
+        keys=('verifier.kill_agent_processes',),
+        when=lambda config: not kills_on_request(config),
+        deciding=(*_KINDS, 'sandbox.hardening'),
+        reason=(
+            "unless commands run in 'docker' with sandbox.hardening = 'docker': it is always so with "
+            "'local' and 'strict', and never with 'harbor'"
+        ),
+    ),
+    Inert(
+        keys=('sandbox.hardening', 'sandbox.user', 'sandbox.build_network', 'sandbox.runtime'),
         when=lambda config: 'docker' not in sandbox_kinds(config),
         deciding=_KINDS,
         reason="unless commands run in 'docker'",

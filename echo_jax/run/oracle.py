@@ -10,14 +10,15 @@ from typing import NamedTuple
 import ml_collections
 import tenacity
 
-from echo_jax.agent.verifier import verify
 from echo_jax.run import entry
 from echo_jax.run.report import CONSOLE, Progress
-from echo_jax.sandbox import Sandbox, SandboxError
+from echo_jax.sandbox import CommandResult, Sandbox, SandboxError, Verdict
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.types import SOLVED_REWARD, Status, Task
 
 _TRIES = 3  # sandboxes that may fail on a task, one after the other
+_OUTPUT_CHARS = 2_000  # of a solution's output, its end, that are kept
+_SHOWN_CHARS = 500  # of that output, in a line of a failure
 _SHOWN = 20  # failures that are listed
 
 
@@ -28,29 +29,28 @@ class Outcome(NamedTuple):
     sample_id: int
     reward: float
     status: Status
-    reason: str = ''  # one line that explains an INFRA_ERROR
+    reason: str = ''  # one line that explains an INFRA_ERROR or a VERIFIER_ERROR
+    output: str = ''  # the end of what the solution and the tests printed
 
 
-async def run_solution(task: Task, sandbox: Sandbox, oracle: bool) -> tuple[float, Status]:
-    """Reward and status of a task's own solution, or of nothing at all, in a fresh sandbox.
+async def run_solution(
+    task: Task, sandbox: Sandbox, oracle: bool
+) -> tuple[Verdict, CommandResult | None]:
+    """What the tests say of the task's own solution, or of nothing at all, in a fresh sandbox; and
+    how the solution ended.
 
     As in Harbor, the solution has the agent's time, and is verified even if it takes longer. Raises
     ValueError if there is no solution, SandboxError if the sandbox fails.
     """
-    solution = task.path / 'solution' / 'solve.sh'
-    if oracle and not solution.is_file():
-        raise ValueError(f'{solution} is missing; the oracle runs it')
-    late = False
+    solved = None
     try:
         await sandbox.start()
         if oracle:
-            await sandbox.upload(solution.parent, '/solution')
-            solved = await sandbox.run('bash /solution/solve.sh', task.agent_timeout_sec)
-            late = solved.timed_out
-        reward, status = await verify(task, sandbox)
+            solved = await sandbox.solve()
+        verdict = await sandbox.verify()
     finally:
         await sandbox.stop()
-    return reward, Status.AGENT_TIMEOUT if late and status == Status.OK else status
+    return verdict, solved
 
 
 async def run_without_model(
@@ -83,21 +83,26 @@ async def run_without_model(
 async def _outcome(
     task: Task, sample_id: int, make_sandbox: Callable[[Task], Sandbox], oracle: bool
 ) -> Outcome:
-    # Only SandboxError is tried again: after a ValueError no other sandbox will take the task.
+    # Only SandboxError is tried again: after any other error no other sandbox will take the task.
     @tenacity.retry(
         stop=tenacity.stop_after_attempt(_TRIES),
         retry=tenacity.retry_if_exception_type(SandboxError),
         reraise=True,
     )
-    async def in_a_fresh_sandbox() -> tuple[float, Status]:
+    async def in_a_fresh_sandbox() -> tuple[Verdict, CommandResult | None]:
         return await run_solution(task, make_sandbox(task), oracle)
 
     try:
-        reward, status = await in_a_fresh_sandbox()
-    except (SandboxError, ValueError) as error:
-        reason = entry.printable(' '.join(str(error).split()))
-        return Outcome(task.task_id, sample_id, 0.0, Status.INFRA_ERROR, reason)
-    return Outcome(task.task_id, sample_id, reward, status)
+        verdict, solved = await in_a_fresh_sandbox()
+    except Exception as error:  # one bad task never ends a check, whatever is wrong with it
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        return Outcome(task.task_id, sample_id, 0.0, Status.INFRA_ERROR, entry.printable(reason))
+    status = verdict.status
+    if status == Status.OK and solved is not None and solved.timed_out:
+        status = Status.AGENT_TIMEOUT
+    printed = (solved.stdout + solved.stderr)[-_OUTPUT_CHARS:] if solved else ''
+    output = entry.printable(f'{printed}\n{verdict.output}'.strip())
+    return Outcome(task.task_id, sample_id, verdict.reward, status, verdict.reason, output)
 
 
 def run_agent(
@@ -138,7 +143,11 @@ def faults(outcomes: Sequence[Outcome], agent: str) -> dict[str, str]:
         if outcome.status == Status.INFRA_ERROR:
             wrong[outcome.task_id] = outcome.reason
         elif agent == 'oracle' and outcome.reward < SOLVED_REWARD:
-            wrong[outcome.task_id] = f'its solution earns {outcome.reward:g} ({outcome.status})'
+            why = f'{outcome.status}: {outcome.reason}' if outcome.reason else outcome.status
+            printed = ' | '.join(filter(None, outcome.output.split('\n')))[-_SHOWN_CHARS:]
+            wrong[outcome.task_id] = (
+                f'its solution earns {outcome.reward:g} ({why}); printed at the end: {printed or "-"}'
+            )
         elif agent == 'nop' and outcome.reward > 0:
             wrong[outcome.task_id] = f'doing nothing earns {outcome.reward:g}'
     return wrong

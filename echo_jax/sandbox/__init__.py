@@ -9,6 +9,8 @@ import pathlib
 import re
 from typing import NamedTuple, Protocol
 
+from echo_jax.types import Status
+
 PATH = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'
 # The variables that every sandbox has; the image and the task may set others.
 ENVIRONMENT = {'PATH': PATH, 'HOME': '/root', 'USER': 'agent', 'LANG': 'C.UTF-8', 'TERM': 'dumb'}
@@ -24,23 +26,44 @@ class CommandResult(NamedTuple):
     timed_out: bool
 
 
+class Verdict(NamedTuple):
+    """What the task's tests said of the agent's work (docs/protocol.md#verifier)."""
+
+    reward: float  # 0 if there is none
+    status: Status  # OK, or VERIFIER_ERROR if there was no finite number in time
+    reason: str = ''  # one line that explains a VERIFIER_ERROR
+    output: str = ''  # the end of what the tests printed
+    rewards: dict[str, float] = {}  # every key of reward.json
+
+
 class SandboxError(RuntimeError):
     """The sandbox itself failed: the episode is an INFRA_ERROR, not the agent's fault."""
 
 
 class Sandbox(Protocol):
-    """One machine for one episode; one shell, so `cd` and variables last between commands."""
+    """One machine for one episode of one task.
 
-    async def start(self) -> None: ...
+    All methods raise SandboxError if the sandbox itself fails, and ValueError for a task that it
+    cannot run. `stop` may be called at any time.
+    """
 
-    async def run(self, command: str, timeout: float) -> CommandResult: ...
+    async def start(self) -> None:
+        """Makes what the task's environment/ describes, and waits until it is ready."""
 
-    async def upload(self, path: pathlib.Path, target: str) -> None: ...
+    async def run(self, command: str, timeout: float) -> CommandResult:
+        """Runs a command of the agent's; `timeout` in seconds."""
 
-    async def reset(self) -> None:
-        """Kills everything the agent left running and opens a fresh shell."""
+    async def upload(self, path: pathlib.Path, target: str) -> None:
+        """Copies a file to the path `target`, or a directory's content into it."""
 
-    async def stop(self) -> None: ...
+    async def solve(self) -> CommandResult:
+        """Runs the task's own solution as the agent, in the agent's time."""
+
+    async def verify(self) -> Verdict:
+        """Ends the agent's part, runs the task's tests, and reads the reward. Call it once."""
+
+    async def stop(self) -> None:
+        """Ends and removes everything."""
 
 
 @functools.cache

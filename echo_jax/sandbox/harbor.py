@@ -94,7 +94,7 @@ def create_environment(
             storage_mb=disk_mb,
         ),
         network_policy=NetworkPolicy(
-            network_mode=NetworkMode.PUBLIC if task.allow_internet else NetworkMode.NO_NETWORK
+            network_mode=NetworkMode.PUBLIC if task.network else NetworkMode.NO_NETWORK
         ),
         logger=logging.getLogger(__name__),
     )
@@ -123,11 +123,12 @@ class HarborSandbox(shell.ShellSandbox):
         memory_mb: int | None = None,
         disk_mb: int = 1024,
         output_bytes: int = 1 << 18,
+        shell: str = 'persistent',
         create: Callable = create_environment,
     ):
-        super().__init__(task, output_bytes)
+        super().__init__(task, output_bytes, shell)
         self._env = task.env
-        memory_mb = task.memory_mb if memory_mb is None else memory_mb
+        memory_mb = memory_mb or task.memory_mb or 1024
         self._make = lambda trial: create(
             task, environment, trial, memory_mb=memory_mb, disk_mb=disk_mb
         )
@@ -145,8 +146,7 @@ class HarborSandbox(shell.ShellSandbox):
         try:
             seconds = self.task.build_timeout_sec + _SETUP_SEC
             await self._harbor('start', self._boot(), seconds)
-            named = self.task.workdir != Task.workdir
-            workdir = self.task.workdir if named else ''
+            workdir = self.task.workdir or ''
             report = (await self._exec('harbor_start', workdir))[-1].split()
             if len(report) != 2:
                 raise SandboxError(f'{self.task.task_id}: no bash answers in the environment')
@@ -176,6 +176,9 @@ class HarborSandbox(shell.ShellSandbox):
 
     def _running(self) -> bool:
         return self._environment is not None
+
+    async def restore_tests(self) -> None:
+        pass
 
     async def _put(self, directory: str, content: bytes) -> str:
         file = pathlib.Path(self._trial.name) / 'put.tar'

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
@@ -42,19 +42,20 @@ def sandbox_maker(
     the recipe asks for what is not installed or not known.
     """
     backend = backend or config.sandbox.backend
-    limits = {key: config.sandbox[key] for key in ('processes', 'memory_mb', 'disk_mb')}
+    how = {'processes': config.sandbox.processes, 'shell': config.sandbox.shell}
     if backend == 'local':
         local.check()
-        return SandboxMaker(functools.partial(local.LocalSandbox, **limits))
+        return SandboxMaker(functools.partial(local.LocalSandbox, **how))
     if backend == 'docker':
-        return _docker_maker(config, limits, run, worker)
+        return _docker_maker(config, how, run, worker)
     if backend == 'harbor':
         from echo_jax.sandbox import harbor  # here, since Harbor is optional
 
         environment = config.sandbox.harbor_environment
         harbor.check(environment)
-        del limits['processes']
-        make = functools.partial(harbor.HarborSandbox, environment=environment, **limits)
+        make = functools.partial(
+            harbor.HarborSandbox, environment=environment, shell=config.sandbox.shell
+        )
         return SandboxMaker(make)
     raise ValueError(f"sandbox.backend is {backend!r}; expected 'local', 'docker' or 'harbor'")
 
@@ -78,7 +79,7 @@ def docker_images(config: ml_collections.ConfigDict, run: str = '', worker: str 
 
 
 def _docker_maker(
-    config: ml_collections.ConfigDict, limits: dict[str, int], run: str, worker: str
+    config: ml_collections.ConfigDict, how: dict[str, Any], run: str, worker: str
 ) -> SandboxMaker:
     images = docker_images(config, run, worker)
     from echo_jax.sandbox import docker  # here, since the SDK is optional
@@ -93,6 +94,6 @@ def _docker_maker(
         images.engine.close()
 
     make = functools.partial(
-        docker.DockerSandbox, images=images, runtime=config.sandbox.runtime, **limits
+        docker.DockerSandbox, images=images, runtime=config.sandbox.runtime, **how
     )
     return SandboxMaker(make, close)

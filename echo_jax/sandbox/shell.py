@@ -11,13 +11,14 @@ import enum
 import pathlib
 import secrets
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
-from echo_jax.sandbox import CommandResult, SandboxError, channels
+from echo_jax.sandbox import CommandResult, SandboxError, Verdict, channels, verifier
 from echo_jax.types import Task
 
 DISCARD_BYTES = 64 << 20  # output beyond this ends the command; up to it, it is only not kept
 KILLED = 128 + signal.SIGKILL  # bash's exit code
+SHELLS = ('persistent', 'fresh')
 _REPLY_SEC = 20.0  # for what takes milliseconds, on a machine that may be overloaded
 # No shell can hold such a command. Bash would put it like this.
 _NUL_RESULT = CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, False)
@@ -37,15 +38,25 @@ class Ending(enum.Enum):
 class ShellSandbox(abc.ABC):
     """A sandbox (docs/design.md#policy-and-sandbox) but for what a backend does its own way.
 
-    `output_bytes` of each stream of a command are kept, from its start.
+    `output_bytes` of each stream of a command are kept, from its start. `shell` is 'persistent', one
+    shell for all commands, so that `cd` and variables last, or 'fresh', a `bash -c` in the working
+    directory for each (docs/protocol.md#shell).
     """
 
     startup_sec = 20.0  # for a shell to open, which takes milliseconds unless all is overloaded
 
-    def __init__(self, task: Task, output_bytes: int):
+    def __init__(self, task: Task, output_bytes: int, shell: str = 'persistent'):
+        if shell not in SHELLS:
+            raise ValueError(f"sandbox.shell is {shell!r}; expected 'persistent' or 'fresh'")
+        if task.needs_harbor:
+            raise ValueError(
+                f'{task.task_id} needs {", ".join(task.needs_harbor)}, which only '
+                "sandbox.backend = 'harbor' has"
+            )
         self.task = task
         self._output_bytes = output_bytes
-        self._workdir = task.workdir
+        self._is_fresh = shell == 'fresh'
+        self._workdir = task.workdir or '/app'
         self._env: dict[str, str] = {}  # what a new shell exports
         self._lock = asyncio.Lock()  # one command or request at a time
         self._shell_is_open = False
@@ -55,10 +66,28 @@ class ShellSandbox(abc.ABC):
         self._unclean = False  # a command was cancelled: kill before the next
 
     async def run(self, command: str, timeout: float) -> CommandResult:
-        """Runs `command` in the shell; `timeout` in seconds. The backend says what outlives what.
+        """Runs the agent's `command`; `timeout` in seconds. The backend says what outlives what.
 
         Raises SandboxError if the sandbox does not run, died or hangs, as all methods do.
         """
+        if self._is_fresh:
+            return await self.run_apart(command, timeout)
+        return await self._run(command, timeout)
+
+    async def run_apart(
+        self, command: str, timeout: float, env: Mapping[str, str] | None = None
+    ) -> CommandResult:
+        """Runs `command` in a `bash -c` of its own in the working directory, with `env` on top.
+
+        It changes nothing in the shell that starts it.
+        """
+        words = f'exec bash -c {channels.quote(command)}'
+        exports = ''.join(f'export {k}={channels.quote(v)};' for k, v in (env or {}).items())
+        return await self._run(
+            f'(cd -- {channels.quote(self._workdir)} && {{ {exports}{words}; }})', timeout
+        )
+
+    async def _run(self, command: str, timeout: float) -> CommandResult:
         self._require_running()
         if '\0' in command:
             return _NUL_RESULT
@@ -82,6 +111,23 @@ class ShellSandbox(abc.ABC):
         if ending is Ending.FULL:
             stderr += 'sandbox: disk limit exceeded\n'
         return CommandResult(stdout, stderr, exit_code, ending is Ending.TIMEOUT)
+
+    async def solve(self) -> CommandResult:
+        """Runs the task's own solution, by its first line, in the agent's time.
+
+        Raises ValueError if there is none.
+        """
+        script = self.task.path / 'solution' / 'solve.sh'
+        if not script.is_file():
+            raise ValueError(f'{script} is missing; the oracle runs it')
+        await self.upload(script.parent, '/solution')
+        env = {'DEBIAN_FRONTEND': 'noninteractive'} | self.task.solution_env
+        run = '[ -x /solution/solve.sh ] || chmod +x /solution/solve.sh; (/solution/solve.sh)'
+        return await self.run_apart(run, self.task.agent_timeout_sec, env)
+
+    async def verify(self) -> Verdict:
+        """Ends the agent's processes, runs the task's tests, and reads the reward."""
+        return await verifier.verify(self)
 
     async def upload(self, path: pathlib.Path, target: str) -> None:
         """Copies a file to the path `target`, or a directory's content into the directory `target`.
@@ -159,6 +205,10 @@ class ShellSandbox(abc.ABC):
     @abc.abstractmethod
     async def _end_all(self) -> None:
         """Kills every process of the agent."""
+
+    @abc.abstractmethod
+    async def restore_tests(self) -> None:
+        """Puts back what the task's environment itself has in /tests, which is empty."""
 
     @abc.abstractmethod
     async def _put(self, directory: str, content: bytes) -> str:

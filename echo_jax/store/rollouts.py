@@ -14,8 +14,9 @@ would take three and more, and a second key as commit marker.) The value is
 Planes make a group 13% smaller and 50% faster to compress; zstd (through TensorStore's codec, as
 Python 3.11 has none) compresses three times as fast as zlib level 1. Nothing is unpickled.
 
-Groups of format 1 can be read, too. Their prefix has 8 more bytes, which nothing reads any more,
-and `environment_only` was a metric of each rollout instead of a column of the header.
+Groups of formats 1 and 2 can be read, too. They have no `reason` and no `tests_output`. The prefix
+of format 1 has 8 more bytes, which nothing reads any more, and `environment_only` was a metric of
+each rollout instead of a column of the header.
 """
 
 import json
@@ -34,8 +35,12 @@ from echo_jax.types import Role, Rollout, Status
 MAX_PAYLOAD = 1 << 28  # bytes of one group uncompressed; 32 x 32,768 tokens take 14 MB
 # By format, which is the first 8 bytes: group's number; bytes of the payload (uncompressed), of
 # the header and of the chunk; CRC-32 of the chunk and of the prefix.
-_PREFIXES = {b'echogrp1': struct.Struct('<8sq8xQQQII'), b'echogrp2': struct.Struct('<8sqQQQII')}
-_NEWEST = b'echogrp2'
+_PREFIXES = {
+    b'echogrp1': struct.Struct('<8sq8xQQQII'),
+    b'echogrp2': struct.Struct('<8sqQQQII'),
+    b'echogrp3': struct.Struct('<8sqQQQII'),
+}
+_NEWEST = b'echogrp3'
 _COLUMNS = {
     'tokens': np.dtype('<i4'),
     'roles': np.dtype('u1'),
@@ -129,6 +134,9 @@ def check_group(rollouts: Sequence[Rollout]) -> None:
             raise ValueError(
                 f'{name}: environment_only is {rollout.environment_only!r}; expected a bool'
             )
+        for text in ('reason', 'tests_output'):
+            if not isinstance(getattr(rollout, text), str):
+                raise ValueError(f'{name}: {text} is {getattr(rollout, text)!r}; expected a text')
         _check_arrays(name, rollout)
 
 
@@ -160,6 +168,8 @@ def _encode(rollouts: Sequence[Rollout]) -> bytes:
         'sample_id': [int(rollout.sample_id) for rollout in rollouts],
         'environment_only': [bool(rollout.environment_only) for rollout in rollouts],
         'status': [Status(rollout.status).value for rollout in rollouts],
+        'reason': [rollout.reason for rollout in rollouts],
+        'tests_output': [rollout.tests_output for rollout in rollouts],
         'tokens': [len(rollout.tokens) for rollout in rollouts],
         'turns': [len(rollout.turn_starts) for rollout in rollouts],
         'metrics': [list(rollout.metrics) for rollout in rollouts],
@@ -183,6 +193,8 @@ def _decode(group_id: int, data: bytes) -> list[Rollout]:
     per_rollout = ['status', 'tokens', 'turns', 'metrics']
     if form != b'echogrp1':
         per_rollout.append('environment_only')
+    if form not in (b'echogrp1', b'echogrp2'):
+        per_rollout += ['reason', 'tests_output']
     if {len(header[key]) for key in per_rollout} != {count}:
         raise ValueError('header disagrees about the number of rollouts')
     # Lengths are checked one by one before anything is allocated or split by them: negative ones
@@ -204,6 +216,7 @@ def _decode(group_id: int, data: bytes) -> list[Rollout]:
         environment_only = [bool(each.pop('environment_only', False)) for each in metrics]
     else:
         environment_only = header['environment_only']
+    nothing = [''] * count
     rollouts = [
         Rollout(
             **{column: arrays[i] for column, arrays in columns.items()},
@@ -213,6 +226,8 @@ def _decode(group_id: int, data: bytes) -> list[Rollout]:
             group_id=group_id,
             sample_id=header['sample_id'][i],
             environment_only=environment_only[i],
+            reason=header.get('reason', nothing)[i],
+            tests_output=header.get('tests_output', nothing)[i],
             metrics=metrics[i],
         )
         for i in range(count)

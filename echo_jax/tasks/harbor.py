@@ -21,7 +21,7 @@ _KEYS = (
     ('environment', 'docker_image', 'docker_image', 'text'),
     ('environment', 'cpus', 'cpus', 'number'),
     ('environment', 'memory_mb', 'memory_mb', 'count'),
-    ('environment', 'allow_internet', 'allow_internet', 'bool'),
+    ('environment', 'allow_internet', 'network', 'bool'),
     ('environment', 'workdir', 'workdir', 'path'),
     ('environment', 'env', 'env', 'texts'),
 )

@@ -49,6 +49,28 @@ def load_sources(
     return loaded
 
 
+def with_limits(
+    task: Task,
+    *,
+    cpus: float | None = None,
+    memory_mb: int | None = None,
+    disk_mb: int | None = None,
+    agent_timeout: float | None = None,
+    verifier_timeout: float | None = None,
+) -> Task:
+    """The task with limits of a recipe in the place of its own; None leaves the task's."""
+    return dataclasses.replace(
+        task,
+        cpus=task.cpus if cpus is None else cpus,
+        memory_mb=task.memory_mb if memory_mb is None else memory_mb,
+        storage_mb=task.storage_mb if disk_mb is None else disk_mb,
+        agent_timeout_sec=task.agent_timeout_sec if agent_timeout is None else agent_timeout,
+        verifier_timeout_sec=(
+            task.verifier_timeout_sec if verifier_timeout is None else verifier_timeout
+        ),
+    )
+
+
 def _parse(sources: str | os.PathLike) -> list[tuple[pathlib.Path, bool]]:
     """(path, environment_only) of each source in 'DIR,FILE.parquet:environment_only'."""
     text = os.fspath(sources)

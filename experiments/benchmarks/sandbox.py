@@ -31,7 +31,6 @@ from random import Random
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from echo_jax import types
-from echo_jax.agent.verifier import verify
 from echo_jax.sandbox import Sandbox, SandboxError, local
 from echo_jax.sandbox.local import namespaces
 
@@ -59,7 +58,7 @@ async def command(sandbox: Sandbox, text: str, times: int, pauses: Iterator[floa
 
 
 async def verified(task: types.Task, sandbox: Sandbox) -> None:
-    reward, status = await verify(task, sandbox)
+    reward, status = await sandbox.verify()
     if reward != 1:
         raise RuntimeError(f'the test gave {reward}, {status}')
 

@@ -15,7 +15,6 @@ import pytest
 
 from configs.tiny import get_config
 from echo_jax import types
-from echo_jax.agent.verifier import verify
 from echo_jax.sandbox import SandboxError, docker
 from echo_jax.sandbox.docker import engine
 from echo_jax.sandbox.make import sandbox_maker
@@ -63,7 +62,7 @@ def test_verifier(task, made, user):
                 'ln -s /app /logs/verifier; mkdir -p /app/reward.txt; chmod 0 /app/reward.txt',
             ):
                 await sandbox.run(trick, SEC)
-            result = await verify(task, sandbox)
+            result = await sandbox.verify()
             seen = await sandbox.run('command cat /logs/verifier/test-stdout.txt', SEC)
             processes = await sandbox.run('cat /proc/[0-9]*/comm', SEC)
             return result, seen.stdout, processes.stdout.split()

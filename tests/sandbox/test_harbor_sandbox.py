@@ -13,7 +13,6 @@ import tempfile
 
 import pytest
 
-from echo_jax.agent.verifier import verify
 from echo_jax.sandbox import CommandResult, SandboxError, harbor, local, shell
 from echo_jax.tasks.generate import FAMILIES, generate_tasks
 from echo_jax.tasks.sources import load_tasks
@@ -254,7 +253,7 @@ def test_tasks_are_solved_in_it(tmp_path):
             if solve:
                 await sandbox.upload(task.path / 'solution', '/solution')
                 await sandbox.run('bash /solution/solve.sh', SEC)
-            return await verify(task, sandbox)
+            return await sandbox.verify()
         finally:
             await sandbox.stop()
 

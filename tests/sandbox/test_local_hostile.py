@@ -7,7 +7,6 @@ import subprocess
 
 import pytest
 
-from echo_jax.agent.verifier import verify
 from echo_jax.sandbox import CommandResult, SandboxError, local
 from echo_jax.types import Status
 from tests.support.processes import comm, descendants, status
@@ -217,9 +216,9 @@ def test_the_reward_is_a_regular_file(task, backend, trick):
 
     async def main():
         async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
-            tricked = await asyncio.wait_for(verify(task, sandbox), SEC)
+            tricked = await asyncio.wait_for(sandbox.verify(), SEC)
             (task.path / 'tests' / 'test.sh').write_text(f'#!/bin/bash\necho 1 > {reward}\n')
-            return tricked, await verify(task, sandbox)
+            return tricked, await sandbox.verify()
 
     assert asyncio.run(main()) == ((0.0, Status.VERIFIER_ERROR), (1.0, Status.OK))
 

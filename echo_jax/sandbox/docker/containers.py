@@ -84,11 +84,11 @@ def _host_config(
         auto_remove=True,
         cap_drop=['ALL'],
         security_opt=['no-new-privileges'],
-        network_mode='bridge' if task.allow_internet else 'none',
+        network_mode='bridge' if task.network else 'none',
         pids_limit=limits.processes + _ENGINES_PIDS,
         mem_limit=memory,
         memswap_limit=memory,
-        nano_cpus=int(min(task.cpus, used.info['NCPU']) * 1e9),
+        nano_cpus=int(min(task.cpus or 1.0, used.info['NCPU']) * 1e9),
         oom_score_adj=1000,  # the first that an out-of-memory kernel kills
         read_only=bool(user),
         tmpfs={

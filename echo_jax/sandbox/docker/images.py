@@ -124,8 +124,8 @@ class Images:
     def _make(self, task: Task, key: tuple) -> Image:
         try:
             base = self._base(task)
-            workdir = task.workdir
-            if workdir == Task.workdir and base['Config'].get('WorkingDir') not in (None, '', '/'):
+            workdir = task.workdir or '/app'
+            if task.workdir is None and base['Config'].get('WorkingDir') not in (None, '', '/'):
                 workdir = base['Config']['WorkingDir']
             writable = _outermost({*_WRITABLE, workdir, *(base['Config'].get('Volumes') or ())})
             script = read_script('docker_fit')

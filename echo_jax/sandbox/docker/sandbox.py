@@ -33,7 +33,8 @@ from collections.abc import Callable
 
 import docker
 
-from echo_jax.sandbox import SandboxError, channels, read_script, shell
+from echo_jax.sandbox import SandboxError, channels, read_script
+from echo_jax.sandbox import shell as shells
 from echo_jax.sandbox.docker import containers, engine
 from echo_jax.sandbox.docker.images import HOME, Image, Images
 from echo_jax.sandbox.shell import Ending
@@ -49,7 +50,7 @@ _REPORT_BYTES = 16 << 10  # no report is longer
 _REPORT = re.compile(rb'(?:(\d+) ([^\n]*))?\n')  # after its mark: stdout's, or stderr's end of line
 
 
-class DockerSandbox(shell.ShellSandbox):
+class DockerSandbox(shells.ShellSandbox):
     """One sandbox (docs/design.md#policy-and-sandbox). Start it once; after `stop` it is gone.
 
     `limits` are fields of `containers.Limits`: `memory_mb` (the task's if not given) bounds all
@@ -61,7 +62,7 @@ class DockerSandbox(shell.ShellSandbox):
 
     startup_sec = _STARTUP_SEC
     _control: engine.Streams  # of process 1
-    _requests: shell.Requests  # to it
+    _requests: shells.Requests  # to it
     _shell: engine.Streams
     _exec: str  # the engine's name of the shell
     _out: '_Output'  # of the last command
@@ -74,11 +75,12 @@ class DockerSandbox(shell.ShellSandbox):
         images: Images,
         runtime: str | None = None,
         output_bytes: int = 1 << 20,
+        shell: str = 'persistent',
         **limits: int,
     ):
-        super().__init__(task, output_bytes)
+        super().__init__(task, output_bytes, shell)
         self._images, self._engine = images, images.engine
-        limits.setdefault('memory_mb', task.memory_mb)
+        limits.setdefault('memory_mb', task.memory_mb or 1024)
         self._limits = containers.Limits(**limits)
         self._runtime = runtime
         self.container_name = f'echo_jax-{secrets.token_hex(8)}'
@@ -97,7 +99,7 @@ class DockerSandbox(shell.ShellSandbox):
             self._creating = asyncio.wrap_future(self._engine.submit(self._create, image))
             self._control = await engine.Streams.open(await asyncio.shield(self._creating))
             self._is_open = True
-            self._requests = shell.Requests(self._control.write, self._control.read_line)
+            self._requests = shells.Requests(self._control.write, self._control.read_line)
             async with asyncio.timeout(_STARTUP_SEC):
                 line = await self._control.read_line()
             if line != 'ready':
@@ -148,6 +150,9 @@ class DockerSandbox(shell.ShellSandbox):
     def _running(self) -> bool:
         return self._is_open
 
+    async def restore_tests(self) -> None:
+        pass
+
     async def _put(self, directory: str, content: bytes) -> str:
         return await self._requests.put(directory, content)
 
@@ -183,7 +188,7 @@ class DockerSandbox(shell.ShellSandbox):
             async with asyncio.timeout(timeout):
                 ending, exit_code = await self._watch(script, self._out, self._err)
                 if ending is Ending.REPORTED and await self._too_much_written():
-                    return Ending.FULL, shell.KILLED
+                    return Ending.FULL, shells.KILLED
         except TimeoutError:
             return Ending.TIMEOUT, -1
         if ending is Ending.REPORTED:
@@ -211,7 +216,7 @@ class DockerSandbox(shell.ShellSandbox):
                 if not status['Running']:
                     return Ending.DEAD, status['ExitCode']
                 if await self._too_much_written():
-                    return Ending.FULL, shell.KILLED
+                    return Ending.FULL, shells.KILLED
                 pause = min(pause * 1.5, longest)
             return reading.result()
         except EOFError:
@@ -230,8 +235,8 @@ class DockerSandbox(shell.ShellSandbox):
         while not (out.report and err.report):
             number, chunk = await self._shell.read()
             (out if number == 1 else err).feed(chunk)
-            if out.seen + err.seen > shell.DISCARD_BYTES:
-                return Ending.FLOOD, shell.KILLED
+            if out.seen + err.seen > shells.DISCARD_BYTES:
+                return Ending.FLOOD, shells.KILLED
         return Ending.REPORTED, int(out.report[1])
 
     async def _ask(self, function: Callable, *arguments):

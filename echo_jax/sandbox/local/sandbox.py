@@ -27,15 +27,17 @@ import signal
 import subprocess
 
 from echo_jax import types
-from echo_jax.sandbox import SandboxError, channels, shell
+from echo_jax.sandbox import SandboxError, channels
+from echo_jax.sandbox import shell as shells
 from echo_jax.sandbox.local import dockerfile, namespaces
 from echo_jax.sandbox.shell import Ending
 
 _STARTUP_SEC = 20.0  # for what takes milliseconds, on a machine that may be overloaded
+_MEMORY_MB = 1024  # of each process, if nobody names a limit
 _MAX_STRAYS = 1_000  # messages of others on the report's socket, in one command
 
 
-class LocalSandbox(shell.ShellSandbox):
+class LocalSandbox(shells.ShellSandbox):
     """One sandbox (docs/design.md#policy-and-sandbox). Start it once; after `stop` it is gone.
 
     `limits` are fields of `namespaces.Limits`; `memory_mb` is the task's if not given.
@@ -43,16 +45,24 @@ class LocalSandbox(shell.ShellSandbox):
     """
 
     _init: int  # pidfd of the sandbox's process 1
-    _requests: shell.Requests  # to it
+    _requests: shells.Requests  # to it
 
     def __init__(
-        self, task: types.Task, *, backend: str = 'auto', output_bytes: int = 1 << 20, **limits: int
+        self,
+        task: types.Task,
+        *,
+        backend: str = 'auto',
+        output_bytes: int = 1 << 20,
+        shell: str = 'persistent',
+        **limits: int,
     ):
         if backend not in ('auto', *namespaces.BACKENDS):
             raise ValueError(f"backend is {backend!r}; expected 'auto', 'bubblewrap' or 'unshare'")
-        super().__init__(task, output_bytes)
+        super().__init__(task, output_bytes, shell)
         self._backend = backend
-        limits.setdefault('memory_mb', task.memory_mb)
+        limits.setdefault('memory_mb', task.memory_mb or _MEMORY_MB)
+        if task.storage_mb is not None:
+            limits.setdefault('disk_mb', task.storage_mb)
         self._limits = namespaces.Limits(**limits)
         self._env = dict(task.env)
         self._descriptors = contextlib.ExitStack()
@@ -72,9 +82,9 @@ class LocalSandbox(shell.ShellSandbox):
         read = dockerfile.Dockerfile((), None, self._env)
         if (environment / 'Dockerfile').exists():
             read = dockerfile.read_dockerfile(
-                environment / 'Dockerfile', self.task.workdir, self.task.env
+                environment / 'Dockerfile', self._workdir, self.task.env
             )
-        if read.workdir and self.task.workdir == types.Task.workdir:  # the task names none
+        if read.workdir and self.task.workdir is None:
             self._workdir = read.workdir
         self._env = read.env | self.task.env
         for name in self._env:
@@ -89,7 +99,7 @@ class LocalSandbox(shell.ShellSandbox):
         }
         try:
             await self._open()
-            if self._workdir != types.Task.workdir:  # which is there
+            if self._workdir != '/app':  # which is there
                 await self._make_directory(self._workdir)
             for index, instruction in enumerate(read.instructions):
                 if instruction.name == 'RUN':
@@ -169,7 +179,7 @@ class LocalSandbox(shell.ShellSandbox):
         if message != b'ready\n':
             lines = channels.available(self._stderr).decode(errors='replace').splitlines()
             raise SandboxError(f'{backend} opened no sandbox: {"; ".join(lines) or "no answer"}')
-        self._requests = shell.Requests(
+        self._requests = shells.Requests(
             functools.partial(channels.write, self._control),
             functools.partial(channels.receive_line, self._replies),
         )
@@ -202,6 +212,9 @@ class LocalSandbox(shell.ShellSandbox):
 
     def _running(self) -> bool:
         return self._is_open
+
+    async def restore_tests(self) -> None:
+        pass
 
     async def _put(self, directory: str, content: bytes) -> str:
         return await self._requests.put(directory, content)
@@ -258,7 +271,7 @@ class LocalSandbox(shell.ShellSandbox):
             _settle(ended, Ending.REPORTED, int(report[1]))
         self._strays += 1
         if self._strays > _MAX_STRAYS:
-            _settle(ended, Ending.FLOOD, shell.KILLED)
+            _settle(ended, Ending.FLOOD, shells.KILLED)
 
     def _on_output(
         self, nonce: str, ended: asyncio.Future, descriptor: int, kept: bytearray
@@ -272,8 +285,8 @@ class LocalSandbox(shell.ShellSandbox):
             _settle(ended, Ending.LOST, int(report[1]))
             chunk = chunk[: report.start()] + chunk[report.end() :]
         kept += chunk[: max(self._output_bytes - len(kept), 0)]
-        if self._seen > shell.DISCARD_BYTES:
-            _settle(ended, Ending.FLOOD, shell.KILLED)
+        if self._seen > shells.DISCARD_BYTES:
+            _settle(ended, Ending.FLOOD, shells.KILLED)
 
     def _take_output(self) -> tuple[bytes, bytes]:
         self._out += channels.available(self._stdout)

@@ -1,10 +1,20 @@
 # shellcheck shell=bash
-# Prints the suffix of the reward's file, a newline, and the file's first bytes; nothing if there is
-# no such file or it is not a regular one: a pipe would block the reader, a link could lead anywhere.
-# Argument: the number of bytes.
-for f in /logs/verifier/reward.txt /logs/verifier/reward.json; do
+# Prints what the task's tests left: the suffix of the reward's file, a newline, the file's first
+# bytes, a line `output`, and the end of what the tests printed. Harbor reads reward.json first. A file
+# that is not a regular one is only named, with the word `odd`: a pipe would block the reader, and a
+# link could lead anywhere.
+# Arguments: the most bytes of a reward file, the bytes of the tests' output.
+kind=
+for f in /logs/verifier/reward.json /logs/verifier/reward.txt; do
   if [ -L "$f" ] || [ -e "$f" ]; then
-    [ -f "$f" ] && [ ! -L "$f" ] && echo "${f##*.}" && head -c "$1" "$f"
-    exit
+    kind=${f##*.}
+    [ -f "$f" ] && [ ! -L "$f" ] || { kind="$kind odd"; f=/dev/null; }
+    break
   fi
+  f=/dev/null
 done
+echo "$kind"
+head -c "$(($1 + 1))" "$f"
+printf '\n\036output\n'
+f=/logs/verifier/test-stdout.txt
+if [ -f "$f" ] && [ ! -L "$f" ]; then tail -c "$2" "$f"; fi

@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 
-from echo_jax.agent.verifier import verify
 from echo_jax.sandbox.local import LocalSandbox
 from echo_jax.types import Status
 from tests.support.episodes import CHECK, DONE, bash
@@ -20,7 +19,7 @@ def test_the_verifier_alone_is_for_oracle_and_nop(make_task):
             if solve:
                 await sandbox.upload(task.path / 'solution', '/solution')
                 await sandbox.run('bash /solution/solve.sh', 20)
-            return await verify(task, sandbox)
+            return await sandbox.verify()
         finally:
             await sandbox.stop()
 
@@ -63,7 +62,7 @@ def test_rewards(make_task, test_sh, reward, status):
         sandbox = LocalSandbox(task)
         await sandbox.start()
         try:
-            return await verify(task, sandbox)
+            return await sandbox.verify()
         finally:
             await sandbox.stop()
 

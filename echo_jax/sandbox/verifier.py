@@ -1,0 +1,105 @@
+"""Harbor's verifier (docs/protocol.md#verifier): the tests run after the agent and give the reward.
+
+`verify` is for sandboxes with one account, which kill what the agent left running. Containers with
+Docker's own privileges (docker/plain.py) and Harbor's environments verify in ways of their own and
+share only how a reward is read.
+"""
+
+import json
+import math
+from typing import TYPE_CHECKING
+
+from echo_jax.sandbox import SandboxError, Verdict, read_script
+from echo_jax.types import Status
+
+if TYPE_CHECKING:
+    from echo_jax.sandbox.shell import ShellSandbox
+
+MAX_REWARD_BYTES = 1 << 20  # of a reward file; more is no reward
+OUTPUT_BYTES = 4_000  # of the tests' output, its end, that are kept
+_SETUP_SECONDS = 30.0
+
+
+async def verify(sandbox: 'ShellSandbox') -> Verdict:
+    """The reward of the task's tests, or 0 and why there is none.
+
+    What the agent left behind (processes, files in the way, a reward of its own) is removed first.
+    If something cannot be removed, there is no reward. SandboxError passes through.
+    """
+    await sandbox.reset()
+    cleared = await sandbox.run_apart(read_script('verifier_clear'), _SETUP_SECONDS)
+    if cleared.exit_code != 0:
+        return no_reward('what the agent left in /tests or /logs/verifier cannot be removed')
+    try:
+        await sandbox.restore_tests()
+        await sandbox.upload(sandbox.task.path / 'tests', '/tests')
+    except SandboxError as error:
+        # A sandbox that still answers was made unfit by the agent (a full disk): that is no
+        # INFRA_ERROR, or the agent could choose to have no reward instead of a bad one.
+        await sandbox.run_apart('true', _SETUP_SECONDS)
+        return no_reward(f'the tests cannot be put into the sandbox: {error}')
+    limit, env = sandbox.task.verifier_timeout_sec, sandbox.task.verifier_env
+    tested = await sandbox.run_apart(read_script('verifier_run'), limit, env)
+    # A command of its own, in a shell that is there whatever the tests killed.
+    numbers = f'set -- {MAX_REWARD_BYTES} {OUTPUT_BYTES}\n'
+    told = await sandbox.run_apart(numbers + read_script('verifier_read'), _SETUP_SECONDS)
+    return read_verdict(told.stdout, late=limit if tested.timed_out else None)
+
+
+def read_verdict(text: str, late: float | None = None) -> Verdict:
+    """The verdict of what scripts/verifier_read.sh printed.
+
+    That is the suffix of the reward's file, a newline, its content, a line `output`, and the end of
+    the tests' output. `late` is the verifier's time in seconds if it ran out.
+    """
+    kind, _, rest = text.partition('\n')
+    content, _, output = rest.partition('\n\x1eoutput\n')
+    if late is not None:
+        return no_reward(f'the tests ran over their {late:g} seconds', output)
+    try:
+        rewards = parse_rewards(kind, content)
+    except ValueError as error:
+        return no_reward(str(error), output)
+    return Verdict(overall(rewards), Status.OK, output=output, rewards=rewards)
+
+
+def no_reward(reason: str, output: str = '') -> Verdict:
+    return Verdict(0.0, Status.VERIFIER_ERROR, ' '.join(reason.split())[:500], output)
+
+
+def parse_rewards(kind: str, text: str) -> dict[str, float]:
+    """The numbers in a reward file of kind 'json' or 'txt', by their keys, as Harbor reads them.
+
+    Raises ValueError, whose message says what is wrong with the file.
+    """
+    if kind == '':
+        raise ValueError('the tests wrote neither /logs/verifier/reward.json nor reward.txt')
+    file = f'/logs/verifier/reward.{kind.partition(" ")[0]}'
+    if kind.endswith(' odd'):
+        raise ValueError(f'{file} is a link or no regular file')
+    if len(text) > MAX_REWARD_BYTES:
+        raise ValueError(f'{file} has over {MAX_REWARD_BYTES} bytes')
+    if not text.strip():
+        raise ValueError(f'{file} is empty')
+    try:
+        values = json.loads(text) if kind == 'json' else {'reward': float(text)}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{file} is no number or JSON: {str(error)[:200]}') from error
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f'{file} holds {str(values)[:60]}; expected a table of numbers')
+    for key, value in values.items():
+        if not isinstance(value, (int, float)) or not _is_finite(value):  # true is 1, as in Harbor
+            raise ValueError(f'{file}: {key[:60]} is {str(value)[:60]}; expected a finite number')
+    return {key: float(value) for key, value in values.items()}
+
+
+def overall(rewards: dict[str, float]) -> float:
+    """One number of several: `reward` if it is among them, else their mean."""
+    return rewards.get('reward', sum(rewards.values()) / len(rewards))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
