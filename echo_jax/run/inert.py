@@ -89,12 +89,12 @@ INERT = (
         when=lambda config: not kills_on_request(config),
         deciding=(*_KINDS, 'sandbox.hardening'),
         reason=(
-            "unless commands run in 'docker' with sandbox.hardening = 'docker': it is always so with "
-            "'local' and 'strict', and never with 'harbor'"
+            "unless commands run in 'docker' with sandbox.hardening = 'docker': it is always so "
+            "with 'local' and 'strict', and never with 'harbor'"
         ),
     ),
     Inert(
-        keys=('sandbox.hardening', 'sandbox.user', 'sandbox.build_network', 'sandbox.runtime'),
+        keys=('sandbox.hardening', 'sandbox.build_network', 'sandbox.runtime'),
         when=lambda config: 'docker' not in sandbox_kinds(config),
         deciding=_KINDS,
         reason="unless commands run in 'docker'",

@@ -3,6 +3,7 @@
 The backends are `local/`, `docker/` and `harbor.py`; `make.py` chooses between them.
 """
 
+import dataclasses
 import functools
 import importlib.resources
 import pathlib
@@ -26,14 +27,16 @@ class CommandResult(NamedTuple):
     timed_out: bool
 
 
-class Verdict(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Verdict:
     """What the task's tests said of the agent's work (docs/protocol.md#verifier)."""
 
     reward: float  # 0 if there is none
     status: Status  # OK, or VERIFIER_ERROR if there was no finite number in time
     reason: str = ''  # one line that explains a VERIFIER_ERROR
     output: str = ''  # the end of what the tests printed
-    rewards: dict[str, float] = {}  # every key of reward.json
+    # Every number of the reward file by its key; that of reward.txt is `reward`.
+    rewards: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class SandboxError(RuntimeError):

@@ -41,7 +41,12 @@ CHOICES = {
     ),
     'sharding.vocab': ({'mesh.tensor': 1}, {'mesh.tensor': -1}),
     'policy.tensor_parallel': ({'policy.backend': 'jax'}, {'policy.backend': 'vllm'}),
-    'sandbox.user': (
+    'sandbox.user': ({'sandbox.hardening': 'docker'}, {'sandbox.hardening': 'strict'}),
+    'verifier.kill_agent_processes': (
+        {'sandbox.backend': 'docker', 'sandbox.hardening': 'strict'},
+        {'sandbox.backend': 'docker', 'sandbox.hardening': 'docker'},
+    ),
+    'sandbox.hardening': (
         {'sandbox.backend': 'local', 'warm_start.steps': 3, 'warm_start.sandbox': 'local'},
         {'sandbox.backend': 'local', 'warm_start.steps': 3, 'warm_start.sandbox': 'docker'},
     ),
