@@ -264,7 +264,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.sandbox.agent_timeout = placeholder(float)
     # The number of seconds that the task's tests have.
     c.sandbox.verifier_timeout = placeholder(float)
-    # What a container may do: 'docker', what Docker lets it do by default, as Harbor's tasks expect;
+    # What a container may do: 'docker', what Docker allows by default, as Harbor's tasks expect;
     # 'strict', no capability, no new privileges, a system that cannot be written, for tasks from
     # strangers that were written for it.
     c.sandbox.hardening = 'docker'
@@ -281,7 +281,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The task's tests, which give the reward; see docs/protocol.md#verifier.
     c.verifier = ml_collections.ConfigDict()
     # Whether what the agent left running is killed before the tests. Harbor keeps it, since a task
-    # may ask for a server. With 'local' and with `sandbox.hardening = 'strict'` it is always killed.
+    # may ask for a server. With 'local' and `sandbox.hardening = 'strict'` it is always killed.
     c.verifier.kill_agent_processes = False
 
     # What is worked on; see docs/protocol.md#tasks.
