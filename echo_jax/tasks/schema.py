@@ -17,7 +17,6 @@ _SCHEMA = [1, 4]  # Harbor 0.26's schema_version
 # A whole value that is filled in from the environment of this process: ${VAR}, ${VAR:-default}.
 _TEMPLATE = re.compile(r'\$\{([^}:]+)(?::-(.*))?\}')
 _VARIABLE = re.compile(r'[A-Za-z_][A-Za-z0-9_]*')
-_SIZE = re.compile(r'\s*(\d+(?:\.\d+)?)\s*([GMK])\s*', re.IGNORECASE)
 _MIB = {'G': 1024.0, 'M': 1.0, 'K': 1 / 1024}
 _NETWORKS = ('public', 'no-network', 'allowlist')
 
@@ -211,10 +210,12 @@ def _migrate(environment: dict[str, Any], old: str, new: str) -> list[str]:
     size = environment.pop(old, None)
     if not isinstance(size, str):  # Harbor drops what is no text, such as a bare number
         return [] if size is None else [f'[environment] {old} = {size!r} (no text)']
-    found = _SIZE.fullmatch(size)
-    if found is None:
-        raise ValueError(f"[environment] {old} = {size!r}, expected such as '2G' or '512M'")
-    mib = int(float(found[1]) * _MIB[found[2].upper()])
+    text = size.strip().upper()
+    try:
+        mib = int(_seconds(text[:-1]) * _MIB[text[-1:]])
+    except (KeyError, ValueError):
+        expected = "expected such as '2G' or '512M'; correct it"
+        raise ValueError(f'[environment] {old} = {size!r}, {expected}') from None
     if new in environment and (environment[new] or 0) != mib:
         raise ValueError(
             f'[environment] {old} = {size!r} and {new} = {environment[new]} are not the same; '
