@@ -10,7 +10,7 @@ from echo_jax.tasks.schema import read_toml, resolve
 from echo_jax.types import Healthcheck, Task
 from tests.support import habits
 from tests.support.harbor_habits import HABITS
-from tests.tasks.test_tasks import write
+from tests.support.task_folders import write
 
 TOML = """
 schema_version = "1.4"
@@ -285,3 +285,20 @@ def test_harbor_reads_the_same(tmp_path):
             verifier_user=theirs.verifier.user,
             healthcheck=health and Healthcheck(**health.model_dump()),
         )
+
+
+@pytest.mark.parametrize(
+    ('written', 'read'),
+    [
+        ('<!-- a canary GUID 1 -->\n# Canary: 2\n\nDo it.\n', 'Do it.'),
+        ('\ufeffDo it.\r\nNow.\r\n', 'Do it.\nNow.'),
+        ('Do it.\n# canary\n', 'Do it.\n# canary'),  # marks stand at the beginning alone
+        ('# A title\nDo it.', '# A title\nDo it.'),
+    ],
+)
+def test_an_instruction_is_shown_without_marks(tmp_path, written, read):
+    path = write(tmp_path / 'task')
+    (path / 'instruction.md').write_bytes(written.encode())
+    assert load_task(path).instruction == read
+    harbor = pytest.importorskip('harbor.models.task.task', reason='Harbor is not installed')
+    assert harbor.Task(path).instruction.strip('\ufeff\n') == read

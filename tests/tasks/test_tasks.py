@@ -15,14 +15,7 @@ from echo_jax.tasks.harbor import load_task
 from echo_jax.tasks.parquet import write_parquet
 from echo_jax.tasks.sources import load_sources, load_tasks
 from echo_jax.types import Task
-
-
-def write(path, toml='', instruction='Say  hello.\n'):
-    (path / 'tests').mkdir(parents=True)
-    (path / 'tests' / 'test.sh').write_text('echo 1 > /logs/verifier/reward.txt\n')
-    (path / 'task.toml').write_text(toml)
-    (path / 'instruction.md').write_text(instruction)
-    return path
+from tests.support.task_folders import write
 
 
 def numbered(count):
@@ -49,23 +42,6 @@ def test_missing_and_unreadable_files_are_named(tmp_path, file):
 def test_an_empty_instruction_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r'instruction\.md is empty'):
         load_task(write(tmp_path / 'bad', instruction=' \n'))
-
-
-@pytest.mark.parametrize(
-    ('written', 'read'),
-    [
-        ('<!-- a canary GUID 1 -->\n# Canary: 2\n\nDo it.\n', 'Do it.'),
-        ('\ufeffDo it.\r\nNow.\r\n', 'Do it.\nNow.'),
-        ('Do it.\n# canary\n', 'Do it.\n# canary'),  # marks stand at the beginning alone
-        ('# A title\nDo it.', '# A title\nDo it.'),
-    ],
-)
-def test_an_instruction_is_shown_without_marks(tmp_path, written, read):
-    path = write(tmp_path / 'task')
-    (path / 'instruction.md').write_bytes(written.encode())
-    assert load_task(path).instruction == read
-    harbor = pytest.importorskip('harbor.models.task.task', reason='Harbor is not installed')
-    assert harbor.Task(path).instruction.strip('\ufeff\n') == read
 
 
 @pytest.mark.parametrize('link', ['tests/data', 'solution/data', 'tests/deep/data'])
