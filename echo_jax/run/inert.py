@@ -80,21 +80,26 @@ INERT = (
     ),
     Inert(
         keys=('sandbox.user',),
-        when=lambda config: config.sandbox.hardening == 'docker',
-        deciding=('sandbox.hardening',),
-        reason="with sandbox.hardening = 'docker', where the image and the task name the user",
+        when=lambda config: (
+            config.sandbox.hardening != 'strict' or 'docker' not in sandbox_kinds(config)
+        ),
+        deciding=('sandbox.hardening', *_KINDS),
+        reason=(
+            "unless commands run in 'docker' with sandbox.hardening = 'strict': else the image and "
+            'the task name the user'
+        ),
     ),
     Inert(
         keys=('verifier.kill_agent_processes',),
         when=lambda config: not kills_on_request(config),
         deciding=(*_KINDS, 'sandbox.hardening'),
         reason=(
-            "unless commands run in 'docker' with sandbox.hardening = 'docker': it is always so with "
-            "'local' and 'strict', and never with 'harbor'"
+            "unless commands run in 'docker' with sandbox.hardening = 'docker': it is always so "
+            "with 'local' and 'strict', and never with 'harbor'"
         ),
     ),
     Inert(
-        keys=('sandbox.hardening', 'sandbox.user', 'sandbox.build_network', 'sandbox.runtime'),
+        keys=('sandbox.hardening', 'sandbox.build_network', 'sandbox.runtime'),
         when=lambda config: 'docker' not in sandbox_kinds(config),
         deciding=_KINDS,
         reason="unless commands run in 'docker'",
