@@ -87,11 +87,11 @@ _KEYS = (
     _Key('environment', 'allowed_hosts', 'texts'),
     _Key('environment', 'allow_internet', 'bool'),  # the old name of network_mode
     _Key('environment.healthcheck', 'command', 'text'),
-    _Key('environment.healthcheck', 'interval_sec', 'limit'),
+    _Key('environment.healthcheck', 'interval_sec', 'delay'),
     _Key('environment.healthcheck', 'timeout_sec', 'seconds'),
-    _Key('environment.healthcheck', 'start_period_sec', 'limit'),
-    _Key('environment.healthcheck', 'start_interval_sec', 'limit'),
-    _Key('environment.healthcheck', 'retries', 'whole limit'),
+    _Key('environment.healthcheck', 'start_period_sec', 'delay'),
+    _Key('environment.healthcheck', 'start_interval_sec', 'delay'),
+    _Key('environment.healthcheck', 'retries', 'count'),
 )
 _SECTIONS = tuple(dict.fromkeys(key.section for key in _KEYS))
 
@@ -272,8 +272,7 @@ def _is_separate(verifier: Mapping[str, Any]) -> bool:
 def _healthcheck(table: Mapping[str, Any]) -> Healthcheck:
     if not table.get('command'):
         raise ValueError('[environment.healthcheck] has no command; name one')
-    said = {name: table[name] for name in Healthcheck._fields if name in table}
-    return Healthcheck(**{name: 0 if value is None else value for name, value in said.items()})
+    return Healthcheck(**{name: table[name] for name in Healthcheck._fields if name in table})
 
 
 # -------------------------------------------------------------------- kinds of values: (expected,
@@ -296,19 +295,27 @@ def _seconds(value: object) -> float:
     return seconds
 
 
-def _limit(value: object) -> float | None:
-    """The limit; None for 0, which Docker takes for no limit."""
+def _delay(value: object) -> float:
     number = _number(value)
     if number < 0:
         raise ValueError
-    return (int(number) if number.is_integer() else number) or None
+    return int(number) if number.is_integer() else number
+
+
+def _count(value: object) -> int:
+    number = _delay(value)
+    if not isinstance(number, int):
+        raise ValueError
+    return number
+
+
+def _limit(value: object) -> float | None:
+    """The limit; None for 0, which Docker takes for no limit."""
+    return _delay(value) or None
 
 
 def _whole_limit(value: object) -> int | None:
-    number = _number(value)
-    if number < 0 or not number.is_integer():
-        raise ValueError
-    return int(number) or None
+    return _count(value) or None
 
 
 def _of(*kinds: type) -> Callable[[object], Any]:
@@ -341,10 +348,11 @@ def _list_of_texts(value: object) -> list[str]:
 
 
 def _variables(value: object) -> dict[str, str]:
-    for name, text in _of(dict)(value).items():
+    variables = _of(dict)(value)
+    for name, text in variables.items():
         if not isinstance(text, str) or not _VARIABLE.fullmatch(name):
             raise ValueError
-    return value
+    return variables
 
 
 def _one_of(*choices: str) -> Callable[[object], str]:
@@ -359,6 +367,8 @@ def _one_of(*choices: str) -> Callable[[object], str]:
 _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     'anything': ('anything', lambda value: value),
     'bool': ('true or false', _of(bool)),
+    'count': ('a whole number, 0 or more', _count),
+    'delay': ('a finite number, 0 or more', _delay),
     'limit': ('a finite number, 0 or more', _limit),
     'list': ('a list', _of(list)),
     'network': (f'one of {", ".join(_NETWORKS)}', _one_of(*_NETWORKS)),
