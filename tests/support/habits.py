@@ -20,6 +20,7 @@ class Habit(NamedTuple):
     check: str = IS_DONE  # a condition, for reward 1
     test: str = ''  # instead of `check`: the whole test.sh
     dockerfile: str = f'FROM {BASE}\nWORKDIR /app\n'
+    top: str = ''  # lines of task.toml before its sections
     environment: str = ''  # lines of [environment]
     toml: str = ''  # sections after that
     files: tuple[tuple[str, str, int], ...] = ()  # (path, text, mode) of other files
@@ -45,8 +46,7 @@ def write(habit: Habit, folder: pathlib.Path) -> pathlib.Path:
     test = habit.test or (
         f'#!/bin/bash\nr=0\nif {habit.check}; then r=1; fi\necho $r > /logs/verifier/reward.txt\n'
     )
-    head = '' if '[[steps]]' not in habit.toml else 'multi_step_reward_strategy = "mean"\n'
-    toml = f'version = "1.0"\n{head}[environment]\n{network}{habit.environment}\n{habit.toml}'
+    toml = f'version = "1.0"\n{habit.top}\n[environment]\n{network}{habit.environment}\n{habit.toml}'
     files = [
         ('task.toml', toml, 0o644),
         ('environment/Dockerfile', habit.dockerfile, 0o644),

@@ -369,6 +369,7 @@ HABITS = (
         'separate-verifier',
         'echo 42 > /app/out',
         '[ -e /only-in-verifier ] && [ "$(cat /app/out)" = 42 ]',
+        top='artifacts = ["/app/out"]',
         toml='[verifier]\nenvironment_mode = "separate"\n',
         files=(
             ('tests/Dockerfile', image('RUN touch /only-in-verifier', 'COPY . /tests/'), 0o644),
@@ -377,6 +378,7 @@ HABITS = (
     ),
     Habit(
         'steps',
+        top='multi_step_reward_strategy = "mean"',
         toml='[[steps]]\nname = "one"\n[[steps]]\nname = "two"\n',
         files=tuple(
             (f'steps/{step}/{name}', text, 0o755)
