@@ -14,6 +14,7 @@ from echo_jax.model import huggingface
 from echo_jax.run.inert import check_inert, sandbox_kinds
 from echo_jax.run.workdir import read_tokenizer
 
+_SEEDS = 1 << 31  # Grain and NumPy take no negative ones, JAX no larger ones
 _AT_LEAST_1 = (
     'group_size',
     'batch.groups',
@@ -45,6 +46,8 @@ def sandboxes_here(config: ml_collections.ConfigDict) -> set[str]:
 
 
 def _check_values(config: ml_collections.ConfigDict) -> None:
+    if not 0 <= config.seed < _SEEDS:
+        raise ValueError(f'seed is {config.seed}; expected 0 to {_SEEDS - 1}')
     for key in _AT_LEAST_1:
         value = operator.attrgetter(key)(config)
         if value < 1:

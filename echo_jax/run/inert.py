@@ -80,9 +80,14 @@ INERT = (
     ),
     Inert(
         keys=('sandbox.user',),
-        when=lambda config: config.sandbox.hardening == 'docker',
-        deciding=('sandbox.hardening',),
-        reason="with sandbox.hardening = 'docker', where the image and the task name the user",
+        when=lambda config: (
+            config.sandbox.hardening != 'strict' or 'docker' not in sandbox_kinds(config)
+        ),
+        deciding=('sandbox.hardening', *_KINDS),
+        reason=(
+            "unless commands run in 'docker' with sandbox.hardening = 'strict': else the image and "
+            'the task name the user'
+        ),
     ),
     Inert(
         keys=('verifier.kill_agent_processes',),
@@ -150,7 +155,7 @@ def check_inert(config: ml_collections.ConfigDict, overrides: Iterable[str] = ()
     cannot take out of the recipe how it would have been done.
     """
     flags = {name.partition('[')[0] for name in overrides}  # '[0]' is an element of a tuple
-    defaults, values = _defaults(), flat(config)
+    defaults, values = base_values(), flat(config)
     for row in INERT:
         if not row.when(config):
             continue
@@ -169,7 +174,7 @@ def check_inert(config: ml_collections.ConfigDict, overrides: Iterable[str] = ()
                 )
 
 
-def _defaults() -> dict[str, object]:
+def base_values() -> dict[str, object]:
     """What configs/base.py has; nothing for a recipe that stands apart from the checkout."""
     try:
         from configs import base  # here: recipes lie beside the package, not in it

@@ -17,7 +17,7 @@ from echo_jax.model.huggingface import recipe_config
 from echo_jax.run import rollout_worker
 from echo_jax.run.checks import check_config
 from echo_jax.run.inert import INERT, check_inert, flat, keys_of
-from echo_jax.run.workdir import Workdir
+from echo_jax.run.workdir import Workdir, read_tokenizer
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.tasks.generate import generate_tasks
 from tests.support.random_rollouts import make_rollout, small_config
@@ -43,8 +43,8 @@ CHOICES = {
     'policy.tensor_parallel': ({'policy.backend': 'jax'}, {'policy.backend': 'vllm'}),
     'sandbox.user': ({'sandbox.hardening': 'docker'}, {'sandbox.hardening': 'strict'}),
     'verifier.kill_agent_processes': (
-        {'sandbox.backend': 'docker', 'sandbox.hardening': 'strict'},
-        {'sandbox.backend': 'docker', 'sandbox.hardening': 'docker'},
+        {'sandbox.hardening': 'strict'},
+        {'sandbox.hardening': 'docker'},
     ),
     'sandbox.hardening': (
         {'sandbox.backend': 'local', 'warm_start.steps': 3, 'warm_start.sandbox': 'local'},
@@ -201,6 +201,8 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
         ({'group_size': 0}, 'group_size is 0; expected at least 1'),
         ({'sandbox.at_once': 0}, 'sandbox.at_once is 0; expected at least 1'),
         ({'policy.backend': 'torch'}, "policy.backend is 'torch'; expected 'jax' or 'vllm'"),
+        ({'seed': -1}, 'seed is -1; expected 0 to 2147483647'),
+        ({'seed': 1 << 31}, 'seed is 2147483648; expected 0 to 2147483647'),
         ({'max_staleness': -1}, 'max_staleness is -1; expected 0 or more steps'),
         ({'max_staleness': 1}, 'max_staleness is 1; the embedded policy samples every step'),
         ({'batch.seq_len': 287}, 'batch.seq_len=287 cannot hold a rollout'),
@@ -218,6 +220,17 @@ def test_what_the_learner_cannot_do(values, says):
     with pytest.raises(ValueError) as error:
         check_config(config)
     assert says in str(error.value)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path).chat_template
+    for file in (*tmp_path.glob('*.jinja'), tmp_path / 'tokenizer_config.json'):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match=r'\(model\.path\) has a tokenizer without a chat template'
+    ):
+        read_tokenizer(tmp_path)
 
 
 def test_sizes_are_given_or_found():
