@@ -45,7 +45,8 @@ def absolute(path: str) -> str:
 
 
 def archive(path: pathlib.Path, name: str) -> bytes:
-    """`path` as a tar archive under `name`. Its owner may read and write all and enter directories.
+    """`path` as a tar archive under `name`. Modes are kept, except that the owner, who may not be
+    root inside, can read and write all and enter directories.
 
     Raises ValueError for a link that leads outside `path`, or for a device, socket or FIFO.
     """
@@ -54,7 +55,7 @@ def archive(path: pathlib.Path, name: str) -> bytes:
         path = root
 
     def admit(member: tarfile.TarInfo) -> tarfile.TarInfo:
-        member.mode = member.mode & 0o755 | (0o755 if member.isdir() else 0o644)
+        member.mode |= 0o700 if member.isdir() else 0o600
         if member.issym():
             place = root / os.path.relpath(os.path.dirname(member.name) or '.', name)
             if not (place / member.linkname).resolve().is_relative_to(root):
