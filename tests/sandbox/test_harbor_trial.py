@@ -5,6 +5,7 @@ In `Machine`, a local sandbox behind Harbor's interface, as in test_harbor_sandb
 
 import asyncio
 
+import ml_collections
 import pytest
 
 pytest.importorskip('harbor', reason='Harbor needs Python 3.12: pip install harbor')
@@ -12,6 +13,7 @@ pytest.importorskip('harbor', reason='Harbor needs Python 3.12: pip install harb
 from harbor.environments.base import ExecResult
 
 from echo_jax.sandbox import CommandResult, SandboxError, harbor, local, shell
+from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.tasks.generate import FAMILIES, generate_tasks
 from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Status, Task
@@ -209,6 +211,35 @@ def test_generated_tasks_are_solved_in_it(tmp_path):
     for task in tasks:
         assert asyncio.run(verdict(task, solve=True))[0].reward == 1
         assert asyncio.run(verdict(task))[0].reward == 0
+
+
+def test_one_event_loop_after_another(task, monkeypatch):
+    """As `train` has, one for each step; Harbor's Docker environment builds under such a lock."""
+    lock, start = asyncio.Lock(), Machine.start
+
+    async def start_one_by_one(environment, force_build):
+        async with lock:
+            await start(environment, force_build)
+
+    monkeypatch.setattr(Machine, 'start', start_one_by_one)
+
+    async def main():
+        return await asyncio.gather(verdict(task), verdict(task))
+
+    for _ in range(2):
+        assert [found.reward for found, _ in asyncio.run(main())] == [1, 1]
+
+
+def test_a_sandbox_by_the_recipe(task):
+    harbors = {'backend': 'harbor', 'processes': 9, 'shell': 'fresh', 'harbor_environment': PATH}
+    with sandbox_maker(ml_collections.ConfigDict({'sandbox': harbors})) as make:
+
+        async def main():
+            async with opened(make(task)) as sandbox:
+                await sandbox.run('cd /tmp', SEC)
+                return (await sandbox.run('pwd', SEC)).stdout
+
+        assert asyncio.run(main()) == '/app\n'
 
 
 def test_nothing_of_harbors_is_printed(task, capfd):

@@ -70,13 +70,13 @@ class Machine(BaseEnvironment):
 
 
 def write_task(
-    path: pathlib.Path, toml: str = '', test: str = '', solve: str = '', **fields
+    path: pathlib.Path, toml='', test='', solve='', dockerfile='FROM scratch', **fields
 ) -> Task:
     """A task of Harbor's: its files, and what we know of it."""
     for name, text in {
         'task.toml': toml,
         'instruction.md': 'do it',
-        'environment/Dockerfile': 'FROM scratch',
+        'environment/Dockerfile': dockerfile,
         'tests/test.sh': f'#!/bin/bash\n{test or "echo 1 >/logs/verifier/reward.txt"}\n',
         'solution/solve.sh': f'#!/bin/bash\n{solve}\n',
     }.items():

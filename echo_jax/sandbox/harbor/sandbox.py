@@ -27,11 +27,11 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any, NamedTuple
 
 from echo_jax.sandbox import CommandResult, SandboxError, Verdict, channels, read_script, shell
-from echo_jax.sandbox.harbor.trial import Trial, one_line
+from echo_jax.sandbox.harbor.trial import Trial, on_harbors_loop, one_line
 from echo_jax.sandbox.shell import Ending
 from echo_jax.types import Task
 
@@ -180,7 +180,7 @@ class HarborSandbox(shell.ShellSandbox):
         logs, self._logs = self._logs, None
         try:
             if trial is not None:
-                await trial.cancel(_STOP_SEC)
+                await on_harbors_loop(trial.cancel(_STOP_SEC))
         finally:
             if logs is not None:
                 logs.cleanup()
@@ -201,11 +201,11 @@ class HarborSandbox(shell.ShellSandbox):
     async def _put(self, directory: str, content: bytes) -> str:
         raise NotImplementedError  # `upload` is Harbor's
 
-    async def _harbor(self, what: str, work: Awaitable, seconds: float | None):
+    async def _harbor(self, what: str, work: Coroutine, seconds: float | None) -> Any:
         """Harbor's answer; what it raises is a SandboxError, or a ValueError of the task."""
         try:
             async with asyncio.timeout(seconds):
-                return await work
+                return await on_harbors_loop(work)
         except (ValueError, SandboxError):
             raise
         except Exception as error:  # each of thirty environments raises what its own SDK does
@@ -235,7 +235,7 @@ class HarborSandbox(shell.ShellSandbox):
         )
         result = await self._harbor('exec', work, seconds + _SETUP_SEC)
         text = (result.stdout or '') + (result.stderr or '')
-        lines: list[str] = (result.stdout or '').splitlines()
+        lines: list[str] = str(result.stdout or '').splitlines()
         for last in range(len(lines) - 1, -1, -1):
             if lines[last].startswith(self._mark):
                 report = lines[last].removeprefix(self._mark).strip()

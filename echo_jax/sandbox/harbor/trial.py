@@ -6,11 +6,14 @@ what an episode cannot have, and how its result reads as a verdict.
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
 import pathlib
 import sys
+import threading
+from collections.abc import Coroutine
 from typing import Any
 
 from echo_jax.sandbox import SandboxError, Verdict, verifier
@@ -56,10 +59,27 @@ def check(environment: str) -> None:
         raise ValueError(f'sandbox.harbor_environment={environment!r}: {error}') from error
 
 
+async def on_harbors_loop(work: Coroutine) -> Any:
+    """What `work` returns, run in the one event loop that everything of Harbor's has here.
+
+    A program of ours runs one loop after the other, and a lock or a client of an SDK that Harbor
+    keeps from the first would not work in the next.
+    """
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, _loop()))
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name='harbor', daemon=True).start()
+    return loop
+
+
 class Trial:
     """One trial: `begin` it, `solve` or not, and `end` it; `cancel` at any time.
 
-    `folder` is for what Harbor writes; `environment` is one of Harbor's names, or MODULE:CLASS.
+    All four are to be run by `on_harbors_loop`. `folder` is for what Harbor writes; `environment` is
+    one of Harbor's names, or MODULE:CLASS.
     """
 
     def __init__(self, task: Task, environment: str, folder: pathlib.Path):
