@@ -71,7 +71,7 @@ def _local_refusal(task: Task) -> str:
     try:
         local.LocalSandbox(task)
         if file.exists():
-            dockerfile.read_dockerfile(file, '/app', {})
+            dockerfile.read_dockerfile(file)
     except ValueError as error:
         return ' '.join(str(error).split())
     return ''

@@ -46,7 +46,8 @@ def write(habit: Habit, folder: pathlib.Path) -> pathlib.Path:
     test = habit.test or (
         f'#!/bin/bash\nr=0\nif {habit.check}; then r=1; fi\necho $r > /logs/verifier/reward.txt\n'
     )
-    toml = f'version = "1.0"\n{habit.top}\n[environment]\n{network}{habit.environment}\n{habit.toml}'
+    environment = f'[environment]\n{network}{habit.environment}'
+    toml = f'version = "1.0"\n{habit.top}\n{environment}\n{habit.toml}'
     files = [
         ('task.toml', toml, 0o644),
         ('environment/Dockerfile', habit.dockerfile, 0o644),
