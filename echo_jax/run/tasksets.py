@@ -16,7 +16,7 @@ from echo_jax.tasks import sources
 from echo_jax.tasks.sources import LeftOut, TaskSet, with_limits
 from echo_jax.types import Task
 
-_LIMITS = ('cpus', 'memory_mb', 'disk_mb', 'agent_timeout', 'verifier_timeout')
+LIMITS = ('cpus', 'memory_mb', 'disk_mb', 'agent_timeout', 'verifier_timeout')
 
 
 class Read(NamedTuple):
@@ -73,4 +73,4 @@ def needs(task: Task) -> str:
 
 def limited(task: Task, config: ml_collections.ConfigDict) -> Task:
     """The task with the limits that the recipe names in the place of its own."""
-    return with_limits(task, **{name: config.sandbox[name] for name in _LIMITS})
+    return with_limits(task, **{name: config.sandbox[name] for name in LIMITS})

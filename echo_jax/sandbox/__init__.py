@@ -3,11 +3,12 @@
 The backends are `local/`, `docker/` and `harbor.py`; `make.py` chooses between them.
 """
 
-import dataclasses
 import functools
 import importlib.resources
 import pathlib
 import re
+import types
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from echo_jax.types import Status
@@ -27,8 +28,7 @@ class CommandResult(NamedTuple):
     timed_out: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the task's tests said of the agent's work (docs/protocol.md#verifier)."""
 
     reward: float  # 0 if there is none
@@ -36,7 +36,7 @@ class Verdict:
     reason: str = ''  # one line that explains a VERIFIER_ERROR
     output: str = ''  # the end of what the tests printed
     # Every number of the reward file by its key; that of reward.txt is `reward`.
-    rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+    rewards: Mapping[str, float] = types.MappingProxyType({})
 
 
 class SandboxError(RuntimeError):

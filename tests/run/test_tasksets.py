@@ -23,7 +23,7 @@ LIMITS = '[agent]\ntimeout_sec = 7\n[environment]\nmemory_mb = 700\ncpus = 3\n'
 def recipe(tmp_path, **sandbox):
     config = tiny.get_config()
     config.tasks.train = str(tmp_path / 'set')
-    config.sandbox.update(dict(dict.fromkeys(tasksets._LIMITS), **sandbox))
+    config.sandbox.update(dict(dict.fromkeys(tasksets.LIMITS), **sandbox))
     return config
 
 
