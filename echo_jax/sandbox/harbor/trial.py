@@ -78,8 +78,8 @@ def _loop() -> asyncio.AbstractEventLoop:
 class Trial:
     """One trial: `begin` it, `solve` or not, and `end` it; `cancel` at any time.
 
-    All four are to be run by `on_harbors_loop`. `folder` is for what Harbor writes; `environment` is
-    one of Harbor's names, or MODULE:CLASS.
+    All four are to be run by `on_harbors_loop`. `folder` is for what Harbor writes; `environment`
+    is one of Harbor's names, or MODULE:CLASS.
     """
 
     def __init__(self, task: Task, environment: str, folder: pathlib.Path):
