@@ -1,6 +1,6 @@
 """What an episode needs of a sandbox (docs/design.md#policy-and-sandbox), and what backends share.
 
-The backends are `local/`, `docker/` and `harbor.py`; `make.py` chooses between them.
+The backends are `local/`, `docker/` and `harbor/`; `make.py` chooses between them.
 """
 
 import functools
