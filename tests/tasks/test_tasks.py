@@ -44,19 +44,6 @@ def test_an_empty_instruction_is_refused(tmp_path):
         load_task(write(tmp_path / 'bad', instruction=' \n'))
 
 
-@pytest.mark.parametrize('link', ['tests/data', 'solution/data', 'tests/deep/data'])
-def test_links_that_lead_outside_are_refused(tmp_path, link):
-    path = write(tmp_path / 'task')
-    (tmp_path / 'secret').touch()
-    (path / link).parent.mkdir(exist_ok=True)
-    (path / link).symlink_to('../' * link.count('/') + 'instruction.md')
-    load_task(path)  # it stays within the task
-    (path / link).unlink()
-    (path / link).symlink_to(tmp_path / 'secret')
-    with pytest.raises(ValueError, match=f'{link} links outside the task, to .*secret'):
-        load_task(path)
-
-
 # ------------------------------------------------------------------------------ sets of tasks
 
 
@@ -88,14 +75,13 @@ def test_an_odd_task_is_left_out_and_named(tmp_path, caplog):
         write(tmp_path / name, '[environment]\nnew_key = 1\n')
     (tmp_path / 'odd0' / 'task.toml').unlink()
     (tmp_path / 'odd1' / 'instruction.md').write_bytes(b'\xff')
-    (tmp_path / 'odd2' / 'tests' / 'x').symlink_to('/etc/passwd')
-    for n in range(3, 10):
+    for n in range(2, 10):
         (tmp_path / f'odd{n}' / 'tests' / 'test.sh').unlink()
     with caplog.at_level(logging.WARNING):
         assert [t.task_id for t in load_tasks(tmp_path)] == ['a', 'b']
     one, two = (record.getMessage() for record in caplog.records)
     assert f'{tmp_path}: 10 of 12 tasks left out: odd0 (task.toml is missing; ' in one
-    assert 'odd1 (' in one and 'is not UTF-8' in one and 'odd2 (' in one and 'links outside' in one
+    assert 'odd1 (' in one and 'is not UTF-8' in one and 'odd2 (' in one
     assert one.endswith(' and 2 more') and 'odd8' not in one
     assert two == f'{tmp_path}: Harbor does not know, and reads past: [environment] new_key (2)'
     (found,) = load_sources(tmp_path)
