@@ -14,6 +14,7 @@ import socket
 import struct
 import tarfile
 import termios
+from collections.abc import Collection
 
 # A sandbox ends when these descriptors are closed. A fork of this process (such as a
 # worker of multiprocessing) has copies of them and would keep the sandboxes alive; it closes them.
@@ -44,9 +45,19 @@ def absolute(path: str) -> str:
     return '/' + os.path.normpath(path).lstrip('/')
 
 
-def archive(path: pathlib.Path, name: str) -> bytes:
-    """`path` as a tar archive under `name`. Modes are kept, except that the owner, who may not be
-    root inside, can read and write all and enter directories.
+def archive(
+    path: pathlib.Path,
+    name: str,
+    *,
+    keep_modes: bool = False,
+    programs: Collection[str] = (),
+    only: Collection[str] | None = None,
+) -> bytes:
+    """`path` as a tar archive under `name`; all in it is root's.
+
+    Modes are kept. Unless `keep_modes`, the owner, who may not be root inside, can besides read and
+    write all and enter directories. The files named in `programs`, relative to `path`, can be
+    executed by all. If `only` is given, what it does not name is left out.
 
     Raises ValueError for a link that leads outside `path`, or for a device, socket or FIFO.
     """
@@ -54,10 +65,17 @@ def archive(path: pathlib.Path, name: str) -> bytes:
     if path.is_symlink() and not path.is_dir():
         path = root
 
-    def admit(member: tarfile.TarInfo) -> tarfile.TarInfo:
-        member.mode |= 0o700 if member.isdir() else 0o600
+    def admit(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        relative = os.path.relpath(member.name, name) if member.name != name else '.'
+        if only is not None and relative != '.' and relative not in only:
+            return None
+        if not keep_modes:
+            member.mode |= 0o700 if member.isdir() else 0o600
+        if relative in programs:
+            member.mode |= 0o111
+        member.uid, member.gid, member.uname, member.gname = 0, 0, '', ''
         if member.issym():
-            place = root / os.path.relpath(os.path.dirname(member.name) or '.', name)
+            place = root / os.path.dirname(relative)
             if not (place / member.linkname).resolve().is_relative_to(root):
                 raise ValueError(f'{path}: the link {member.name} leads outside, {member.linkname}')
         elif not (member.isfile() or member.isdir() or member.islnk()):
@@ -65,18 +83,22 @@ def archive(path: pathlib.Path, name: str) -> bytes:
         return member
 
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode='w') as tar:
+    # BuildKit takes an archive that begins with a PAX header for a Dockerfile.
+    with tarfile.open(fileobj=buffer, mode='w', format=tarfile.GNU_FORMAT) as tar:
         tar.add(path if not path.is_symlink() else root, name, filter=admit)
     return buffer.getvalue()
 
 
-def packed(path: pathlib.Path, target: str) -> tuple[str, bytes]:
+def packed(
+    path: pathlib.Path, target: str, *, keep_modes: bool = False, programs: Collection[str] = ()
+) -> tuple[str, bytes]:
     """(directory, tar archive to unpack there) so that a file, or the content of a directory, comes
     to lie at `target`. Raises ValueError for a link that leads outside `path`.
     """
     target = absolute(target)
     directory = target if path.is_dir() else os.path.dirname(target)
-    return directory, archive(path, '.' if path.is_dir() else os.path.basename(target))
+    name = '.' if path.is_dir() else os.path.basename(target)
+    return directory, archive(path, name, keep_modes=keep_modes, programs=programs)
 
 
 def pipe() -> tuple[int, int]:

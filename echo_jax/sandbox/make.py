@@ -73,7 +73,7 @@ def docker_images(config: ml_collections.ConfigDict, run: str = '', worker: str 
         ) from error
     return images.Images(
         engine.Engine(run=run, worker=worker),
-        user=config.sandbox.user,
+        user=config.sandbox.user if config.sandbox.hardening == 'strict' else None,
         network=config.sandbox.build_network,
     )
 
@@ -81,6 +81,9 @@ def docker_images(config: ml_collections.ConfigDict, run: str = '', worker: str 
 def _docker_maker(
     config: ml_collections.ConfigDict, how: dict[str, Any], run: str, worker: str
 ) -> SandboxMaker:
+    hardening = config.sandbox.hardening
+    if hardening not in ('docker', 'strict'):
+        raise ValueError(f"sandbox.hardening is {hardening!r}; expected 'docker' or 'strict'")
     images = docker_images(config, run, worker)
     from echo_jax.sandbox import docker  # here, since the SDK is optional
     from echo_jax.sandbox.docker import containers
@@ -93,7 +96,10 @@ def _docker_maker(
         containers.sweep(images.engine, own=True)
         images.engine.close()
 
-    make = functools.partial(
-        docker.DockerSandbox, images=images, runtime=config.sandbox.runtime, **how
+    how = how | {'images': images, 'runtime': config.sandbox.runtime}
+    if hardening == 'strict':
+        return SandboxMaker(functools.partial(docker.StrictSandbox, **how), close)
+    kill = config.verifier.kill_agent_processes
+    return SandboxMaker(
+        functools.partial(docker.PlainSandbox, kill_agent_processes=kill, **how), close
     )
-    return SandboxMaker(make, close)

@@ -1,6 +1,7 @@
 """Sandboxes of both kinds, as fixtures."""
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -50,19 +51,37 @@ def used(daemon):
 
 @pytest.fixture(scope='module')
 def made(used):
-    """Images by the agent's uid."""
-    made = {user: images.Images(used, user=user, network=False) for user in (1000, 0)}
+    """Images: fitted ones by the agent's uid, and the tasks' own by None."""
+    made = {user: images.Images(used, user=user, network=False) for user in (1000, 0, None)}
     yield made
     for one in made.values():
         one.close()
 
 
 @pytest.fixture
-def in_container(task, made):
+def container(task, made):
+    """container(user, **limits): a strict sandbox of the task, or a plain one if user is None.
+
+    `memory_mb` and `disk_mb` are the task's own limits in a plain one.
+    """
+
+    def make(
+        user: int | None, asking: types.Task = task, **limits
+    ) -> docker.shell.ContainerSandbox:
+        if user is not None:
+            return docker.StrictSandbox(asking, images=made[user], **limits)
+        for name, key in (('memory_mb', 'memory_mb'), ('storage_mb', 'disk_mb')):
+            asking = dataclasses.replace(asking, **{name: limits.pop(key, None)})
+        return docker.PlainSandbox(asking, images=made[None], **limits)
+
+    return make
+
+
+@pytest.fixture
+def in_container(container):
     """in_container(commands..., timeout=, user=, **limits): as `session`, in a Docker container."""
 
-    def run(*commands: str, timeout: float = SEC, user: int = 1000, **limits):
-        sandbox = docker.DockerSandbox(task, images=made[user], **limits)
-        return asyncio.run(results(sandbox, commands, timeout))
+    def run(*commands: str, timeout: float = SEC, user: int | None = 1000, **limits):
+        return asyncio.run(results(container(user, **limits), commands, timeout))
 
     return run

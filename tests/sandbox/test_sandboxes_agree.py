@@ -7,7 +7,7 @@ import pytest
 from echo_jax import types
 from echo_jax.agent.dialects.qwen3_xml import Command
 from echo_jax.agent.observations import execute
-from echo_jax.sandbox import SandboxError, local
+from echo_jax.sandbox import UID, SandboxError, local
 
 # In this order in one sandbox: what one leaves behind, the next ones see.
 COMMANDS = [
@@ -82,11 +82,11 @@ def test_forty_commands(daemon, tmp_path, protocol_config):
 
     async def main():
         used = engine.Engine(daemon.url)
-        made = images.Images(used, network=False)
+        made = images.Images(used, network=False, user=UID)
         try:
             return [
                 await observe(local.LocalSandbox(task)),
-                await observe(docker.DockerSandbox(task, images=made)),
+                await observe(docker.StrictSandbox(task, images=made)),
             ]
         finally:
             made.close()

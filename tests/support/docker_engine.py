@@ -1,7 +1,8 @@
 """A Docker engine for tests: the one that answers, else one of our own, for root with `dockerd`.
 
-Our own has no network and no registry; its base image is made by mmdebstrap from Debian's packages
-and kept as a tar in ECHO_TEST_CACHE (default: a folder of the system's temporary one).
+Our own reaches no registry; its base image is made by mmdebstrap from Debian's packages and kept as
+a tar in ECHO_TEST_CACHE (default: a folder of the system's temporary one). It has a bridge of its
+own where `ip` and `iptables` are installed, since two engines must not share docker0.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ class Daemon:
 
     def __init__(self, url: str, folder: pathlib.Path | None = None):
         self.url, self.folder, self.process = url, folder, None
+        self.bridge: str | None = None  # a network device that is ours
 
     def start(self) -> None:
         """Returns when it answers."""
@@ -38,9 +40,7 @@ class Daemon:
                 [
                     'dockerd',
                     f'--host={self.url}',
-                    '--bridge=none',
-                    '--iptables=false',
-                    '--ip6tables=false',
+                    *self._network(),
                     f'--data-root={self.folder}/data',
                     f'--exec-root={self.folder}/exec',
                     f'--pidfile={self.folder}/docker.pid',
@@ -59,6 +59,21 @@ class Daemon:
                     raise RuntimeError(f'dockerd does not start: {"; ".join(tail)}') from None
                 time.sleep(0.1)
 
+    def _network(self) -> list[str]:
+        if not (shutil.which('ip') and shutil.which('iptables')):
+            return ['--bridge=none', '--iptables=false', '--ip6tables=false']
+        if self.bridge is None:
+            self.bridge = f'echo{os.getpid()}'
+            # Of 198.18.0.0/15, which is for tests of networks.
+            address = f'198.{18 + os.getpid() // 256 % 2}.{os.getpid() % 256}.1/24'
+            for words in (
+                ['link', 'add', self.bridge, 'type', 'bridge'],
+                ['addr', 'add', address, 'dev', self.bridge],
+                ['link', 'set', self.bridge, 'up'],
+            ):
+                subprocess.run(['ip', *words], check=True)
+        return [f'--bridge={self.bridge}']
+
     def kill(self, number: int = signal.SIGKILL) -> None:
         self.process.send_signal(number)
         self.process.wait()
@@ -73,6 +88,8 @@ class Daemon:
             if str(self.folder) in mount.split()[1]:
                 subprocess.run(['umount', '-l', mount.split()[1]], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.bridge:
+            subprocess.run(['ip', 'link', 'del', self.bridge], check=False)
 
 
 @contextlib.contextmanager

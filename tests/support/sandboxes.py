@@ -32,6 +32,6 @@ async def results(sandbox, commands, timeout: float):
     """The results of the commands in one sandbox, which must still work after them."""
     async with opened(sandbox):
         found = [await sandbox.run(command, timeout) for command in commands]
-        alive = await sandbox.run('echo a*live; cat /etc/hostname', SEC)
-        assert alive.stdout.endswith('a*live\nsandbox\n'), alive
+        alive = await sandbox.run('echo a*live', SEC)
+        assert alive.stdout.endswith('a*live\n'), alive
         return found

@@ -1,32 +1,23 @@
-"""Containers for `sandbox.py`: how one is hardened, begun and removed.
+"""Containers for sandboxes: how one is begun, watched and removed.
 
-Its functions block, so `sandbox.py` calls them in threads. Knows nothing of shells and commands.
+Its functions block, so sandboxes call them in threads. Knows nothing of shells and commands.
 """
 
 import contextlib
+import io
+import os
 import socket
-from typing import NamedTuple
+import tarfile
+from collections.abc import Callable
 
 import docker
 
-from echo_jax.sandbox import PATH, read_script
+from echo_jax.sandbox import SandboxError
 from echo_jax.sandbox.docker import engine
-from echo_jax.sandbox.docker.images import HOME, Image
 from echo_jax.types import Task
 
 _GONE_SEC = 20  # for an engine that is removing a container already
-_ENGINES_PIDS = 16  # what opening a shell needs while the agent has all of its own
-_SHARED = ('/tmp', '/var/tmp')  # mode 1777
-
-
-class Limits(NamedTuple):
-    """What one container may use; see `DockerSandbox`."""
-
-    memory_mb: int
-    processes: int = 256
-    disk_mb: int = 1024
-    files: int = 65_536  # inodes of each directory in memory
-    open_files: int = 1_024
+NETWORK = 'echo_jax'  # of all containers that reach other machines
 
 
 def check_runtime(used: engine.Engine, runtime: str | None) -> None:
@@ -39,31 +30,27 @@ def check_runtime(used: engine.Engine, runtime: str | None) -> None:
         )
 
 
-def create(
-    used: engine.Engine, task: Task, image: Image, name: str, limits: Limits, runtime: str | None
+def begin(
+    used: engine.Engine, name: str, task: Task, *, lay: Callable[[], None] | None = None, **how
 ) -> socket.socket:
     """Starts the container `name` and returns the streams of its process 1.
 
-    Raises SandboxError, or docker.errors.ImageNotFound if the engine has lost the image.
+    `how` is as for the SDK's create_container; `lay` is called before the container starts. The
+    container ends when its process 1 does, which is told by the end of its standard input when this
+    process is gone. Raises SandboxError, or docker.errors.ImageNotFound if the engine has lost the
+    image.
     """
-    script = read_script('put') + read_script('docker_init')
     api = used.client.api
     api.create_container(
-        image.name,
-        entrypoint=[f'{HOME}/init', '--norc', '--noprofile', '-pc', script, 'init'],
-        command=[PATH, f'{HOME}/seeds', *(image.writable if image.user else ())],
         name=name,
-        hostname='sandbox',
-        user=f'{image.user}:{image.user}',
         stdin_open=True,  # and closed for good when we are gone, since not detached
-        environment=image.env,
-        working_dir='/',
         labels=used.labels() | {'echo_jax.task': task.task_id},
-        healthcheck={'test': ['NONE']},
-        stop_signal='SIGKILL',  # process 1 heeds no other; a restarted engine would wait for it
-        host_config=_host_config(used, task, image, limits, runtime),
+        stop_signal='SIGKILL',  # process 1 may heed no other; a restarted engine would wait for it
+        **how,
     )
     try:
+        if lay is not None:
+            lay()
         streams = 'stdin=1&stdout=1&stderr=1&stream=1'
         stream = used.hijack(f'/containers/{name}/attach?{streams}')
         api.start(name)
@@ -74,45 +61,136 @@ def create(
         raise
 
 
-def _host_config(
-    used: engine.Engine, task: Task, image: Image, limits: Limits, runtime: str | None
-) -> dict:
-    user, disk = image.user, limits.disk_mb << 20
-    memory = f'{limits.memory_mb + (limits.disk_mb if user else 0)}m'
-    tmpfs = f'rw,exec,nosuid,nodev,size={disk},nr_inodes={limits.files},uid={user},gid={user}'
-    return used.client.api.create_host_config(
-        auto_remove=True,
-        cap_drop=['ALL'],
-        security_opt=['no-new-privileges'],
-        network_mode='bridge' if task.network else 'none',
-        pids_limit=limits.processes + _ENGINES_PIDS,
-        mem_limit=memory,
-        memswap_limit=memory,
-        nano_cpus=int(min(task.cpus or 1.0, used.info['NCPU']) * 1e9),
-        oom_score_adj=1000,  # the first that an out-of-memory kernel kills
-        read_only=bool(user),
-        tmpfs={
-            path: f'{tmpfs},mode={1777 if path in _SHARED else 755}'
-            for path in (image.writable if user else ())
-        },
-        shm_size=disk,
-        ulimits=[
-            docker.types.Ulimit(name='fsize', soft=disk, hard=disk),
-            docker.types.Ulimit(name='nofile', soft=limits.open_files, hard=limits.open_files),
-            docker.types.Ulimit(name='core', soft=0, hard=0),
-        ],
-        log_config={'type': 'none'},  # process 1 writes to us alone, not to the host's disk
-        init=False,
-        runtime=runtime,
-    )
+def begin_exec(used: engine.Engine, name: str, **how) -> tuple[str, socket.socket]:
+    """The engine's name of an exec, and its streams; `how` is as for the SDK's exec_create."""
+    made = used.client.api.exec_create(name, stdin=True, **how)['Id']
+    return made, used.hijack(f'/exec/{made}/start', {'Tty': False, 'Detach': False})
 
 
-def written(used: engine.Engine, name: str) -> int:
-    """Bytes in the container's own layer. docker.errors.NotFound if it does not run."""
+def limits(task: Task, used: engine.Engine, extra_mb: int = 0) -> dict:
+    """The task's limits of memory, with `extra_mb` on top, and of CPUs, for create_host_config."""
+    found: dict = {}
+    if task.memory_mb is not None:
+        memory = f'{task.memory_mb + extra_mb}m'
+        found |= {'mem_limit': memory, 'memswap_limit': memory}
+    if task.cpus is not None:
+        found['nano_cpus'] = int(min(task.cpus, used.info['NCPU']) * 1e9)
+    return found
+
+
+def network(used: engine.Engine) -> str:
+    """The network of containers that reach other machines, but not each other; made if need be."""
+    api = used.client.api
+    if not api.networks(names=[f'^{NETWORK}$']):
+        try:
+            api.create_network(
+                NETWORK,
+                driver='bridge',
+                options={'com.docker.network.bridge.enable_icc': 'false'},
+                labels={'echo_jax': 'sandboxes'},
+                check_duplicate=True,
+            )
+        except docker.errors.APIError as error:
+            if error.status_code != 409:  # another process made it meanwhile
+                raise SandboxError(
+                    f'the Docker engine {used.url} makes no bridge network for tasks that want one '
+                    f'({engine.brief(error)}); start dockerd without --bridge=none'
+                ) from None
+    return NETWORK
+
+
+def put(used: engine.Engine, name: str, directory: str, content: bytes) -> str:
+    """Unpacks a tar archive in a container, and makes the directories on the way; 'done', or
+    'error' and why not. Links are followed within the container. docker.errors.NotFound if the
+    container is gone.
+    """
+    api = used.client.api
+    try:
+        try:
+            api.put_archive(name, directory, content)
+        except docker.errors.NotFound as error:
+            if 'No such container' in str(error):
+                raise
+            make_directory(used, name, directory)
+            api.put_archive(name, directory, content)
+    except docker.errors.APIError as error:
+        if 'No such container' in str(error) or 'is not running' in str(error):
+            raise docker.errors.NotFound(str(error)) from None
+        return f'error {engine.brief(error)}'
+    return 'done'
+
+
+def make_directory(used: engine.Engine, name: str, path: str) -> None:
+    """Makes a directory of a container and its parents, root's, unless they are there."""
+    parts = path.strip('/').split('/')
+    count = len(parts)
+    while count and not _exists(used, name, '/' + '/'.join(parts[:count])):
+        count -= 1
+    missing = ['/'.join(parts[count:end]) for end in range(count + 1, len(parts) + 1)]
+    if missing:
+        base = '/' + '/'.join(parts[:count])
+        used.client.api.put_archive(name, base, folders({path: 0o755 for path in missing}))
+
+
+def _exists(used: engine.Engine, name: str, path: str) -> bool:
+    api = used.client.api
+    url = f'{api.base_url}/v{api.api_version}/containers/{name}/archive'
+    return api.head(url, params={'path': path}, timeout=api.timeout).ok
+
+
+def folders(modes: dict[str, int]) -> bytes:
+    """A tar archive of empty directories of root's, by path, with these modes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as tar:
+        for path, mode in modes.items():
+            member = tarfile.TarInfo(path)
+            member.type, member.mode = tarfile.DIRTYPE, mode
+            tar.addfile(member)
+    return buffer.getvalue()
+
+
+def outgrown(used: engine.Engine, name: str, limit: int) -> bool:
+    """Whether the container's own layer takes more than `limit` bytes of disk.
+
+    The engine adds up the sizes of files, of which a sparse one may take nothing. So what it says
+    is only believed without a count of blocks if there is no way to count them.
+    docker.errors.NotFound if the container does not run.
+    """
     found = used.client.api.containers(filters={'name': f'^/{name}$'}, size=True)
     if not found:
         raise docker.errors.NotFound(f'no container {name}')
-    return found[0].get('SizeRw', 0)
+    if found[0].get('SizeRw', 0) <= limit:
+        return False
+    described = used.client.api.inspect_container(name)
+    layer = (described.get('GraphDriver') or {}).get('Data') or {}
+    taken = _blocks(used, described['Image'], layer['UpperDir']) if 'UpperDir' in layer else None
+    return taken is None or taken > limit
+
+
+def _blocks(used: engine.Engine, image: str, folder: str) -> int | None:
+    """The bytes of disk that a folder of the engine's machine takes; None if it cannot be read."""
+    if os.access(folder, os.R_OK | os.X_OK):
+        seen = {}  # by inode, since of a hard link there is one
+        for parent, _, names in os.walk(folder):
+            for name in (parent, *(os.path.join(parent, name) for name in names)):
+                with contextlib.suppress(FileNotFoundError):
+                    status = os.lstat(name)
+                    seen[status.st_dev, status.st_ino] = status.st_blocks * 512
+        return sum(seen.values())
+    try:
+        told = used.client.containers.run(
+            image,
+            ['-s', '--block-size=1', '/layer'],
+            entrypoint=['du'],
+            user='0',
+            volumes={folder: {'bind': '/layer', 'mode': 'ro'}},
+            network_mode='none',
+            labels=used.labels(),
+            remove=True,
+        )
+        return int(told.split()[0])
+    except (*engine.FAILURES, ValueError, IndexError):
+        return None
 
 
 def remove(used: engine.Engine, name: str) -> None:

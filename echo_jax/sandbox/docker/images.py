@@ -1,8 +1,9 @@
-"""A task's Docker image: pulled or built once, fitted for `DockerSandbox`, and kept as a cache.
+"""A task's Docker image: pulled or built once, and kept as a cache.
 
-An image's name is a hash of what it is made from, so that no run builds an unchanged task again.
-Fitting is a layer on top of the task's own image (scripts/docker_fit.sh). Builds go through the
-engine's own builder (no BuildKit syntax). Starts no container.
+An image's name is a hash of what it is made from, the ids of its bases included, so that no run
+builds an unchanged task again, and the next run sees a base that was made anew. Builds go through
+the engine's own builder (`builds.py`). For `strict.py` an image is fitted: a layer on top of the
+task's own (scripts/docker_fit.sh). Starts no container.
 """
 
 import asyncio
@@ -12,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import tarfile
 import threading
 import time
@@ -22,30 +22,34 @@ from typing import NamedTuple
 import docker
 import tenacity
 
-from echo_jax.sandbox import ENVIRONMENT, UID, SandboxError, channels, read_script
-from echo_jax.sandbox.docker import engine
+from echo_jax.sandbox import ENVIRONMENT, SandboxError, channels, read_script
+from echo_jax.sandbox.docker import builds, contexts, engine
 from echo_jax.types import Task
 
 log = logging.getLogger(__name__)
 
-HOME = '/usr/lib/echo_jax'  # ours, in every image
+HOME = '/usr/lib/echo_jax'  # ours, in every fitted image
+TOOLS = 'debian:bookworm-slim'  # trusted, with bash, tar, mount and setpriv; see verify.py
 # What the agent may write to, besides the workdir and each VOLUME of the image. Among them are
 # the paths of Harbor's tasks.
 _WRITABLE = ('/app', '/logs', '/root', '/run', '/solution', '/tests', '/tmp', '/var/tmp')
 
 
 class Image(NamedTuple):
-    """A fitted image, and what a sandbox has to know of it."""
+    """An image, and what a sandbox has to know of it."""
 
-    name: str
-    user: int  # the agent's uid
+    name: str  # of the fitted image, or the id of the task's own
     workdir: str
     env: dict[str, str]  # all variables, the task's own included
-    writable: tuple[str, ...]  # directories that are the agent's; none lies in another
+    tests: bytes  # what the image itself has in /tests, as a tar archive; b'' without one
+    config: dict  # the engine's own description: Config of the task's image
+    user: int | None = None  # the agent's uid in a fitted image
+    writable: tuple[str, ...] = ()  # its directories that are the agent's; none lies in another
 
 
 class Images:
-    """The images of one engine's tasks. `user` is the agent's uid: 0 is a root without power.
+    """The images of one engine's tasks. `user` is the agent's uid in images that are fitted for
+    `strict.py` (0 is a root without power); with None they are the tasks' own.
 
     `at_once` bounds pulls and builds together; each is tried `attempts` times, and after a failure
     all who ask within `remember_sec` get the same error. `network` says whether builds have a
@@ -56,7 +60,7 @@ class Images:
         self,
         engine: engine.Engine,
         *,
-        user: int = UID,
+        user: int | None = None,
         at_once: int = 4,
         attempts: int = 3,
         backoff_sec: float = 2.0,
@@ -71,6 +75,9 @@ class Images:
         self._made: dict[tuple, concurrent.futures.Future] = {}
         self._failed: dict[tuple, float] = {}  # time.monotonic() until which a failure holds
         self._names: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
+        self._tests: dict[str, bytes] = {}  # by image id
+        self._tools: concurrent.futures.Future | None = None
+        self.unprotected = ''  # why tests cannot run out of the agents' reach; see verify.py
 
     async def image(self, task: Task) -> Image:
         """The task's image, made if need be, and only once however many ask for it.
@@ -79,6 +86,8 @@ class Images:
         image or whose environment/ has a link that leads outside.
         """
         key = _key(task)
+        if task.docker_image:  # the tag may name another image by now
+            key += ((await self.engine.call(self._find, task.docker_image) or {}).get('Id'),)
         with self._lock:
             if time.monotonic() > self._failed.get(key, float('inf')):
                 self._made.pop(key, None)
@@ -87,6 +96,13 @@ class Images:
                 self._made[key] = self._pool.submit(self._make, task, key)
             future = self._made[key]
         return await engine.wait_for(future)
+
+    async def tools(self) -> str:
+        """The id of the image TOOLS, pulled if need be. SandboxError if it cannot be."""
+        with self._lock:
+            if self._tools is None:
+                self._tools = self._pool.submit(self._pull_tools)
+        return await engine.wait_for(self._tools)
 
     async def build(
         self,
@@ -113,7 +129,8 @@ class Images:
     def forget(self, task: Task) -> None:
         """Has the image looked for again the next time, since the engine no longer has it."""
         with self._lock:
-            self._made.pop(_key(task), None)
+            for key in [key for key in self._made if key[: len(_key(task))] == _key(task)]:
+                self._made.pop(key)
 
     def close(self) -> None:
         """Drops what has not begun, waits for what has."""
@@ -124,49 +141,78 @@ class Images:
     def _make(self, task: Task, key: tuple) -> Image:
         try:
             base = self._base(task)
-            workdir = task.workdir or '/app'
-            if task.workdir is None and base['Config'].get('WorkingDir') not in (None, '', '/'):
-                workdir = base['Config']['WorkingDir']
-            writable = _outermost({*_WRITABLE, workdir, *(base['Config'].get('Volumes') or ())})
-            script = read_script('docker_fit')
-            fit = ['/bin/sh', '-c', script, 'fit', str(self.user), HOME, *writable]
-            dockerfile = f'FROM {base["Id"]}\nUSER 0\nRUN {json.dumps(fit)}\n'.encode()
-            name = f'echo_jax/sandbox:{_hash(dockerfile)}'
-            with self._names[name]:
-                if self._find(name) is None:
-                    self._try(task, 'fitted', self._build, task, name, dockerfile, False)
+            config = base['Config']
+            tests = self._tests_of(base['Id'])
+            if self.user is not None:
+                return self._fitted(task, base, tests)
         except BaseException:
             with self._lock:
                 self._failed[key] = time.monotonic() + self._remember_sec
             raise
-        env = dict(ENVIRONMENT)
-        for line in base['Config'].get('Env') or ():
-            variable, _, value = line.partition('=')
-            env[variable] = value
-        return Image(name, self.user, workdir, env | task.env, writable)
+        workdir = task.workdir or config.get('WorkingDir') or '/'
+        return Image(base['Id'], workdir, _variables(config) | task.env, tests, config)
+
+    def _fitted(self, task: Task, base: dict, tests: bytes) -> Image:
+        config = base['Config']
+        workdir = task.workdir or '/app'
+        if task.workdir is None and config.get('WorkingDir') not in (None, '', '/'):
+            workdir = config['WorkingDir']
+        writable = _outermost({*_WRITABLE, workdir, *(config.get('Volumes') or ())})
+        script = read_script('docker_fit')
+        fit = ['/bin/sh', '-c', script, 'fit', str(self.user), HOME, *writable]
+        # BuildKit takes an image by a name alone, and the task's own may come to mean another.
+        self.engine.blocking(
+            self.engine.client.api.tag, base['Id'], 'echo_jax/base', _short(base['Id'])
+        )
+        lines = f'FROM echo_jax/base:{_short(base["Id"])}\nUSER 0\nRUN {json.dumps(fit)}\n'
+        fitted = f'echo_jax/sandbox:{_hash(lines.encode())}'
+        with self._names[fitted]:
+            if self._find(fitted) is None:
+                self._try(task, 'fitted', self._build, task, fitted, _one_file(lines), False)
+        env = ENVIRONMENT | _variables(config) | task.env
+        return Image(fitted, workdir, env, tests, config, self.user, writable)
 
     def _base(self, task: Task) -> dict:
         """The engine's description of the image that the task asks for."""
         environment = task.path / 'environment'
         if task.docker_image:
-            name, make = task.docker_image, self._pull
-            arguments: tuple = (name,)
-        elif (environment / 'Dockerfile').is_file():
-            context = channels.archive(environment, '.')
-            name, make = f'echo_jax/task:{_fingerprint(context)}', self._build
-            arguments = (task, name, context, True)
-        else:
+            return self._pulled(task, task.docker_image)
+        if not (environment / 'Dockerfile').is_file():
             raise ValueError(
                 f'{task.path}: no image; give [environment] docker_image or environment/Dockerfile'
             )
+        context = contexts.pack(environment)
+        text = (environment / 'Dockerfile').read_text(errors='replace')
+        bases = [self._pulled(task, base)['Id'] for base in contexts.bases(text)]
+        name = f'echo_jax/task:{_fingerprint(context, bases)}'
+        make = self._build, task, name, context, self._network
+        return self._found(task, name, 'built', *make)
+
+    def _pulled(self, task: Task, name: str) -> dict:
+        return self._found(task, name, 'pulled', self._pull, name)
+
+    def _found(self, task: Task, name: str, done: str, make: Callable, *arguments) -> dict:
+        """The description of the image `name`, made by `make` if the engine does not have it."""
         with self._names[name]:
             found = self._find(name)
             if found is None:
-                self._try(task, 'pulled' if task.docker_image else 'built', make, *arguments)
+                self._try(task, done, make, *arguments)
                 found = self._find(name)
         if found is None:
             raise SandboxError(f'{task.task_id}: the engine lost the image {name}; try again')
         return found
+
+    def _tests_of(self, image: str) -> bytes:
+        """The image's own /tests as a tar archive of its content; b'' if it has none."""
+        with self._names[image]:
+            if image not in self._tests:
+                self._tests[image] = self.engine.blocking(_read_tests, self.engine, image)
+        return self._tests[image]
+
+    def _pull_tools(self) -> str:
+        if self._find(TOOLS) is None:
+            self._pull(TOOLS)
+        return (self._find(TOOLS) or {})['Id']
 
     def _find(self, name: str) -> dict | None:
         try:
@@ -208,32 +254,29 @@ class Images:
         except docker.errors.NotFound as error:
             raise SandboxError(f'{name}: {engine.brief(error)}') from None
 
-    def _build(self, task: Task, name: str, file: bytes, is_context: bool) -> None:
-        """Builds from a tar archive, or from a Dockerfile alone if not `is_context`."""
-        self.engine.blocking(self._follow_build, task, name, file, is_context)
-
-    def _follow_build(self, task: Task, name: str, file: bytes, is_context: bool) -> None:
-        """One build. Leaving its output unread, as a timeout does, makes the engine give it up."""
-        deadline = time.monotonic() + task.build_timeout_sec
-        output = collections.deque(maxlen=20)
-        events = self.engine.client.api.build(
-            fileobj=io.BytesIO(file),
-            custom_context=is_context,
-            tag=name,
-            rm=True,
-            forcerm=True,
-            decode=True,
-            network_mode=None if self._network else 'none',
+    def _build(self, task: Task, name: str, context: bytes, network: bool) -> None:
+        self.engine.blocking(
+            builds.build,
+            self.engine,
+            context,
+            name,
             labels=self.engine.labels() | {'echo_jax.task': task.task_id},
-            timeout=math.ceil(task.build_timeout_sec),  # of silence
+            network=network,
+            timeout_sec=task.build_timeout_sec,
         )
-        for event in events:
-            output.extend(event.get('stream', '').splitlines())
-            if 'error' in event:
-                tail = '; '.join(filter(None, map(str.strip, [*output, event['error']])))
-                raise SandboxError(tail[-1500:])
-            if time.monotonic() > deadline:
-                raise SandboxError(f'the build took over {task.build_timeout_sec:g} seconds')
+
+
+def _read_tests(used: engine.Engine, image: str) -> bytes:
+    """The content of the image's /tests as a tar archive; b'' if there is no such directory."""
+    api = used.client.api
+    made = api.create_container(image, ['true'], labels=used.labels())['Id']
+    try:
+        parts, _ = api.get_archive(made, '/tests/.')
+        return b''.join(parts)
+    except docker.errors.NotFound:
+        return b''
+    finally:
+        api.remove_container(made, v=True)
 
 
 def _key(task: Task) -> tuple:
@@ -247,13 +290,32 @@ def _outermost(paths: set[str]) -> tuple[str, ...]:
     return tuple(sorted(paths - inside))
 
 
+def _variables(config: dict) -> dict[str, str]:
+    return dict(line.partition('=')[::2] for line in config.get('Env') or ())
+
+
+def _short(image: str) -> str:
+    """A tag made of an image's id."""
+    return image.partition(':')[2][:32]
+
+
+def _one_file(dockerfile: str) -> bytes:
+    """A context of nothing but a Dockerfile."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as tar:
+        member = tarfile.TarInfo('Dockerfile')
+        member.size = len(dockerfile.encode())
+        tar.addfile(member, io.BytesIO(dockerfile.encode()))
+    return buffer.getvalue()
+
+
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _fingerprint(context: bytes) -> str:
-    """A hash of names, modes, links and contents, but not of owners and times."""
-    lines = []
+def _fingerprint(context: bytes, bases: list[str]) -> str:
+    """A hash of the bases and of names, modes, links and contents, but not of owners and times."""
+    lines = list(bases)
     with tarfile.open(fileobj=io.BytesIO(context)) as tar:
         for member in tar:
             file = tar.extractfile(member) if member.isfile() else None

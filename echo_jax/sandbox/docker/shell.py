@@ -1,28 +1,15 @@
-"""A sandbox that is a container of a Docker engine, with the task's own image.
+"""What the two kinds of container have in common: start and stop, and a shell that is an exec.
 
-The agent and the verifier are one user without any capability. A user that is not root has a
-read-only system, and directories of its own in memory (tmpfs of bounded size, `images.py`), so that
-nothing it can write reaches a disk; what the image holds there is copied for each sandbox. Root
-(`sandbox.user=0`), for tasks that install packages, may write anywhere in the container's layer,
-and replace what the verifier runs. RLIMIT_FSIZE bounds one file there; the sum is only looked at,
-every second or so of a command, and a command that wrote too much is killed: a fast writer passes
-the bound by what a disk takes in a second, what a background process writes between two commands is
-found at the next, and the number of files is not bounded. All sandboxes share the host's kernel: if
-tasks come from strangers, set `sandbox.runtime` to one that does not (such as 'runsc').
+The shell behaves as in the local sandbox, with the same lines and the same messages. Reports come
+within its streams, with a number drawn for each command, stdout's and stderr's after all that was
+written before. One difference: background processes of a shell that ended live on, but nobody reads
+what they print.
 
-Process 1 is a bash (scripts/docker_init.sh) that kills, and unpacks files, on requests over the
-container's own streams. It runs as the agent's user, but its file cannot be read, so the kernel
-keeps all others from tracing it or opening its descriptors; as process 1 it is safe from
-`kill -9 -1`, it needs no new process to kill all others, and it reaps what they leave. When its
-requests end it ends, the container ends with it, and the engine removes that: so a worker that is
-killed leaves nothing.
-
-The shell is an exec that behaves as in the local sandbox, with the same lines and the same
-messages. Reports come within its streams, with a number drawn for each command, stdout's and
-stderr's after all that was written before. One difference: background processes of a shell that
-ended live on, but nobody reads what they print.
+Process 1 lives as long as its standard input, which this process holds: so a worker that is killed
+leaves no container behind.
 """
 
+import abc
 import asyncio
 import logging
 import re
@@ -33,55 +20,45 @@ from collections.abc import Callable
 
 import docker
 
-from echo_jax.sandbox import SandboxError, channels, read_script
+from echo_jax.sandbox import SandboxError, channels
 from echo_jax.sandbox import shell as shells
 from echo_jax.sandbox.docker import containers, engine
-from echo_jax.sandbox.docker.images import HOME, Image, Images
+from echo_jax.sandbox.docker.images import Image, Images
 from echo_jax.sandbox.shell import Ending
 from echo_jax.types import Task
 
 log = logging.getLogger(__name__)
 
-_STARTUP_SEC = 60.0  # for what takes a second, with hundreds of others at once
-_FIRST_LOOK_SEC, _LONGEST_LOOK_SEC = 0.5, 5.0  # pauses between looks after a command that runs on
+STARTUP_SEC = 60.0  # for what takes a second, with hundreds of others at once
+_FIRST_LOOK_SEC = 0.5  # after which a command that runs on is looked at, then less and less often
 _REPORT_SEC = 2.0  # between a report's two parts, on a machine that may be overloaded
 _LOOK_AT_DISK_SEC = 1.0  # at least, between looks at what was written
 _REPORT_BYTES = 16 << 10  # no report is longer
 _REPORT = re.compile(rb'(?:(\d+) ([^\n]*))?\n')  # after its mark: stdout's, or stderr's end of line
 
 
-class DockerSandbox(shells.ShellSandbox):
-    """One sandbox (docs/design.md#policy-and-sandbox). Start it once; after `stop` it is gone.
+class ContainerSandbox(shells.ShellSandbox):
+    """A sandbox that is a container; see `strict.py` and `plain.py` for the two kinds.
 
-    `limits` are fields of `containers.Limits`: `memory_mb` (the task's if not given) bounds all
-    processes together, `disk_mb` each directory that may be written, and one file; what lies in
-    memory counts there, with `disk_mb` on top. `output_bytes` of each stream of a command are kept,
-    from its start; the rest is discarded. `runtime` is one that the engine knows; None is its
-    default. `container_name` is for whoever wants to look inside: `docker exec -it NAME sh`.
+    `output_bytes` of each stream of a command are kept, from its start; the rest is discarded.
+    `runtime` is one that the engine knows; None is its default. `container_name` is for whoever
+    wants to look inside: `docker exec -it NAME sh`.
     """
 
-    startup_sec = _STARTUP_SEC
+    startup_sec = STARTUP_SEC
+    longest_look_sec = _LOOK_AT_DISK_SEC  # pause between looks at a command that runs on
     _control: engine.Streams  # of process 1
-    _requests: shells.Requests  # to it
     _shell: engine.Streams
+    _greeting: str  # what the shell printed up to its first report
     _exec: str  # the engine's name of the shell
     _out: '_Output'  # of the last command
     _err: '_Output'
 
     def __init__(
-        self,
-        task: Task,
-        *,
-        images: Images,
-        runtime: str | None = None,
-        output_bytes: int = 1 << 20,
-        shell: str = 'persistent',
-        **limits: int,
+        self, task: Task, images: Images, runtime: str | None, output_bytes: int, shell: str
     ):
         super().__init__(task, output_bytes, shell)
-        self._images, self._engine = images, images.engine
-        limits.setdefault('memory_mb', task.memory_mb or 1024)
-        self._limits = containers.Limits(**limits)
+        self._images, self.engine = images, images.engine
         self._runtime = runtime
         self.container_name = f'echo_jax-{secrets.token_hex(8)}'
         self._creating: asyncio.Future | None = None
@@ -94,16 +71,10 @@ class DockerSandbox(shells.ShellSandbox):
         try:
             image = await self._images.image(self.task)
             self._workdir = image.workdir
-            if 'BASH_ENV' in image.env:  # for the shell's children; the shell itself is ours
-                self._env = {'BASH_ENV': image.env['BASH_ENV']}
-            self._creating = asyncio.wrap_future(self._engine.submit(self._create, image))
+            self._creating = asyncio.wrap_future(self.engine.submit(self._make, image))
             self._control = await engine.Streams.open(await asyncio.shield(self._creating))
             self._is_open = True
-            self._requests = shells.Requests(self._control.write, self._control.read_line)
-            async with asyncio.timeout(_STARTUP_SEC):
-                line = await self._control.read_line()
-            if line != 'ready':
-                raise SandboxError(f'{self.task.task_id}: {line}')
+            await self._await_ready(image)
             async with self._lock:
                 await self._open_shell()
         except (EOFError, TimeoutError):
@@ -124,7 +95,7 @@ class DockerSandbox(shells.ShellSandbox):
         await asyncio.wait({creating})
         try:
             if creating.exception() is None:
-                await self._engine.call(containers.remove, self._engine, self.container_name)
+                await self.engine.call(containers.remove, self.engine, self.container_name)
         except SandboxError as error:
             log.warning('%s is left to the engine: %s', self.container_name, error)
         finally:
@@ -135,14 +106,28 @@ class DockerSandbox(shells.ShellSandbox):
                 creating.result().close()
             self._is_open = False
 
+    @abc.abstractmethod
+    def _create(self, image: Image) -> socket.socket:
+        """Starts the container and returns the streams of its process 1. Runs in a thread."""
+
+    @abc.abstractmethod
+    async def _await_ready(self, image: Image) -> None:
+        """Waits until it can be used. SandboxError, EOFError or TimeoutError if that is never."""
+
+    @abc.abstractmethod
+    def _shell_exec(self) -> dict:
+        """How the engine is to start the shell: arguments of the SDK's exec_create."""
+
+    @abc.abstractmethod
+    async def _has_overwritten(self) -> bool:
+        """Whether more was written than the sandbox may. Called about once a second."""
+
     # The rest is one sandbox's plumbing, from the outside in.
 
-    def _create(self, image: Image) -> socket.socket:
+    def _make(self, image: Image) -> socket.socket:
         """Runs in a thread."""
         try:
-            return containers.create(
-                self._engine, self.task, image, self.container_name, self._limits, self._runtime
-            )
+            return self._create(image)
         except docker.errors.NotFound as error:
             self._images.forget(self.task)
             raise SandboxError(f'{self.task.task_id}: {engine.brief(error)}; try again') from None
@@ -150,33 +135,22 @@ class DockerSandbox(shells.ShellSandbox):
     def _running(self) -> bool:
         return self._is_open
 
-    async def restore_tests(self) -> None:
-        pass
-
-    async def _put(self, directory: str, content: bytes) -> str:
-        return await self._requests.put(directory, content)
-
-    async def _end_all(self) -> None:
-        await self._requests.ask('kill')  # which ends the streams, too
-
     async def _start_shell(self, line: str, nonce: str) -> None:
-        line = f'exec 8>&1 9>&2 2>/dev/null;unset HOSTNAME;{line}'
-        self._shell = await engine.Streams.open(await self._ask(self._exec_shell))
+        line = f'exec 8>&1 9>&2 2>/dev/null;{line}'
+        self._shell = await engine.Streams.open(await self._ask(self._open_exec))
         self._of_shell.callback(self._shell.close)
         self._unread = (b'', b'')
         await self._shell.write(line.encode(errors='surrogateescape'))
-        while nonce not in await self._shell.read_line():
-            pass
+        self._greeting = ''
+        while nonce not in self._greeting:
+            self._greeting += await self._shell.read_line() + '\n'
 
-    def _exec_shell(self) -> socket.socket:
+    def _open_exec(self) -> socket.socket:
         """Runs in a thread."""
-        user = f'{self._images.user}:{self._images.user}'
-        command = [f'{HOME}/bash', '-pc', read_script('docker_shell'), f'{HOME}/bash']
-        made = self._engine.client.api.exec_create(
-            self.container_name, command, stdin=True, user=user
+        self._exec, sock = containers.begin_exec(
+            self.engine, self.container_name, **self._shell_exec()
         )
-        self._exec = made['Id']
-        return self._engine.hijack(f'/exec/{self._exec}/start', {'Tty': False, 'Detach': False})
+        return sock
 
     async def _execute(self, command: str, nonce: str, timeout: float) -> tuple[Ending, int]:
         self._out = _Output(b'%b ' % nonce.encode(), self._output_bytes)
@@ -205,7 +179,6 @@ class DockerSandbox(shells.ShellSandbox):
         """
         reading = asyncio.create_task(self._converse(script, out, err))
         pause = _FIRST_LOOK_SEC
-        longest = _LONGEST_LOOK_SEC if self._images.user else _LOOK_AT_DISK_SEC
         try:
             while not (await asyncio.wait({reading}, timeout=pause))[0]:
                 if out.report:
@@ -217,7 +190,7 @@ class DockerSandbox(shells.ShellSandbox):
                     return Ending.DEAD, status['ExitCode']
                 if await self._too_much_written():
                     return Ending.FULL, shells.KILLED
-                pause = min(pause * 1.5, longest)
+                pause = min(pause * 1.5, self.longest_look_sec)
             return reading.result()
         except EOFError:
             return Ending.DEAD, await self._exit_code()
@@ -241,12 +214,12 @@ class DockerSandbox(shells.ShellSandbox):
 
     async def _ask(self, function: Callable, *arguments):
         try:
-            return await self._engine.call(function, *arguments)
+            return await self.engine.call(function, *arguments)
         except docker.errors.NotFound:
             raise SandboxError('the container died') from None
 
     async def _inspect(self) -> dict:
-        return await self._ask(self._engine.client.api.exec_inspect, self._exec)
+        return await self._ask(self.engine.client.api.exec_inspect, self._exec)
 
     async def _exit_code(self) -> int:
         """The exit code of a shell whose streams have ended. The engine may be a moment behind."""
@@ -258,12 +231,10 @@ class DockerSandbox(shells.ShellSandbox):
         raise SandboxError('the container or its engine died: a shell runs on without its streams')
 
     async def _too_much_written(self) -> bool:
-        """Whether the container's layer has outgrown `disk_mb`. Only a root can write there."""
-        if self._images.user or time.monotonic() < self._looked + _LOOK_AT_DISK_SEC:
+        if time.monotonic() < self._looked + _LOOK_AT_DISK_SEC:
             return False
         self._looked = time.monotonic()
-        written = await self._ask(containers.written, self._engine, self.container_name)
-        return written > self._limits.disk_mb << 20
+        return await self._has_overwritten()
 
 
 class _Output:

@@ -1,0 +1,271 @@
+"""The tests for `plain.py`: as in Harbor, but out of the reach of what the agent left running.
+
+A service that the agent left stays, since a task may ask for one. But a loop of the agent's must
+neither write the reward nor change the tests, and as root of the same container it could. So the
+tests run in a container of their own (scripts/docker_verify.sh), whose root is made of the
+directories of the agent's container, except /tests and /logs/verifier, which are its own;
+processes, network, /dev/shm and volumes are shared with the agent's. In it the tests have Docker's
+own capabilities and one more, which keeps the agent's processes from tracing them. Two things
+differ from Harbor: a file cannot be renamed or linked from one directory of the root to another (as
+over mounts), and what the agent's services make anew in the root itself is not seen.
+
+That container may mount, so none but a trusted image will do, Debian's, and nothing of the agent's
+runs in it with that right. Where there is no such image, or the engine keeps a container's root in
+no directory (another runtime, another storage), the tests run in the agent's container itself, as
+in Harbor. Then there is only this: if a reward comes back after it was removed, before any test
+runs, all that the agent left is ended.
+
+What stays, in both ways: the tests use the programs of the agent's container, and its root may
+have replaced those; a service may hand the tests whatever it likes.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+from typing import TYPE_CHECKING
+
+from echo_jax.sandbox import PATH, SandboxError, Verdict, channels, read_script
+from echo_jax.sandbox.docker import containers, engine
+from echo_jax.sandbox.docker.images import TOOLS, Images
+from echo_jax.sandbox.verifier import MAX_REWARD_BYTES, OUTPUT_BYTES, no_reward, read_verdict
+
+if TYPE_CHECKING:
+    from echo_jax.sandbox.docker.plain import PlainSandbox
+
+log = logging.getLogger(__name__)
+
+_SETUP_SEC = 60.0
+_LOOK_SEC = 0.3  # for a loop of the agent's to write a reward once more
+# What Docker's own profile forbids and a container with the right to mount would have. `mount` and
+# its like are open, to those who have that right. Namespaces: clone's flags, all but threads'.
+_FORBIDDEN = (
+    'acct add_key bpf clock_adjtime clock_settime create_module delete_module fanotify_init '
+    'finit_module fsconfig fsmount fsopen fspick get_kernel_syms init_module io_uring_enter '
+    'io_uring_register io_uring_setup ioperm iopl kcmp kexec_file_load kexec_load keyctl '
+    'lookup_dcookie mbind migrate_pages move_mount move_pages name_to_handle_at nfsservctl '
+    'open_by_handle_at open_tree perf_event_open pivot_root process_madvise query_module quotactl '
+    'quotactl_fd reboot request_key set_mempolicy setdomainname sethostname setns settimeofday '
+    'stime swapoff swapon syslog sysfs umount unshare uselib userfaultfd ustat vhangup vm86 vm86old'
+)
+_NAMESPACES = 0x7E020000
+_SECCOMP = {
+    'defaultAction': 'SCMP_ACT_ALLOW',
+    'syscalls': [
+        {'names': _FORBIDDEN.split(), 'action': 'SCMP_ACT_ERRNO', 'errnoRet': 1},
+        {'names': ['clone3'], 'action': 'SCMP_ACT_ERRNO', 'errnoRet': 38},  # so clone is used
+        *(
+            {
+                'names': ['clone'],
+                'action': 'SCMP_ACT_ERRNO',
+                'errnoRet': 1,
+                'args': [{'index': 0, 'value': flag, 'valueTwo': flag, 'op': 'SCMP_CMP_MASKED_EQ'}],
+            }
+            for flag in (1 << bit for bit in range(32))
+            if flag & _NAMESPACES
+        ),
+    ],
+}
+
+
+class Unprotected(Exception):
+    """Why the tests cannot run out of the agent's reach."""
+
+
+async def verify(sandbox: 'PlainSandbox', images: Images, runtime: str | None) -> Verdict:
+    """The reward of the task's tests, or 0 and why there is none."""
+    try:
+        tests = channels.archive(
+            sandbox.task.path / 'tests', '.', keep_modes=True, programs=['test.sh']
+        )
+    except FileNotFoundError:
+        return no_reward(f'{sandbox.task.task_id} has no tests/')
+    described = await sandbox.describe()
+    try:
+        if images.unprotected:
+            raise Unprotected(images.unprotected)
+        return await _beside(sandbox, images, runtime, described, tests)
+    except Unprotected as reason:
+        if not images.unprotected:
+            images.unprotected = str(reason)
+            log.warning('tests run within the reach of what agents leave running: %s', reason)
+    return await _inside(sandbox, tests)
+
+
+async def _beside(
+    sandbox: 'PlainSandbox', images: Images, runtime: str | None, described: dict, tests: bytes
+) -> Verdict:
+    """In a container of their own. Unprotected if there can be none."""
+    root = _root(images.engine, described)
+    try:
+        tools = await images.tools()
+    except SandboxError as error:
+        raise Unprotected(f'{TOOLS}: {error}') from None
+    archives = (sandbox.image.tests, tests)
+    command = _command(sandbox, described, archives)
+    name = f'{sandbox.container_name}-tests'
+    # For services that look at them; what the agent made of /tests is its own affair.
+    with contextlib.suppress(SandboxError):
+        await sandbox.restore_tests()
+        await sandbox.put_archive('/tests', tests)
+    try:
+        beginning = images.engine.submit(
+            containers.begin,
+            images.engine,
+            name,
+            sandbox.task,
+            image=tools,
+            entrypoint=['bash', '-c', _script(), 'verify'],
+            command=command,
+            user='0',
+            healthcheck={'test': ['NONE']},
+            host_config=_host_config(sandbox, described, runtime, root, sum(map(len, archives))),
+        )
+        streams = await engine.Streams.open(await engine.wait_for(beginning))
+    except SandboxError as error:
+        if not await sandbox.is_alive():
+            raise
+        raise Unprotected(str(error)) from None
+    told = bytearray()
+    try:
+        watching = asyncio.create_task(sandbox.watch_disk())
+        reading = asyncio.create_task(_converse(streams, archives, told))
+        limit = sandbox.task.verifier_timeout_sec + _SETUP_SEC
+        done, _ = await asyncio.wait(
+            {reading, watching}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+        )
+    finally:
+        for running in (reading, watching):
+            running.cancel()
+        streams.close()
+        with contextlib.suppress(SandboxError):
+            await images.engine.call(containers.remove, images.engine, name)
+    if watching in done and watching.exception() is None:
+        return no_reward('the tests, or what the agent left running, filled the disk')
+    if not await sandbox.is_alive():
+        raise SandboxError(f'{sandbox.task.task_id}: the container died')
+    ending, _, verdict = told.decode(errors='replace').partition('\n')
+    if ending.startswith('unable'):
+        raise Unprotected(ending)
+    if ending not in ('done', 'late'):
+        return no_reward(f'the tests or their container were killed {ending[:200]}')
+    late = sandbox.task.verifier_timeout_sec if ending == 'late' else None
+    return read_verdict(verdict, late)
+
+
+async def _converse(streams: engine.Streams, archives: tuple[bytes, ...], told: bytearray) -> None:
+    """Gives the script its archives, and reads what it prints, which goes to `told`."""
+
+    async def give() -> None:
+        for archive in archives:
+            await streams.write(archive)
+
+    giving = asyncio.create_task(give())
+    try:
+        while len(told) < 2 * MAX_REWARD_BYTES:
+            number, chunk = await streams.read()
+            if number == 1:
+                told += chunk
+    except EOFError:
+        pass
+    finally:
+        giving.cancel()
+        await asyncio.gather(giving, return_exceptions=True)
+
+
+def _script() -> str:
+    numbers = f'set -- {MAX_REWARD_BYTES} {OUTPUT_BYTES}\n'
+    return read_script('docker_verify') + numbers + read_script('verifier_read')
+
+
+def _command(sandbox: 'PlainSandbox', described: dict, archives: tuple[bytes, ...]) -> list[str]:
+    """The arguments of scripts/docker_verify.sh."""
+    task, image = sandbox.task, sandbox.image
+    user = image.config.get('User') if task.verifier_user is None else str(task.verifier_user)
+    env = {'HOSTNAME': described['Config']['Hostname']} | image.env | task.verifier_env
+    env.setdefault('PATH', PATH)
+    return [
+        user or '0:0',
+        image.workdir,
+        f'{task.verifier_timeout_sec:g}',
+        *(str(len(archive)) for archive in archives),
+        read_script('docker_tests'),
+        *(f'{name}={value}' for name, value in env.items()),
+    ]
+
+
+def _root(used: engine.Engine, described: dict) -> str:
+    """Where the engine's machine has the root of a running container."""
+    if described['HostConfig']['Runtime'] not in ('runc', 'crun', 'io.containerd.runc.v2'):
+        raise Unprotected(f'the runtime {described["HostConfig"]["Runtime"]} keeps its own root')
+    layers = described.get('GraphDriver') or {}
+    if 'MergedDir' in (layers.get('Data') or {}):
+        return layers['Data']['MergedDir']
+    # The place that an engine with containerd's image store mounts it at.
+    return f'{used.info["DockerRootDir"]}/rootfs/{used.info["Driver"]}/{described["Id"]}'
+
+
+def _host_config(
+    sandbox: 'PlainSandbox', described: dict, runtime: str | None, root: str, size: int
+) -> dict:
+    api = sandbox.engine.client.api
+    shared = f'container:{described["Id"]}'
+    # The engine mounts these, in order of depth, since it heeds links on the way to them.
+    binds = [f'{root}:/x']
+    for key, name in (
+        ('HostsPath', 'hosts'),
+        ('HostnamePath', 'hostname'),
+        ('ResolvConfPath', 'resolv.conf'),
+    ):
+        if described.get(key):
+            binds.append(f'{described[key]}:/x/etc/{name}')
+    for mount in described['Mounts']:
+        binds.append(f'{mount.get("Name") or mount["Source"]}:/x{mount["Destination"]}')
+    extra_mb = 64 + math.ceil(2 * size / (1 << 20))  # for what lies in memory here
+    return api.create_host_config(
+        auto_remove=True,
+        binds=binds,
+        read_only=True,
+        tmpfs={'/r': 'rw,exec,suid,dev,mode=755', '/logs': 'rw,exec,suid,dev,mode=755'},
+        pid_mode=shared,
+        network_mode=shared,
+        ipc_mode=shared,
+        cap_add=['SYS_ADMIN', 'WAKE_ALARM'],
+        security_opt=[f'seccomp={json.dumps(_SECCOMP)}', 'apparmor=unconfined', 'label=disable'],
+        pids_limit=sandbox.processes,
+        **containers.limits(sandbox.task, sandbox.engine, extra_mb),
+        oom_score_adj=1000,
+        log_config={'type': 'none'},
+        runtime=runtime,
+    )
+
+
+async def _inside(sandbox: 'PlainSandbox', tests: bytes) -> Verdict:
+    """In the agent's container, as in Harbor."""
+    task = sandbox.task
+    user = {} if task.verifier_user is None else {'user': str(task.verifier_user)}
+    as_root = {'user': '0', 'workdir': '/'}
+    clear = ['bash', '-c', read_script('docker_clear')]
+    code, _ = await sandbox.execute(clear, _SETUP_SEC, **as_root)
+    await asyncio.sleep(_LOOK_SEC)
+    back, told = await sandbox.execute(['ls', '-A', '/logs/verifier'], _SETUP_SEC, **as_root)
+    if code or back or told:
+        await sandbox.end_agent()
+        code, _ = await sandbox.execute(clear, _SETUP_SEC, **as_root)
+        if code != 0:
+            return no_reward('what the agent left in /tests or /logs/verifier cannot be removed')
+    try:
+        await sandbox.restore_tests()
+        await sandbox.put_archive('/tests', tests)
+    except SandboxError as error:
+        if not await sandbox.is_alive():
+            raise
+        return no_reward(f'the tests cannot be put into the sandbox: {error}')
+    script = ['bash', '-c', read_script('docker_tests'), 'bash', sandbox.image.workdir]
+    limit = task.verifier_timeout_sec
+    code, _ = await sandbox.execute(script, limit, environment=task.verifier_env, **user)
+    numbers = f'set -- {MAX_REWARD_BYTES} {OUTPUT_BYTES}\n'
+    read = ['bash', '-c', numbers + read_script('verifier_read')]
+    _, told = await sandbox.execute(read, _SETUP_SEC, **as_root)
+    return read_verdict(told, late=limit if code is None else None)
