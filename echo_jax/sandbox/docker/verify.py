@@ -26,6 +26,8 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
+import docker
+
 from echo_jax.sandbox import PATH, SandboxError, Verdict, channels, read_script
 from echo_jax.sandbox.docker import containers, engine
 from echo_jax.sandbox.docker.images import TOOLS, Images
@@ -236,7 +238,7 @@ def _host_config(
         pids_limit=sandbox.processes,
         **containers.limits(sandbox.task, sandbox.engine, extra_mb),
         oom_score_adj=1000,
-        log_config={'type': 'none'},
+        log_config=docker.types.LogConfig(type='none'),
         runtime=runtime,
     )
 
