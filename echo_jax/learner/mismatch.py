@@ -15,39 +15,39 @@ import jax.numpy as jnp
 from echo_jax.learner.ratios import Array, bounded, segment_mean, segment_sum
 
 # A function of (d, acting, segment_ids, cap) that gives w, all [R, T] but the number `cap`.
-Correction = Callable[[jax.Array, jax.Array, Array, float], jax.Array]
+Correction = Callable[[jax.Array, Array, Array, float], jax.Array]
 
 
-def none(d: jax.Array, acting: jax.Array, segment_ids: Array, cap: float) -> jax.Array:
+def none(d: jax.Array, acting: Array, segment_ids: Array, cap: float) -> jax.Array:
     del acting, segment_ids, cap
     return jnp.ones_like(d)
 
 
-def token(d: jax.Array, acting: jax.Array, segment_ids: Array, cap: float) -> jax.Array:
+def token(d: jax.Array, acting: Array, segment_ids: Array, cap: float) -> jax.Array:
     """min(exp(d), cap), truncated importance sampling."""
     del acting, segment_ids
     return jnp.minimum(jnp.exp(bounded(d)), cap)
 
 
-def sequence(d: jax.Array, acting: jax.Array, segment_ids: Array, cap: float) -> jax.Array:
+def sequence(d: jax.Array, acting: Array, segment_ids: Array, cap: float) -> jax.Array:
     """The same with d summed over the rollout: the ratio of the whole rollout."""
     del acting
     # The sum is bounded, not each token: many small differences make a large one.
     return jnp.minimum(jnp.exp(bounded(segment_sum(d, segment_ids))), cap)
 
 
-def mask(d: jax.Array, acting: jax.Array, segment_ids: Array, cap: float) -> jax.Array:
+def mask(d: jax.Array, acting: Array, segment_ids: Array, cap: float) -> jax.Array:
     """1 if 1/cap <= exp(d) <= cap, else 0: far-off tokens are left out, the others not weighted."""
     del acting, segment_ids
     return (jnp.abs(d) <= jnp.log(cap)).astype(d.dtype)
 
 
-def icepop(d: jax.Array, acting: jax.Array, segment_ids: Array, cap: float) -> jax.Array:
+def icepop(d: jax.Array, acting: Array, segment_ids: Array, cap: float) -> jax.Array:
     """exp(d) if 1/cap <= exp(d) <= cap, else 0 (IcePop, arXiv 2510.18855, with alpha = 1/beta)."""
     return jnp.exp(bounded(d)) * mask(d, acting, segment_ids, cap)
 
 
-def geometric(d: jax.Array, acting: jax.Array, segment_ids: Array, cap: float) -> jax.Array:
+def geometric(d: jax.Array, acting: Array, segment_ids: Array, cap: float) -> jax.Array:
     """1 for a rollout whose geometric mean of exp(d) lies within [1/cap, cap], else 0.
 
     Unlike the product of 'sequence', the mean does not grow with the rollout's length, so long

@@ -25,7 +25,7 @@ class Tokens(NamedTuple):
     log_ratio: jax.Array  # float, their difference, bounded
     ratio: jax.Array  # float, its exp
     advantages: Array  # float
-    acting: jax.Array  # bool, the tokens that are trained on
+    acting: Array  # bool, the tokens that are trained on
     segment_ids: Array  # int
 
 
@@ -38,7 +38,7 @@ class Bounds(NamedTuple):
     dppo_tv: float
 
 
-Shares = dict[str, jax.Array]  # bool [R, T] by metric: its mean over the tokens is logged
+Shares = dict[str, Array]  # bool [R, T] by metric: its mean over the tokens is logged
 Surrogate = Callable[[Tokens, Bounds], tuple[jax.Array, Shares]]
 
 
@@ -109,7 +109,7 @@ SURROGATES: Mapping[str, Surrogate] = {
 }
 
 
-def _clipped(ratio: jax.Array, advantages: Array, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
+def _clipped(ratio: jax.Array, advantages: Array, bounds: Bounds) -> tuple[jax.Array, Array]:
     """The smaller of r A and the clipped r's A, and where that is the clipped one's."""
     gain = ratio * advantages
     clipped_gain = jnp.clip(ratio, 1.0 - bounds.clip_low, 1.0 + bounds.clip_high) * advantages
