@@ -66,7 +66,7 @@ def alone(tmp_path_factory):
     }
 
 
-def assert_same(found, expected, tolerance):
+def assert_same(found, expected, tolerance, least=1e-3):
     assert found.keys() == expected.keys()
     assert abs(expected['loss']) > 0.01
     assert expected['target_tokens'] == 7 + 5 + 5 + 6 + 0 + 0 + 1
@@ -76,7 +76,7 @@ def assert_same(found, expected, tolerance):
         assert found[name].shape == value.shape
         scale = np.abs(value).max()
         if value.ndim:
-            assert scale > 1e-3, name  # a gradient of zeros would show nothing
+            assert scale > least, name  # a gradient of zeros would show nothing
         else:
             scale = max(scale, 1.0)  # the policy's loss is 0 but for rounding
         np.testing.assert_allclose(found[name], value, 0, tolerance * scale, err_msg=name)
@@ -99,7 +99,8 @@ def test_ratios_of_rollouts_whose_tokens_are_on_several_devices(tmp_path):
     expected = finish(outputs[0], start(outputs[0], {}, devices=1, loss=loss))
     assert 0 < expected['mismatch_masked'] < expected['mismatch_masked/count']
     sizes = {'fsdp': 2, 'context': 2, 'tensor': 2}
-    assert_same(finish(outputs[1], start(outputs[1], sizes, loss=loss)), expected, 1e-5)
+    found = finish(outputs[1], start(outputs[1], sizes, loss=loss))
+    assert_same(found, expected, 1e-5, least=1e-4)
 
 
 def test_every_loss_of_divided_arrays_is_that_of_whole_ones():
