@@ -58,34 +58,60 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # cross-entropy is measured on the same tokens, also with `loss.env_coef = 0`.
     c.loss.targets = 'released'
     # What the terms are divided by: 'sequence_mean', by each rollout's own count and by the number
-    # of rollouts; 'token_mean', by the count of tokens in the batch; 'dr_grpo', by the number of
+    # of rollouts; 'token_mean', by the count of tokens in the batch; 'prompt_mean', by the count of
+    # tokens in the rollout's group and by the number of groups; 'dr_grpo', by the number of
     # rollouts times `protocol.max_total_tokens`; see docs/design.md#batch.
     c.loss.reduction = 'sequence_mean'
     # A rollout's own count in the environment term: 'full_observation', all its observation tokens,
     # or 'selected', only its targets.
     c.loss.env_normalization = 'full_observation'
-    # How far below 1 the ratio of a token's new to its old probability is clipped. This cannot act
-    # unless `loss.old_logprobs = 'rollout'`: a batch gets one update, in which the ratio is 1.
+    # What the policy term raises, from the ratio of each token's new to its old probability:
+    # 'clip', PPO's, with two bounds; 'dual_clip', with a third for negative advantages; 'gspo', the
+    # same two bounds on the rollout's ratio; 'cispo', bounds that scale a token's gradient and
+    # never take it away; 'dppo', without the tokens whose probability moved too far. With one
+    # update a batch all have the same gradient, unless `loss.old_logprobs = 'rollout'`.
+    c.loss.policy = 'clip'
+    # How far below 1 the ratio is clipped, from 0 to 1. This cannot act unless `loss.old_logprobs =
+    # 'rollout'`: a batch gets one update, in which the ratio is 1.
     c.loss.clip_low = 0.2
     # How far above 1 that ratio is clipped. This cannot act unless `loss.old_logprobs = 'rollout'`,
-    # like `loss.clip_low`. The paper says 0.28, its released config 0.2.
+    # like `loss.clip_low`. The paper says 0.28, its released config 0.2. 'gspo' needs much smaller
+    # bounds than the others: its paper has 3e-4 below and 4e-4 above.
     c.loss.clip_high = 0.2
+    # How many times its negative advantage a token counts at most with 'dual_clip', more than 1.
+    c.loss.dual_clip = 3.0
+    # How far a token's probability may have moved with 'dppo', between 0 and 1: beyond it a token
+    # is left out that would move further away.
+    c.loss.dppo_tv = 0.15
     # The old probability of a token: 'current', that of the same forward pass; 'recomputed', that
     # before the first update of the batch, which is the same as long as a batch gets one update;
     # 'rollout', that which the sampler gave.
     c.loss.old_logprobs = 'current'
     # How a token's policy term is corrected for the difference between the learner's probabilities
     # and the sampler's: 'none'; 'token', times the ratio of the two, up to a cap; 'sequence', times
-    # the ratio of the whole rollout, up to a cap; 'mask', tokens of a far-off ratio are left out.
+    # the ratio of the whole rollout, up to a cap; 'mask', tokens of a far-off ratio are left out;
+    # 'icepop', the same, and the others are times their ratio; 'geometric', rollouts are left out
+    # whose tokens' ratios have a far-off geometric mean. `loss.policy = 'gspo'` allows only those
+    # of a whole rollout.
     c.loss.mismatch = 'none'
-    # The cap of the ratio of `loss.mismatch`, at least 1. 'mask' leaves out a token whose ratio is
-    # above the cap or below 1 / cap.
+    # The cap of the ratio of `loss.mismatch`, at least 1. 'mask', 'icepop' and 'geometric' leave
+    # out what is above the cap or below 1 / cap.
     c.loss.mismatch_cap = 2.0
     # The weight of the KL divergence to the frozen model that reinforcement learning starts from; 0
     # leaves it out.
     c.loss.kl_coef = 0.0
+    # How that divergence is estimated from a token's two probabilities: 'k1', 'k2' or 'k3', as in
+    # GRPO; see docs/design.md#objective. 'k1' is refused as a loss, where its gradient would not
+    # depend on the frozen model.
+    c.loss.kl = 'k3'
+    # Where it is subtracted: 'loss', from the objective, token by token; 'reward', from the reward
+    # of the rollout, summed over its tokens, before advantages are made. 'reward' is refused with
+    # `loss.advantages = 'maxrl'`.
+    c.loss.kl_in = 'loss'
     # How rewards become advantages within a group: 'grpo', reward minus mean, over the standard
-    # deviation; 'dr_grpo', reward minus mean; 'rloo', reward minus the mean of the other rollouts.
+    # deviation; 'dr_grpo', reward minus mean; 'rloo', reward minus the mean of the other rollouts;
+    # 'maxrl', reward minus mean, over the mean, which has rare successes count more. It counts a
+    # reward below 0 as 0.
     c.loss.advantages = 'grpo'
     # Whether a rollout whose sandbox failed (INFRA_ERROR) counts as one with reward 0, as in the
     # paper's code. If not, it takes no part in its group and in the loss.

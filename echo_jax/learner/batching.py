@@ -5,7 +5,7 @@ the same packer. It needs only NumPy: no JAX, no model and no store.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -21,6 +21,9 @@ from echo_jax.types import (
     Rollout,
     Status,
 )
+
+REDUCTIONS = ('sequence_mean', 'token_mean', 'prompt_mean', 'dr_grpo')
+ENV_NORMALIZATIONS = ('full_observation', 'selected')
 
 
 class _Segment(NamedTuple):
@@ -44,14 +47,16 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     - 'sequence_mean': policy 1/(N |A_i|), env 1/(N O_i), where O_i is the number of observation
       tokens (`loss.env_normalization` 'full_observation') or |E_i| ('selected');
     - 'token_mean': policy 1/sum |A|, env 1/sum |E|;
+    - 'prompt_mean': policy 1/(G sum |A|), env 1/(G sum |E|), with the sums over the rollout's group
+      alone and G the number of groups (arXiv 2510.13786): each task has the same share;
     - 'dr_grpo': 1/(N max_tokens) for both, max_tokens = `protocol.max_total_tokens`.
 
-    A sequence without such tokens still counts in N. A rollout that is `environment_only` trains
-    the environment term alone: it is treated as if it had no ACTION tokens, and its advantage is 0.
-    If it has a call that was not valid (a FEEDBACK token), it does not train that term either,
-    because without a reward the model would learn its format (docs/deviations.md). An INFRA_ERROR
-    counts nowhere and gets no row. With `loss.count_infra_errors` it is a sequence like any other,
-    with reward 0.
+    A sequence without such tokens still counts in N, and its group in G. A rollout that is
+    `environment_only` trains the environment term alone: it is treated as if it had no ACTION
+    tokens, and its advantage is 0. If it has a call that was not valid (a FEEDBACK token), it does
+    not train that term either, because without a reward the model would learn its format
+    (docs/deviations.md). An INFRA_ERROR counts nowhere and gets no row. With
+    `loss.count_infra_errors` it is a sequence like any other, with reward 0.
 
     Raises ValueError for a rollout longer than T, and for more rows than R.
     """
@@ -60,7 +65,7 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     ]
     advantages = _advantages(counted, config.loss.advantages)
     actions = [_mask(r, () if r.environment_only else (Role.ACTION,)) for r in counted]
-    roles = _choice(config.loss, 'targets', ENV_TARGETS)
+    roles = ENV_TARGETS[_checked(config.loss, 'targets', ENV_TARGETS)]
     targets = [_mask(r, () if _teaches_bad_calls(r) else roles) for r in counted]
     policy_counts, env_counts = _denominators(counted, actions, targets, config)
     segments = [
@@ -125,33 +130,38 @@ def _denominators(
     n = len(rollouts)
     action_counts = np.array([m.sum() for m in actions], np.float64)
     target_counts = np.array([m.sum() for m in targets], np.float64)
-    match config.loss.reduction:
+    match _checked(config.loss, 'reduction', REDUCTIONS):
         case 'sequence_mean':
-            observed = {
-                'full_observation': [_mask(r, OBSERVATION_ROLES).sum() for r in rollouts],
-                'selected': target_counts,
-            }
-            chosen = _choice(config.loss, 'env_normalization', observed)
-            return n * action_counts, n * np.asarray(chosen, np.float64)
+            chosen = target_counts
+            if _checked(config.loss, 'env_normalization', ENV_NORMALIZATIONS) != 'selected':
+                observed = [_mask(r, OBSERVATION_ROLES).sum() for r in rollouts]
+                chosen = np.array(observed, np.float64)
+            return n * action_counts, n * chosen
         case 'token_mean':
             return np.full(n, action_counts.sum()), np.full(n, target_counts.sum())
+        case 'prompt_mean':
+            ids = [r.group_id for r in rollouts]
+            group_ids, group = np.unique(np.array(ids, np.int64), return_inverse=True)
+            of_group = [
+                np.bincount(group, counts, len(group_ids))[group] * len(group_ids)
+                for counts in (action_counts, target_counts)
+            ]
+            return of_group[0], of_group[1]
         case 'dr_grpo':
             both = np.full(n, float(n * config.protocol.max_total_tokens))
             return both, both
         case other:
-            raise ValueError(
-                f"loss.reduction is {other!r}; expected 'sequence_mean', 'token_mean' or 'dr_grpo'"
-            )
+            raise NotImplementedError(other)  # a name of REDUCTIONS without its case
 
 
 def _teaches_bad_calls(rollout: Rollout) -> bool:
     return rollout.environment_only and bool((rollout.roles == Role.FEEDBACK).any())
 
 
-def _choice(loss: ml_collections.ConfigDict, key: str, options: dict):
-    if loss[key] not in options:
-        raise ValueError(f'loss.{key} is {loss[key]!r}; expected one of {tuple(options)}')
-    return options[loss[key]]
+def _checked(loss: ml_collections.ConfigDict, key: str, names: Iterable[str]) -> str:
+    if loss[key] not in names:
+        raise ValueError(f'loss.{key} is {loss[key]!r}; expected one of {tuple(names)}')
+    return loss[key]
 
 
 def _mask(rollout: Rollout, roles: Sequence[Role]) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import jax
 import ml_collections
 
+from echo_jax.learner.options import check_clashes, check_options
 from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.run.inert import check_inert, sandbox_kinds
@@ -33,7 +34,9 @@ _AT_LEAST_1 = (
 
 def check_config(config: ml_collections.ConfigDict, overrides: Iterable[str] = ()) -> None:
     """Refuses what the learner's program cannot do here, or would ignore; see `check_inert`."""
+    check_options(config.loss)  # first: a name that nobody knows is not called inert
     check_inert(config, overrides)
+    check_clashes(config.loss)
     _check_values(config)
     _check_learner(config)
 

@@ -32,15 +32,34 @@ def kills_on_request(config: ml_collections.ConfigDict) -> bool:
 
 _KINDS = ('sandbox.backend', 'warm_start.sandbox', 'warm_start.steps')
 
-# Two kinds of keys are not here. loss.clip_low, loss.clip_high and loss.old_logprobs='recomputed'
-# cannot act either, as long as a batch gets one update. The model's sizes have an effect beside
-# model.path too: they are compared with what is there (model/huggingface.py).
+# Two kinds of keys are not here. loss.policy, its bounds and loss.old_logprobs='recomputed' cannot
+# act either, as long as a batch gets one update, except with loss.old_logprobs='rollout'. The
+# model's sizes have an effect beside model.path too: they are compared with what is there
+# (model/huggingface.py).
 INERT = (
     Inert(
         keys=('loss.env_normalization',),
         when=lambda config: config.loss.reduction != 'sequence_mean',
         deciding=('loss.reduction',),
         reason="unless loss.reduction = 'sequence_mean'",
+    ),
+    Inert(
+        keys=('loss.clip_low', 'loss.clip_high'),
+        when=lambda config: config.loss.policy == 'dppo',
+        deciding=('loss.policy',),
+        reason="with loss.policy = 'dppo', which bounds by loss.dppo_tv",
+    ),
+    Inert(
+        keys=('loss.dual_clip',),
+        when=lambda config: config.loss.policy != 'dual_clip',
+        deciding=('loss.policy',),
+        reason="unless loss.policy = 'dual_clip'",
+    ),
+    Inert(
+        keys=('loss.dppo_tv',),
+        when=lambda config: config.loss.policy != 'dppo',
+        deciding=('loss.policy',),
+        reason="unless loss.policy = 'dppo'",
     ),
     Inert(
         keys=('loss.mismatch',),
@@ -53,6 +72,12 @@ INERT = (
         when=lambda config: config.loss.mismatch == 'none',
         deciding=('loss.mismatch',),
         reason="with loss.mismatch = 'none'",
+    ),
+    Inert(
+        keys=('loss.kl', 'loss.kl_in'),
+        when=lambda config: config.loss.kl_coef == 0,
+        deciding=('loss.kl_coef',),
+        reason='with loss.kl_coef = 0',
     ),
     Inert(
         keys=('protocol.max_commands_per_turn',),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base, qwen3_8b, tiny
-from echo_jax.learner.batching import make_batch
+from echo_jax.learner.batching import REDUCTIONS, make_batch
 from echo_jax.learner.losses import echo_loss
 from echo_jax.model.families import FAMILIES
 from echo_jax.model.huggingface import recipe_config
@@ -29,8 +29,12 @@ CHOICES = {
         {'loss.reduction': 'token_mean'},
         {'loss.reduction': 'sequence_mean'},
     ),
+    'loss.clip_low': ({'loss.policy': 'dppo'}, {'loss.policy': 'clip'}),
+    'loss.dual_clip': ({'loss.policy': 'clip'}, {'loss.policy': 'dual_clip'}),
+    'loss.dppo_tv': ({'loss.policy': 'cispo'}, {'loss.policy': 'dppo'}),
     'loss.mismatch': ({'loss.old_logprobs': 'rollout'}, {'loss.old_logprobs': 'current'}),
     'loss.mismatch_cap': ({'loss.mismatch': 'none'}, {'loss.mismatch': 'token'}),
+    'loss.kl': ({'loss.kl_coef': 0.0}, {'loss.kl_coef': 0.1}),
     'protocol.max_commands_per_turn': (
         {'protocol.command_selection': 'all'},
         {'protocol.command_selection': 'last'},
@@ -168,7 +172,8 @@ def test_the_count_of_observations_is_read_only_by_sequences():
         return np.asarray(make_batch(rollouts, config).env_weight)
 
     counts = ['full_observation', 'selected']
-    for reduction, differ in {'sequence_mean': True, 'token_mean': False, 'dr_grpo': False}.items():
+    for reduction in REDUCTIONS:
+        differ = reduction == 'sequence_mean'
         one, two = (weights(reduction=reduction, env_normalization=count) for count in counts)
         assert one.any() and (one != two).any() == differ
 
@@ -205,6 +210,15 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
         ({'seed': 1 << 31}, 'seed is 2147483648; expected 0 to 2147483647'),
         ({'max_staleness': -1}, 'max_staleness is -1; expected 0 or more steps'),
         ({'max_staleness': 1}, 'max_staleness is 1; the embedded policy samples every step'),
+        (
+            {'loss.policy': 'ppo'},
+            "loss.policy is 'ppo'; expected one of ('clip', 'dual_clip', 'gspo'",
+        ),
+        ({'loss.dual_clip': 1.0}, 'loss.dual_clip is 1.0; expected more than 1'),
+        (
+            {'loss.policy': 'gspo', 'loss.mismatch': 'token'},
+            "loss.policy='gspo', loss.mismatch='token' make no sense together",
+        ),
         ({'batch.seq_len': 287}, 'batch.seq_len=287 cannot hold a rollout'),
         ({'policy.slots': 7}, 'policy.slots=7 cannot hold a group of 8 rollouts'),
         ({'eval.samples': 65}, 'policy.slots=64 cannot hold a group of 65 rollouts'),

@@ -1,10 +1,10 @@
 """Loss and gradients of one batch on some mesh, in a process of its own; test_mesh.py runs it.
 
-    mesh_step.py OUTPUT.npz '{"fsdp": 4, "tensor": 2}' [DTYPE]
+    mesh_step.py OUTPUT.npz '{"fsdp": 4, "tensor": 2}' [DTYPE] [LOSS]
 
-OUTPUT gets every gradient under its flat name, the sum and the count of every metric, and `held`,
-the largest share of a layer's matrix that one device holds. With several processes, process 0
-writes it.
+LOSS has keys of `loss`, as JSON. OUTPUT gets every gradient under its flat name, the sum and the
+count of every metric, and `held`, the largest share of a layer's matrix that one device holds. With
+several processes, process 0 writes it.
 """
 
 import json
@@ -59,9 +59,10 @@ def draw_batch(config):
     return make_batch(rollouts, config)
 
 
-def main(output, sizes, dtype='float32'):
+def main(output, sizes, dtype='float32', loss='{}'):
     distributed.start()
     config = small_config(groups=4, group_size=2, seq_len=16, micro_rows=8, pack=False)
+    config.loss.update(json.loads(loss))
     config.model.update(SIZES | {'dtype': dtype})
     config.policy.temperature = 0.7
     config.mesh.update({'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1} | sizes)
