@@ -15,6 +15,7 @@ from echo_jax.run.inert import check_inert, sandbox_kinds
 from echo_jax.run.workdir import read_tokenizer
 
 _AT_LEAST_1 = (
+    'num_epochs',
     'group_size',
     'batch.groups',
     'batch.micro_rows',
@@ -47,7 +48,7 @@ def sandboxes_here(config: ml_collections.ConfigDict) -> set[str]:
 def _check_values(config: ml_collections.ConfigDict) -> None:
     for key in _AT_LEAST_1:
         value = operator.attrgetter(key)(config)
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
     if config.policy.backend not in ('jax', 'vllm'):
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")
