@@ -25,7 +25,6 @@ import ml_collections
 
 from configs import base
 
-
 # What we hold to be better than the released recipe.
 OURS = {
     'sandbox.shell': 'persistent',  # as at a terminal: `cd` and variables last

@@ -62,8 +62,10 @@ async def run_episode(
     """Starts the sandbox, lets the policy work in it, verifies, and in any case stops the sandbox.
 
     docs/protocol.md#budgets says what a spent budget means, by `protocol.at_max_total_tokens` and
-    `protocol.at_agent_timeout`; after any other end the verifier runs. `seed` is the run's. Raises PolicyFailed if the policy fails. What else it raises is the fault of the
-    task or of its sandbox; run_group tries again after a SandboxError.
+    `protocol.at_agent_timeout`; after any other end the verifier runs. `seed` is the run's.
+
+    Raises PolicyFailed if the policy fails. What else it raises is the fault of the task or of its
+    sandbox; run_group tries again after a SandboxError.
     """
     conversation, counts = protocol.start(task.instruction), _Counts()
     episode = _Episode(
