@@ -24,10 +24,13 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     # Every random number of the run is derived from this one.
     c.seed = 0
-    # The number of learner updates of reinforcement learning. The paper's runs take 500 to 1,000,
-    # and ECHO is at its best at 240; the "2 epochs" of the released code are of tasks that were not
-    # released.
-    c.num_steps = 500
+    # The number of steps of reinforcement learning, a batch each. The released code takes 2 epochs
+    # of 8,770 tasks, 548 whole batches each. The paper's runs take 500 to 1,000, and ECHO is at its
+    # best at 240.
+    c.num_steps = 1096
+    # How often training goes through its tasks, which gives the number of steps in the place of
+    # `num_steps`: an epoch has as many as there are whole batches of `batch.groups` tasks.
+    c.num_epochs = placeholder(int)
     # The number of rollouts of one task that are drawn together and whose rewards are compared.
     c.group_size = 16
     # How many updates the weights that sample a rollout may be behind the weights that it trains.
@@ -132,6 +135,14 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.protocol.max_context_tokens = 16_384
     # The number of tokens of a whole rollout, prompt and observations included, at most.
     c.protocol.max_total_tokens = 34_096
+    # What an episode earns that has spent `protocol.max_total_tokens`: 'discard', reward 0 without
+    # a test, as in the released code; its tokens are trained on; 'verify', what the tests say.
+    c.protocol.at_max_total_tokens = 'discard'
+    # What happens to an episode that has spent the agent's time: 'discard', as in the released
+    # code: reward 0, no token is trained on, but it counts in its group and in the number of
+    # rollouts, and the time covers the sandbox's start and the tests too; 'verify', what the tests
+    # say is trained on, and the time is the agent's alone.
+    c.protocol.at_agent_timeout = 'discard'
     # A task whose prompt has more tokens is dropped when tasks are read.
     c.protocol.max_prompt_tokens = 1536
     # The number of seconds that a command may run if its call names no timeout.
@@ -156,7 +167,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # the penalty off; see docs/protocol.md#reward.
     c.protocol.length_penalty_coef = 0.0
     # The number of tokens after the prompt that cost no reward.
-    c.protocol.length_penalty_start = 0
+    c.protocol.length_penalty_start = 20_000
 
     # The model. Its sizes have the names of Hugging Face's config.json. A size of None is what
     # config.json of `model.path` says; one that is given must be the same there. Without
@@ -236,6 +247,9 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.optimizer.learning_rate = 1e-6
     # The number of steps in which the learning rate rises to `learning_rate` linearly.
     c.optimizer.warmup_steps = 20
+    # Where that rise begins: 'zero', the first step's rate is 0, so that it changes nothing, as in
+    # the released code; 'one', at one part of `warmup_steps` + 1, so that no step is lost.
+    c.optimizer.warmup_from = 'zero'
     # The number of steps after the warm-up in which the learning rate falls linearly to a tenth; 0
     # means that it stays.
     c.optimizer.decay_steps = 0
@@ -353,7 +367,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The temperature of the rollouts of held-out tasks.
     c.eval.temperature = 0.6
     # The number of rollouts of every held-out task, drawn before training and again after it.
-    c.eval.samples = 1
+    c.eval.samples = 8
     # The number of steps between two measurements of the environment cross-entropy.
     c.eval.every = 20
 

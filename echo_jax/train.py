@@ -24,7 +24,7 @@ from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_config, sandboxes_here
 from echo_jax.run.measures import env_ce, seconds_under_time, solve_rate
-from echo_jax.run.sources import GroupsAhead, draw_heldout, make_source, read_splits
+from echo_jax.run.sources import GroupsAhead, count_steps, draw_heldout, make_source, read_splits
 from echo_jax.run.warm_start import first_params
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
@@ -48,6 +48,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         tokenizer = work.tokenizer()
         protocol = Protocol(tokenizer, config.protocol)
         splits = read_splits(work, protocol)
+    num_steps = count_steps(config, len(splits['train']))
 
     # ---------------------------------------------- the model on its mesh, and the rollouts' source
     model = ShardedModel.of(config)
@@ -72,7 +73,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         state, extra, done = restored
         tasks.set_state(extra['tasks'])
         clock.resume(extra['seconds'])
-        report.CONSOLE.print(f'resumed at step {done} of {config.num_steps}')
+        report.CONSOLE.print(f'resumed at step {done} of {num_steps}')
     metrics.resume(done)
     if leads:
         WeightStore(work.url('weights')).rewind(done)
@@ -82,7 +83,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     del params
 
     # ---------------------------------------------------------------------- reinforcement learning
-    ahead = GroupsAhead(tasks, source, config)
+    ahead = GroupsAhead(tasks, source, config, num_steps)
 
     def save():
         if checkpointer.latest() != done:
@@ -91,8 +92,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
             checkpointer.save(done, state, {'tasks': ahead.position, 'seconds': clock.seconds()})
 
     try:
-        with report.Progress('train', config.num_steps, done) as progress:
-            while done < config.num_steps:
+        with report.Progress('train', num_steps, done) as progress:
+            while done < num_steps:
                 started = time.monotonic()
                 rollouts = ahead.draw(done)
                 drawn = time.monotonic()
@@ -107,7 +108,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
                 values['time/sampling'] = drawn - started
                 values['time/learning'] = time.monotonic() - drawn
-                if done % config.eval.every == 0 and done < config.num_steps:
+                if done % config.eval.every == 0 and done < num_steps:
                     values['eval/env_ce'] = env_ce(score, state.params, fixed, config)['all']
                 metrics.write(done, values)
                 if done % config.checkpoint.every == 0:

@@ -104,7 +104,7 @@ class Rollout:
     group_id: int  # numbers the groups of the whole run
     sample_id: int  # within the group
     environment_only: bool = False  # the task's: it has a part in the environment loss alone
-    reason: str = ''  # one line that explains a VERIFIER_ERROR or an INFRA_ERROR
+    reason: str = ''  # one line on why there is no reward of the tests, if there is none
     tests_output: str = ''  # the end of what the task's tests printed
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # for people to read only
 

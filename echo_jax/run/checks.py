@@ -17,6 +17,7 @@ from echo_jax.run.workdir import read_tokenizer
 
 _SEEDS = 1 << 31  # Grain and NumPy take no negative ones, JAX no larger ones
 _AT_LEAST_1 = (
+    'num_epochs',
     'group_size',
     'batch.groups',
     'batch.micro_rows',
@@ -53,7 +54,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f'seed is {config.seed}; expected 0 to {_SEEDS - 1}')
     for key in _AT_LEAST_1:
         value = operator.attrgetter(key)(config)
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
     if config.policy.backend not in ('jax', 'vllm'):
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")

@@ -92,6 +92,12 @@ INERT = (
         reason='with protocol.length_penalty_coef = 0',
     ),
     Inert(
+        keys=('optimizer.warmup_from',),
+        when=lambda config: config.optimizer.warmup_steps == 0,
+        deciding=('optimizer.warmup_steps',),
+        reason='with optimizer.warmup_steps = 0',
+    ),
+    Inert(
         keys=('sharding.vocab', 'sharding.heads', 'sharding.kv_heads', 'sharding.mlp'),
         when=lambda config: config.mesh.tensor == 1,
         deciding=('mesh.tensor',),
@@ -140,6 +146,12 @@ INERT = (
         when=lambda config: sandbox_kinds(config) == {'harbor'},
         deciding=_KINDS,
         reason="if all commands run in 'harbor', which has no such limit",
+    ),
+    Inert(
+        keys=('num_steps',),
+        when=lambda config: config.num_epochs is not None,
+        deciding=('num_epochs',),
+        reason='if num_epochs names the number of epochs, which gives the steps',
     ),
     Inert(
         keys=('tasks.train_count',),

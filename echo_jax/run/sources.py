@@ -251,6 +251,19 @@ def read_splits(work: Workdir, protocol: Protocol) -> dict[str, TaskSource]:
     return splits
 
 
+def count_steps(config: ml_collections.ConfigDict, tasks: int) -> int:
+    """The steps of a run with that many training tasks, by `num_steps` or by `num_epochs`."""
+    if config.num_epochs is None:
+        return config.num_steps
+    steps = config.num_epochs * (tasks // config.batch.groups)
+    if not steps:
+        raise ValueError(
+            f'{tasks} training tasks are no whole batch of batch.groups={config.batch.groups}, so '
+            f'num_epochs={config.num_epochs} has no step; lower batch.groups or set num_steps'
+        )
+    return steps
+
+
 def draw_heldout(
     source: Source,
     heldout: Sequence[Task],
@@ -279,8 +292,11 @@ class GroupsAhead:
     They are posted ahead, so that workers draw them while the learner learns.
     """
 
-    def __init__(self, tasks: TaskIterator, source: Source, config: ml_collections.ConfigDict):
+    def __init__(
+        self, tasks: TaskIterator, source: Source, config: ml_collections.ConfigDict, num_steps: int
+    ):
         self._tasks, self._source, self._config = tasks, source, config
+        self._num_steps = num_steps
         # Of each step ahead: where the tasks stood before it, and its groups.
         self._posted: collections.deque[tuple[dict, DueGroups]] = collections.deque()
 
@@ -290,7 +306,7 @@ class GroupsAhead:
         Raises Stopped if a stop is requested.
         """
         config = self._config
-        last = min(done + config.max_staleness, config.num_steps - 1)
+        last = min(done + config.max_staleness, self._num_steps - 1)
         for number in range(done + len(self._posted), last + 1):
             position, drawn = self._tasks.get_state(), next(self._tasks)
             due = DueGroups(

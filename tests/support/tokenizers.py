@@ -99,5 +99,7 @@ def protocol_config():
             parse_after_think=False,
             length_penalty_coef=0.0,
             length_penalty_start=0,
+            at_max_total_tokens='verify',
+            at_agent_timeout='verify',
         )
     )
