@@ -16,7 +16,7 @@ from echo_jax.model.families import FAMILIES
 from echo_jax.model.huggingface import recipe_config
 from echo_jax.run import rollout_worker
 from echo_jax.run.checks import check_config
-from echo_jax.run.inert import INERT, check_inert, flat, keys_of
+from echo_jax.run.inert import INERT, check_inert, flat, inert_keys, keys_of
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.tasks.generate import generate_tasks
@@ -25,6 +25,17 @@ from tests.support.small_run import ROOT
 
 # For each row of INERT, by its first key: a choice that makes its keys inert, one that does not.
 CHOICES = {
+    'batch.mini': ({'batch.updates': 1}, {'batch.updates': 4}),
+    'loss.old_logprobs': (
+        {'batch.updates': 1, 'batch.epochs': 1},
+        {'batch.updates': 1, 'batch.epochs': 2},
+    ),
+    'loss.clip_low': (
+        {'loss.old_logprobs': 'current', 'batch.updates': 4},
+        {'loss.old_logprobs': 'recomputed', 'batch.updates': 4},
+    ),
+    'loss.redraw_limit': ({'loss.equal_groups': 'drop'}, {'loss.equal_groups': 'redraw'}),
+    'loss.count_truncated': ({'loss.mask_truncated': False}, {'loss.mask_truncated': True}),
     'loss.env_normalization': (
         {'loss.reduction': 'token_mean'},
         {'loss.reduction': 'sequence_mean'},
@@ -61,6 +72,10 @@ CHOICES = {
     'tasks.train_count': ({'tasks.train': 'set'}, {'tasks.train': ''}),
     'tasks.heldout_count': ({'tasks.heldout': 'set'}, {'tasks.heldout': ''}),
     'warm_start.rollouts': ({'warm_start.steps': 0}, {'warm_start.steps': 3}),
+    'warm_start.demonstrations': (
+        {'warm_start.steps': 3, 'warm_start.explore_steps': 3},
+        {'warm_start.steps': 3, 'warm_start.explore_steps': 2},
+    ),
 }
 ROWS = pytest.mark.parametrize('row', INERT, ids=lambda row: row.keys[0])
 
@@ -100,11 +115,12 @@ def test_a_key_is_refused_only_if_it_is_inert(row):
     assert len(keys) >= len(row.keys)
     check_inert(with_values(**inert), inert)
     for key in keys:
-        changed = {key: another(defaults[key])}
-        # By a flag, even to its default.
+        changed = {key: row.values[0] if row.values else another(defaults[key])}
+        # By a flag, even to its default, if that is not the value that acts.
+        given = changed if row.values else {key: defaults[key]}
         with pytest.raises(ValueError) as error:
-            check_inert(with_values(**inert), [key])
-        assert f'--config.{key}={defaults[key]} has no effect {row.reason}' in str(error.value)
+            check_inert(with_values(**inert, **given), [key])
+        assert f'--config.{key}={given[key]} has no effect {row.reason}' in str(error.value)
         assert f'change {row.deciding[0]}' in str(error.value)
         # By a recipe.
         with pytest.raises(ValueError) as error:
@@ -114,6 +130,25 @@ def test_a_key_is_refused_only_if_it_is_inert(row):
         # A flag that turns something off leaves the recipe as it is.
         check_inert(with_values(**inert, **changed), inert)
         check_inert(with_values(**acting, **changed), [*acting, key])
+
+
+def test_a_value_that_acts_is_not_refused():
+    check_inert(base.get_config(), ['loss.old_logprobs'])  # 'current'
+    check_inert(with_values(**{'loss.old_logprobs': 'rollout'}), ['loss.old_logprobs'])
+
+
+def test_all_that_cannot_act_is_named():
+    config = qwen3_8b.get_config()
+    found = inert_keys(config)
+    assert found == sorted(set(found))
+    assert {'loss.clip_low', 'loss.clip_high', 'batch.mini', 'warm_start.optimizer'} <= set(found)
+    assert config.loss.clip_high == 0.2  # the released value, though it cannot act
+    assert 'loss.old_logprobs' not in found  # 'current' acts, 'recomputed' would not
+    config.loss.old_logprobs = 'recomputed'
+    assert 'loss.old_logprobs' in inert_keys(config)
+    config.batch.epochs = 2
+    assert {'loss.clip_low', 'loss.old_logprobs'}.isdisjoint(inert_keys(config))
+    assert 'sharding.vocab' not in inert_keys(tiny.get_config())  # it has no such key
 
 
 def test_an_element_of_a_tuple_is_its_key():
@@ -201,6 +236,14 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
         ({'group_size': 0}, 'group_size is 0; expected at least 1'),
         ({'sandbox.at_once': 0}, 'sandbox.at_once is 0; expected at least 1'),
         ({'policy.backend': 'torch'}, "policy.backend is 'torch'; expected 'jax' or 'vllm'"),
+        ({'batch.updates': 0}, 'batch.updates is 0; expected at least 1'),
+        ({'batch.updates': 3}, 'batch.updates=3 does not divide the 8 groups of a batch'),
+        ({'batch.mini': 'rows'}, "batch.mini is 'rows'; expected one of ('groups', 'rollouts')"),
+        ({'loss.equal_groups': 'forget'}, "loss.equal_groups is 'forget'; expected one of"),
+        (
+            {'loss.equal_groups': 'redraw', 'loss.redraw_limit': 0},
+            'loss.redraw_limit is 0; expected at least 1',
+        ),
         ({'max_staleness': -1}, 'max_staleness is -1; expected 0 or more steps'),
         ({'max_staleness': 1}, 'max_staleness is 1; the embedded policy samples every step'),
         ({'batch.seq_len': 287}, 'batch.seq_len=287 cannot hold a rollout'),
