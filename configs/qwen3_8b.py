@@ -14,8 +14,9 @@ pass@1 1.57 to 5.17 percent, val100 34.2 to 63.7, environment CE on val100 0.29 
 
 `--config=configs/qwen3_8b.py:grpo` is the same run without the environment term. Where the paper
 and its released config differ, this is the released config: both clips 0.2 (paper: 0.2 and 0.28),
-AdamW's b2 0.999 (0.95), policy term by sequence. It departs from the released code in one number:
-an infrastructure failure is nobody's reward there, 0 in the code (`loss.count_infra_errors`).
+which cannot act with one update a batch; AdamW's b2 0.999 (0.95); policy term by sequence. It
+departs from the released code in one number: an infrastructure failure is nobody's reward there, 0
+in the code (`loss.count_infra_errors`).
 """
 
 import ml_collections

@@ -158,7 +158,8 @@ def main(argv: Sequence[str]) -> None:
         sandbox_maker(config, backend).close()  # fails now if this machine allows no sandbox
     report.CONSOLE.quiet = not distributed.leads()
     if idle := inert_keys(config):
-        report.CONSOLE.print(f'cannot act with the other keys of this recipe: {", ".join(idle)}')
+        line = f'cannot act with the other keys of this recipe: {", ".join(idle)}'
+        report.CONSOLE.print(line, soft_wrap=True)
     with distributed.leader_first('workdir'):
         work = Workdir(_WORKDIR.value, config)
     try:

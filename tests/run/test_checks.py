@@ -238,7 +238,10 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
         ({'policy.backend': 'torch'}, "policy.backend is 'torch'; expected 'jax' or 'vllm'"),
         ({'batch.updates': 0}, 'batch.updates is 0; expected at least 1'),
         ({'batch.updates': 3}, 'batch.updates=3 does not divide the 8 groups of a batch'),
-        ({'batch.mini': 'rows'}, "batch.mini is 'rows'; expected one of ('groups', 'rollouts')"),
+        (
+            {'batch.mini': 'rows', 'batch.updates': 2},
+            "batch.mini is 'rows'; expected one of ('groups', 'rollouts')",
+        ),
         ({'loss.equal_groups': 'forget'}, "loss.equal_groups is 'forget'; expected one of"),
         (
             {'loss.equal_groups': 'redraw', 'loss.redraw_limit': 0},
