@@ -50,6 +50,14 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.batch.micro_rows = 1
     # Whether several rollouts share a row if they fit into it. They never attend to each other.
     c.batch.pack = True
+    # The number of mini-batches that a batch is cut into, each for one update of the optimizer;
+    # advantages are those of the whole batch, and each mini-batch is normalised by its own counts.
+    # See docs/design.md#updates.
+    c.batch.updates = 1
+    # How often a batch is gone through. A step has `batch.updates` x `batch.epochs` updates.
+    c.batch.epochs = 1
+    # What a batch is cut between: 'groups', which stay whole, or 'rollouts'.
+    c.batch.mini = 'groups'
 
     # The objective; see docs/design.md#objective.
     c.loss = ml_collections.ConfigDict()
@@ -74,21 +82,21 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # never take it away; 'dppo', without the tokens whose probability moved too far. With one
     # update a batch all have the same gradient, unless `loss.old_logprobs = 'rollout'`.
     c.loss.policy = 'clip'
-    # How far below 1 the ratio is clipped, from 0 to 1. This cannot act unless `loss.old_logprobs =
-    # 'rollout'`: a batch gets one update, in which the ratio is 1.
+    # How far below 1 the ratio is clipped, from 0 to 1. In the released recipe this cannot act: a
+    # batch gets one update, in which the ratio is 1.
     c.loss.clip_low = 0.2
-    # How far above 1 that ratio is clipped. This cannot act unless `loss.old_logprobs = 'rollout'`,
-    # like `loss.clip_low`. The paper says 0.28, its released config 0.2. 'gspo' needs much smaller
-    # bounds than the others: its paper has 3e-4 below and 4e-4 above.
+    # How far above 1 that ratio is clipped, which cannot act in the same case. The paper says 0.28,
+    # its released config 0.2. 'gspo' needs much smaller bounds than the others: its paper has 3e-4
+    # below and 4e-4 above.
     c.loss.clip_high = 0.2
     # How many times its negative advantage a token counts at most with 'dual_clip', more than 1.
     c.loss.dual_clip = 3.0
     # How far a token's probability may have moved with 'dppo', between 0 and 1: beyond it a token
     # is left out that would move further away.
     c.loss.dppo_tv = 0.15
-    # The old probability of a token: 'current', that of the same forward pass; 'recomputed', that
-    # before the first update of the batch, which is the same as long as a batch gets one update;
-    # 'rollout', that which the sampler gave.
+    # The old probability of a token: 'current', that of the same forward pass, so that the ratio is
+    # 1 in every update; 'recomputed', that before the first update of the batch, which is another
+    # one only if a step has several updates; 'rollout', that which the sampler gave.
     c.loss.old_logprobs = 'current'
     # How a token's policy term is corrected for the difference between the learner's probabilities
     # and the sampler's: 'none'; 'token', times the ratio of the two, up to a cap; 'sequence', times
@@ -119,6 +127,17 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # Whether a rollout whose sandbox failed (INFRA_ERROR) counts as one with reward 0, as in the
     # paper's code. If not, it takes no part in its group and in the loss.
     c.loss.count_infra_errors = False
+    # What happens to a group of equal rewards, from which the policy term learns nothing: 'keep',
+    # it counts in N and trains the environment term; 'drop', it counts in the environment term
+    # alone; 'redraw', a group of another task takes its place. See docs/design.md#eligibility.
+    c.loss.equal_groups = 'keep'
+    # The number of tasks that one step may draw in the place of such groups, at most.
+    c.loss.redraw_limit = 16
+    # Whether a rollout that spent a budget (TRUNCATED or AGENT_TIMEOUT) is kept out of the policy
+    # gradient; it trains the environment term all the same.
+    c.loss.mask_truncated = False
+    # Whether such a rollout still counts in its group's mean and in the policy term's N.
+    c.loss.count_truncated = True
 
     # The agent's conversation; see docs/protocol.md.
     c.protocol = ml_collections.ConfigDict()

@@ -16,9 +16,10 @@ Variants: `--config=configs/qwen3_8b.py:grpo` is the same run without the enviro
 `:ours` the same with what we hold to be better; OURS below says what that changes.
 
 Where the paper and its released config differ, this is the released config: both clips 0.2 (paper:
-0.2 and 0.28), AdamW's b2 0.999 (0.95), policy term by sequence. tests/test_released.py compares
-every value. It departs from the released code in one: an infrastructure failure is nobody's reward
-here, 0 in the code (`loss.count_infra_errors`). docs/deviations.md has what no key says.
+0.2 and 0.28), which cannot act with one update a batch; AdamW's b2 0.999 (0.95); policy term by
+sequence. tests/test_released.py compares every value. It departs from the released code in one: an
+infrastructure failure is nobody's reward here, 0 in the code (`loss.count_infra_errors`).
+docs/deviations.md has what no key says.
 """
 
 import ml_collections

@@ -17,13 +17,14 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from echo_jax.agent.protocol import Protocol
-from echo_jax.learner import batching, distributed, sharding
+from echo_jax.learner import batching, distributed, eligibility, sharding, updates
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
-from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_config, sandboxes_here
+from echo_jax.run.inert import inert_keys
 from echo_jax.run.measures import env_ce, seconds_under_time, solve_rate
+from echo_jax.run.redraw import redraw_equal
 from echo_jax.run.sources import GroupsAhead, count_steps, draw_heldout, make_source, read_splits
 from echo_jax.run.warm_start import first_params
 from echo_jax.run.workdir import Workdir
@@ -52,7 +53,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
     # ---------------------------------------------- the model on its mesh, and the rollouts' source
     model = ShardedModel.of(config)
-    score = model.score()
+    score, with_old_logprobs = model.score(), model.with_old_logprobs()
     source = make_source(work, model, tokenizer, protocol, splits, stop)
 
     # ------------------------------------------------------- the model that the run starts from
@@ -95,13 +96,20 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         with report.Progress('train', num_steps, done) as progress:
             while done < num_steps:
                 started = time.monotonic()
-                rollouts = ahead.draw(done)
+                rollouts, redrawn = redraw_equal(ahead.draw(done), source, splits, config, done)
                 drawn = time.monotonic()
 
-                batch = sharding.put_batch(batching.make_batch(rollouts, config), model.mesh)
-                state, sums = step(state, batch, config.loss.env_coef, reference)
-                values = {f'train/{name}': v for name, v in finish_metrics(sums).items()}
-                values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
+                batches = [
+                    with_old_logprobs(state.params, sharding.put_batch(batch, model.mesh))
+                    for batch in updates.mini_batches(rollouts, config, done)
+                ]
+                sums = []
+                for number in updates.order(config, done):
+                    state, added = step(state, batches[number], config.loss.env_coef, reference)
+                    sums.append(added)
+                values = {f'train/{name}': v for name, v in updates.finish_updates(sums).items()}
+                values |= seconds_under_time(batching.rollout_metrics(rollouts, done)) | redrawn
+                values |= eligibility.eligibility_metrics(rollouts, config.loss)
                 ahead.trained()
                 done += 1
                 source.publish(state.params, done)
@@ -150,6 +158,9 @@ def main(argv: Sequence[str]) -> None:
     for backend in sandboxes_here(config):
         sandbox_maker(config, backend).close()  # fails now if this machine allows no sandbox
     report.CONSOLE.quiet = not distributed.leads()
+    if idle := inert_keys(config):
+        line = f'cannot act with the other keys of this recipe: {", ".join(idle)}'
+        report.CONSOLE.print(line, soft_wrap=True)
     with distributed.leader_first('workdir'):
         work = Workdir(_WORKDIR.value, config)
     try:

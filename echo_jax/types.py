@@ -122,6 +122,8 @@ class Batch(NamedTuple):
     segment_ids: np.ndarray  # int32 [R, T], from 1 in every row; 0 is padding
     roles: np.ndarray  # uint8 [R, T], Role
     rollout_logprobs: np.ndarray  # float32 [R, T], nats
+    # float32 [R, T], nats: of the policy before the batch's first update; 0 if it is not asked for
+    old_logprobs: np.ndarray
     advantages: np.ndarray  # float32 [R, T], the rollout's advantage on its ACTION tokens, else 0
     policy_weight: np.ndarray  # float32 [R, T], of the policy loss; 0 unless ACTION
     env_weight: np.ndarray  # float32 [R, T], of the environment loss; 0 unless a target

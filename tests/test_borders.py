@@ -41,6 +41,7 @@ MODULES_WITH_JAX = {
     'echo_jax.run.checks',
     'echo_jax.run.exporting',
     'echo_jax.run.scoring',
+    'echo_jax.run.redraw',
     'echo_jax.run.sources',
     'echo_jax.run.warm_start',
 }

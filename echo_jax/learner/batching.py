@@ -11,6 +11,7 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
+from echo_jax.learner import eligibility
 from echo_jax.learner.advantages import group_advantages
 from echo_jax.types import (
     ENV_TARGETS,
@@ -24,6 +25,14 @@ from echo_jax.types import (
 
 REDUCTIONS = ('sequence_mean', 'token_mean', 'prompt_mean', 'dr_grpo')
 ENV_NORMALIZATIONS = ('full_observation', 'selected')
+
+
+class Judged(NamedTuple):
+    """A rollout, with what only its whole batch can say of its place in the policy term."""
+
+    rollout: Rollout
+    advantage: float
+    part: eligibility.Part
 
 
 class _Segment(NamedTuple):
@@ -56,25 +65,38 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     tokens, and its advantage is 0. If it has a call that was not valid (a FEEDBACK token), it does
     not train that term either, because without a reward the model would learn its format
     (docs/deviations.md). An INFRA_ERROR counts nowhere and gets no row. With
-    `loss.count_infra_errors` it is a sequence like any other, with reward 0.
+    `loss.count_infra_errors` it is a sequence like any other, with reward 0. What eligibility.py takes out of the policy term is a sequence without ACTION
+    tokens in it too, or none of its N, and stays what it was in the environment term.
 
     Raises ValueError for a rollout longer than T, and for more rows than R.
     """
-    counted = [
-        r for r in rollouts if config.loss.count_infra_errors or r.status != Status.INFRA_ERROR
-    ]
-    advantages = _advantages(counted, config.loss.advantages)
-    actions = [_mask(r, () if r.environment_only else (Role.ACTION,)) for r in counted]
+    return weigh(judge(rollouts, config), config, batch_rows(config))
+
+
+def judge(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -> list[Judged]:
+    """The rollouts of a whole batch that have a part in it, with their advantages."""
+    counted = eligibility.counted(rollouts, config.loss)
+    parts = eligibility.policy_parts(counted, config.loss)
+    advantages = np.zeros(len(counted), np.float32)
+    compared = [i for i, part in enumerate(parts) if part.compares]
+    advantages[compared] = _advantages([counted[i] for i in compared], config.loss.advantages)
+    advantages[[not part.trains for part in parts]] = 0.0
+    return [Judged(*each) for each in zip(counted, advantages, parts)]
+
+
+def weigh(judged: Sequence[Judged], config: ml_collections.ConfigDict, rows: int) -> Batch:
+    """The batch [rows, T] of these rollouts, by their own counts: see `make_batch`."""
+    counted = [j.rollout for j in judged]
+    actions = [_mask(j.rollout, (Role.ACTION,) if j.part.trains else ()) for j in judged]
     roles = ENV_TARGETS[_checked(config.loss, 'targets', ENV_TARGETS)]
     targets = [_mask(r, () if _teaches_bad_calls(r) else roles) for r in counted]
-    policy_counts, env_counts = _denominators(counted, actions, targets, config)
+    sequences = sum(j.part.counts for j in judged)
+    policy_counts, env_counts = _denominators(counted, actions, targets, config, sequences)
     segments = [
-        _Segment(rollout, advantage, _weight(action, a), _weight(target, e))
-        for rollout, advantage, action, target, a, e in zip(
-            counted, advantages, actions, targets, policy_counts, env_counts
-        )
+        _Segment(j.rollout, j.advantage, _weight(action, a), _weight(target, e))
+        for j, action, target, a, e in zip(judged, actions, targets, policy_counts, env_counts)
     ]
-    return _pack(segments, config)
+    return _pack(segments, config, rows)
 
 
 def batch_rows(config: ml_collections.ConfigDict) -> int:
@@ -100,6 +122,7 @@ def make_supervised_batch(
     return _pack(
         [_Segment(r, 0.0, _weight(m, 0), _weight(m, count)) for r, m in zip(rollouts, masks)],
         config,
+        batch_rows(config),
     )
 
 
@@ -108,13 +131,11 @@ def _advantages(rollouts: Sequence[Rollout], estimator: str) -> np.ndarray:
     groups = collections.defaultdict(list)
     for i, rollout in enumerate(rollouts):
         groups[rollout.group_id].append(i)
-    # An INFRA_ERROR is here only if it counts, and then its reward is 0, whatever it says itself.
-    rewards = np.array([0.0 if r.status == Status.INFRA_ERROR else r.reward for r in rollouts])
+    rewards = np.array([eligibility.reward_of(r) for r in rollouts])
     advantages = np.zeros(len(rollouts), np.float32)
     for members in groups.values():
         valid = np.ones((1, len(members)), bool)
         advantages[members] = group_advantages(rewards[np.newaxis, members], valid, estimator)[0]
-    advantages[[r.environment_only for r in rollouts]] = 0.0
     return advantages
 
 
@@ -123,8 +144,12 @@ def _denominators(
     actions: Sequence[np.ndarray],
     targets: Sequence[np.ndarray],
     config: ml_collections.ConfigDict,
+    sequences: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The denominators of the policy weight and of the env weight, float64 [rollouts] each."""
+    """The denominators of the policy weight and of the env weight, float64 [rollouts] each.
+
+    `sequences` is the policy term's N; that of the environment term is the number of rollouts.
+    """
     # They are float64, and rounded once, when the weight is made: N * max_tokens can pass 2**24,
     # and beyond that float32 does not hold every integer.
     n = len(rollouts)
@@ -136,7 +161,7 @@ def _denominators(
             if _checked(config.loss, 'env_normalization', ENV_NORMALIZATIONS) != 'selected':
                 observed = [_mask(r, OBSERVATION_ROLES).sum() for r in rollouts]
                 chosen = np.array(observed, np.float64)
-            return n * action_counts, n * chosen
+            return sequences * action_counts, n * chosen
         case 'token_mean':
             return np.full(n, action_counts.sum()), np.full(n, target_counts.sum())
         case 'prompt_mean':
@@ -148,8 +173,8 @@ def _denominators(
             ]
             return of_group[0], of_group[1]
         case 'dr_grpo':
-            both = np.full(n, float(n * config.protocol.max_total_tokens))
-            return both, both
+            longest = float(config.protocol.max_total_tokens)
+            return np.full(n, sequences * longest), np.full(n, n * longest)
         case other:
             raise NotImplementedError(other)  # a name of REDUCTIONS without its case
 
@@ -178,13 +203,14 @@ def _weight(mask: np.ndarray, denominator: float) -> np.ndarray:
     return np.where(mask, value, 0.0).astype(np.float32)
 
 
-def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Batch:
-    seq_len, capacity = config.batch.seq_len, batch_rows(config)
+def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict, capacity: int) -> Batch:
+    seq_len = config.batch.seq_len
     rows = _assign_rows(segments, seq_len, config.batch.pack)
     if len(rows) > capacity:
         raise ValueError(
             f'{len(segments)} rollouts need {len(rows)} rows of {seq_len} tokens, more than the '
-            f'{capacity} of batch.groups x group_size (to a multiple of batch.micro_rows); '
+            f'{capacity} of batch.groups x group_size (to a multiple of batch.micro_rows), over '
+            'batch.updates; '
             'raise batch.groups'
         )
     batch = padding(capacity, seq_len)

@@ -1,8 +1,8 @@
-"""One learner update as one jitted function, docs/design.md#the-step.
+"""One update of the learner as one jitted function, docs/design.md#the-step.
 
-The batch has one static shape, so nothing compiles twice. The step walks its micro-batches in a
-loop that ends with the last one that holds a token, so a short batch costs only what it holds. The
-loss is in losses.py; sharding.py says how arrays lie on the mesh.
+The batches of a run have one static shape, so nothing compiles twice. The step walks its
+micro-batches in a loop that ends with the last one that holds a token, so a short batch costs only
+what it holds. The loss is in losses.py; sharding.py says how arrays lie on the mesh.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from flax import nnx
 from echo_jax.learner import sharding
 from echo_jax.learner.losses import Metrics, echo_loss, total
 from echo_jax.learner.optimizer import make_optimizer
+from echo_jax.learner.updates import scores_before
 from echo_jax.model import huggingface, partition
 from echo_jax.model import params as model_params
 from echo_jax.model.family import ModelConfig
@@ -102,8 +103,9 @@ def make_step(
         scores = token_scores(graphdef, params, batch, temperature)
         extra = {'entropy': scores.entropy, 'logprobs_t1': scores.logprobs_t1}
         if config.loss.old_logprobs == 'recomputed':
-            # A batch gets one update, so the policy before it is the one of this forward pass.
-            extra['old_logprobs'] = jax.lax.stop_gradient(scores.logprobs)
+            # Before a batch's only update, the policy is the one of this forward pass.
+            current = jax.lax.stop_gradient(scores.logprobs)
+            extra['old_logprobs'] = batch.old_logprobs if scores_before(config) else current
         if config.loss.kl_coef:
             frozen = token_scores(graphdef, reference, batch, temperature)
             extra['reference_logprobs'] = frozen.logprobs
@@ -124,14 +126,22 @@ def make_step(
 
 
 def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
-    """`score(params, batch) -> float32 [R, T]` log-probabilities, one micro-batch at a time."""
+    """`score(params, batch) -> float32 [R, T]` log-probabilities, one micro-batch at a time.
+
+    Those of micro-batches without a token are not computed, and 0.
+    """
 
     def score(params, batch: Batch):
-        def logprobs(rows: Batch):
+        micro, count = micro_batches(batch, micro_rows)
+
+        def logprobs(i):
+            rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro)
             return token_scores(graphdef, params, rows, temperature).logprobs
 
-        micro, _ = micro_batches(batch, micro_rows)
-        return jax.lax.map(logprobs, micro).reshape(batch.tokens.shape)
+        zeros = jnp.zeros(micro.tokens.shape, jax.eval_shape(logprobs, 0).dtype)
+        zeros = partition.constrain(zeros, None, 'rows', 'tokens')
+        found = jax.lax.fori_loop(0, count, lambda i, out: out.at[i].set(logprobs(i)), zeros)
+        return found.reshape(batch.tokens.shape)
 
     return score
 
@@ -187,6 +197,29 @@ class ShardedModel:
         )
         # Placed at once, because for arrays that lie elsewhere the step would be compiled again.
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
+
+    def with_old_logprobs(self) -> Callable[[nnx.State, Batch], Batch]:
+        """A function (parameters, batch on the mesh) -> the batch with its `old_logprobs`.
+
+        The parameters are those before the batch's first update. If no old log-probabilities are
+        asked for, the batch stays as it is.
+        """
+        config = self.config
+        if not scores_before(config):
+            return lambda params, batch: batch
+        # With the micro-batches and the temperature of the step, so that in the first update the
+        # ratio is 1 but for rounding.
+        score = self.score_in_place(config.policy.temperature)
+        return lambda params, batch: batch._replace(old_logprobs=score(params, batch))
+
+    def score_in_place(self, temperature: float) -> jax.stages.Wrapped:
+        """`make_score`, jitted, for a batch that is on the mesh; the result lies as the batch."""
+        place = sharding.batch_sharding(self.mesh)
+        return jax.jit(
+            self._traced(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
+            in_shardings=(self.placed, place),
+            out_shardings=place,
+        )
 
     def score(self, temperature: float = 1.0) -> Callable:
         """`make_score`, jitted. Every host passes the same batch and gets the whole result."""

@@ -9,8 +9,10 @@ from collections.abc import Iterable
 import jax
 import ml_collections
 
+from echo_jax.learner.eligibility import EQUAL_GROUPS
 from echo_jax.learner.options import check_clashes, check_options
 from echo_jax.learner.step import ShardedModel
+from echo_jax.learner.updates import check_cut
 from echo_jax.model import huggingface
 from echo_jax.run.inert import check_inert, sandbox_kinds
 from echo_jax.run.workdir import read_tokenizer
@@ -21,6 +23,8 @@ _AT_LEAST_1 = (
     'group_size',
     'batch.groups',
     'batch.micro_rows',
+    'batch.updates',
+    'batch.epochs',
     'policy.slots',
     'sandbox.at_once',
     'warm_start.rollouts',
@@ -56,6 +60,16 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         value = operator.attrgetter(key)(config)
         if value is not None and value < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
+    check_cut(config)
+    if config.loss.equal_groups not in EQUAL_GROUPS:
+        raise ValueError(
+            f'loss.equal_groups is {config.loss.equal_groups!r}; expected one of {EQUAL_GROUPS}'
+        )
+    if config.loss.equal_groups == 'redraw' and config.loss.redraw_limit < 1:
+        raise ValueError(
+            f'loss.redraw_limit is {config.loss.redraw_limit}; expected at least 1, or '
+            "loss.equal_groups = 'keep'"
+        )
     if config.policy.backend not in ('jax', 'vllm'):
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")
     if config.max_staleness < 0:

@@ -17,6 +17,7 @@ class Inert(NamedTuple):
     when: Callable[[ml_collections.ConfigDict], bool]
     deciding: tuple[str, ...]  # the keys that `when` reads
     reason: str  # completes "has no effect ..."
+    values: tuple = ()  # if there are any, only these values of the keys have no effect
 
 
 def sandbox_kinds(config: ml_collections.ConfigDict) -> set[str]:
@@ -30,13 +31,64 @@ def kills_on_request(config: ml_collections.ConfigDict) -> bool:
     return 'docker' in sandbox_kinds(config) and config.sandbox.hardening == 'docker'
 
 
+def has_one_update(config: ml_collections.ConfigDict) -> bool:
+    """Whether a step is a single update of the optimizer."""
+    return config.batch.updates * config.batch.epochs == 1
+
+
+def has_ratio(config: ml_collections.ConfigDict) -> bool:
+    """Whether the ratio of the new to the old probability can be other than 1.
+
+    A policy loss differs from a plain policy gradient only by what it does with this ratio.
+    """
+    return config.loss.old_logprobs == 'rollout' or (
+        config.loss.old_logprobs == 'recomputed' and not has_one_update(config)
+    )
+
+
+_UPDATES = ('batch.updates', 'batch.epochs')
 _KINDS = ('sandbox.backend', 'warm_start.sandbox', 'warm_start.steps')
 
-# Two kinds of keys are not here. loss.policy, its bounds and loss.old_logprobs='recomputed' cannot
-# act either, as long as a batch gets one update, except with loss.old_logprobs='rollout'. The
-# model's sizes have an effect beside model.path too: they are compared with what is there
-# (model/huggingface.py).
+# What is not here. The model's sizes have an effect beside model.path too: they are compared with
+# what is there (model/huggingface.py). What only rewards, tasks or the length of the run can tell
+# is not read from a recipe: a bound that no rollout reaches, eval.every beyond num_steps. A key
+# that training does not read may be read by another program (loss.targets with loss.env_coef = 0:
+# the environment's cross-entropy is measured all the same).
 INERT = (
+    Inert(
+        keys=('batch.mini',),
+        when=lambda config: config.batch.updates == 1,
+        deciding=('batch.updates',),
+        reason='with batch.updates = 1, which cuts nothing',
+    ),
+    Inert(
+        keys=('loss.old_logprobs',),
+        when=has_one_update,
+        deciding=_UPDATES,
+        reason="with one update a batch: it is the same as 'current'",
+        values=('recomputed',),
+    ),
+    Inert(
+        keys=('loss.policy', 'loss.clip_low', 'loss.clip_high'),
+        when=lambda config: not has_ratio(config),
+        deciding=('loss.old_logprobs', *_UPDATES),
+        reason=(
+            "unless loss.old_logprobs = 'rollout', or 'recomputed' with several updates a batch: "
+            'the ratio is 1'
+        ),
+    ),
+    Inert(
+        keys=('loss.redraw_limit',),
+        when=lambda config: config.loss.equal_groups != 'redraw',
+        deciding=('loss.equal_groups',),
+        reason="unless loss.equal_groups = 'redraw'",
+    ),
+    Inert(
+        keys=('loss.count_truncated',),
+        when=lambda config: not config.loss.mask_truncated,
+        deciding=('loss.mask_truncated',),
+        reason='with loss.mask_truncated = False',
+    ),
     Inert(
         keys=('loss.env_normalization',),
         when=lambda config: config.loss.reduction != 'sequence_mean',
@@ -180,6 +232,12 @@ INERT = (
         deciding=('warm_start.steps',),
         reason='with warm_start.steps = 0',
     ),
+    Inert(
+        keys=('warm_start.demonstrations', 'warm_start.habits'),
+        when=lambda config: 0 < config.warm_start.steps <= config.warm_start.explore_steps,
+        deciding=('warm_start.steps', 'warm_start.explore_steps'),
+        reason='if all warm_start.steps are of exploration',
+    ),
 )
 
 
@@ -199,6 +257,8 @@ def check_inert(config: ml_collections.ConfigDict, overrides: Iterable[str] = ()
         change = f'or change {" or ".join(row.deciding)}'
         by_recipe = flags.isdisjoint(row.deciding)
         for key in keys_of(row, values):
+            if row.values and values[key] not in row.values:
+                continue
             if key in flags:
                 raise ValueError(
                     f'--config.{key}={values[key]} has no effect {row.reason}; leave the flag out, '
@@ -209,6 +269,17 @@ def check_inert(config: ml_collections.ConfigDict, overrides: Iterable[str] = ()
                     f'{key} is {values[key]!r} in the recipe, which has no effect {row.reason}; '
                     f'leave it at {defaults[key]!r}, {change}'
                 )
+
+
+def inert_keys(config: ml_collections.ConfigDict) -> list[str]:
+    """The keys and sections that can have no effect with the others of the recipe, set or not."""
+    values, found = flat(config), {}
+    for row in INERT:
+        for name in row.keys if row.when(config) else ():
+            below = keys_of(row._replace(keys=(name,)), values)
+            if any(not row.values or values[key] in row.values for key in below):
+                found[name] = True
+    return sorted(found)
 
 
 def base_values() -> dict[str, object]:

@@ -286,6 +286,12 @@ def draw_heldout(
     return [rollout for group in source.wait(due) for rollout in group]
 
 
+def groups_of_step(config: ml_collections.ConfigDict) -> int:
+    """How many numbers of groups a step has: its tasks, and those that it may draw anew."""
+    redraws = config.loss.redraw_limit if config.loss.equal_groups == 'redraw' else 0
+    return config.batch.groups + redraws
+
+
 class GroupsAhead:
     """The groups of the next step, and of the `max_staleness` steps after it.
 
@@ -312,7 +318,7 @@ class GroupsAhead:
             due = DueGroups(
                 store='train',
                 split='train',
-                first_group=number * config.batch.groups,
+                first_group=number * groups_of_step(config),
                 task_ids=tuple(task.task_id for task in drawn),
                 group_size=config.group_size,
                 temperature=config.policy.temperature,

@@ -57,6 +57,7 @@ def hand_batch():
         segment_ids=np.array([[1, 1, 1, 1, 1, 0]], np.int32),
         roles=np.array([[0, 1, 1, 5, 6, 0]], np.uint8),
         rollout_logprobs=make(0, -1.5, -1.0, 0, 0, 0),
+        old_logprobs=make(0, 0, 0, 0, 0, 0),
         advantages=make(0, 2, 2, 0, 0, 0),
         policy_weight=make(0, 0.5, 0.5, 0, 0, 0),
         env_weight=make(0, 0, 0, 0.25, 0.25, 0),

@@ -69,6 +69,8 @@ def alone(tmp_path_factory):
 def assert_same(found, expected, tolerance, least=1e-3):
     assert found.keys() == expected.keys()
     assert abs(expected['loss']) > 0.01
+    # The old log-probabilities are those of the same policy, scored by a pass of its own.
+    assert max(x['ratio_deviation'] / x['action_tokens'] for x in (found, expected)) < 1e-5
     assert expected['target_tokens'] == 7 + 5 + 5 + 6 + 0 + 0 + 1
     for name, value in expected.items():
         if name == 'held':

@@ -16,7 +16,7 @@ from echo_jax.model.families import FAMILIES
 from echo_jax.model.huggingface import recipe_config
 from echo_jax.run import rollout_worker
 from echo_jax.run.checks import check_config
-from echo_jax.run.inert import INERT, check_inert, flat, keys_of
+from echo_jax.run.inert import INERT, check_inert, flat, inert_keys, keys_of
 from echo_jax.run.workdir import Workdir, read_tokenizer
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.tasks.generate import generate_tasks
@@ -25,6 +25,17 @@ from tests.support.small_run import ROOT
 
 # For each row of INERT, by its first key: a choice that makes its keys inert, one that does not.
 CHOICES = {
+    'batch.mini': ({'batch.updates': 1}, {'batch.updates': 4}),
+    'loss.old_logprobs': (
+        {'batch.updates': 1, 'batch.epochs': 1},
+        {'batch.updates': 1, 'batch.epochs': 2},
+    ),
+    'loss.policy': (
+        {'loss.old_logprobs': 'current', 'batch.updates': 4},
+        {'loss.old_logprobs': 'recomputed', 'batch.updates': 4},
+    ),
+    'loss.redraw_limit': ({'loss.equal_groups': 'drop'}, {'loss.equal_groups': 'redraw'}),
+    'loss.count_truncated': ({'loss.mask_truncated': False}, {'loss.mask_truncated': True}),
     'loss.env_normalization': (
         {'loss.reduction': 'token_mean'},
         {'loss.reduction': 'sequence_mean'},
@@ -67,7 +78,14 @@ CHOICES = {
     'tasks.train_count': ({'tasks.train': 'set'}, {'tasks.train': ''}),
     'tasks.heldout_count': ({'tasks.heldout': 'set'}, {'tasks.heldout': ''}),
     'warm_start.rollouts': ({'warm_start.steps': 0}, {'warm_start.steps': 3}),
+    'warm_start.demonstrations': (
+        {'warm_start.steps': 3, 'warm_start.explore_steps': 3},
+        {'warm_start.steps': 3, 'warm_start.explore_steps': 2},
+    ),
 }
+# Besides its choice, what it takes for a key to act: the ratio of the policy term must not be 1.
+RATIO = {'loss.old_logprobs': 'rollout'}
+CONTEXT = {'loss.clip_low': RATIO, 'loss.dual_clip': RATIO, 'loss.dppo_tv': RATIO}
 ROWS = pytest.mark.parametrize('row', INERT, ids=lambda row: row.keys[0])
 
 
@@ -101,25 +119,46 @@ def test_every_row_has_its_choices():
 @ROWS
 def test_a_key_is_refused_only_if_it_is_inert(row):
     inert, acting = CHOICES[row.keys[0]]
+    context = CONTEXT.get(row.keys[0], {})
     defaults = flat(base.get_config())
     keys = keys_of(row, defaults)
     assert len(keys) >= len(row.keys)
-    check_inert(with_values(**inert), inert)
+    check_inert(with_values(**context, **inert), inert)
     for key in keys:
-        changed = {key: another(defaults[key])}
-        # By a flag, even to its default.
+        changed = {key: row.values[0] if row.values else another(defaults[key])}
+        # By a flag, even to its default, if that is not the value that acts.
+        given = changed if row.values else {key: defaults[key]}
         with pytest.raises(ValueError) as error:
-            check_inert(with_values(**inert), [key])
-        assert f'--config.{key}={defaults[key]} has no effect {row.reason}' in str(error.value)
+            check_inert(with_values(**context, **inert, **given), [key])
+        assert f'--config.{key}={given[key]} has no effect {row.reason}' in str(error.value)
         assert f'change {row.deciding[0]}' in str(error.value)
         # By a recipe.
         with pytest.raises(ValueError) as error:
-            check_inert(with_values(**inert, **changed))
+            check_inert(with_values(**context, **inert, **changed))
         assert f'{key} is {changed[key]!r} in the recipe' in str(error.value)
         assert f'leave it at {defaults[key]!r}' in str(error.value)
         # A flag that turns something off leaves the recipe as it is.
-        check_inert(with_values(**inert, **changed), inert)
-        check_inert(with_values(**acting, **changed), [*acting, key])
+        check_inert(with_values(**context, **inert, **changed), inert)
+        check_inert(with_values(**context, **acting, **changed), [*acting, key])
+
+
+def test_a_value_that_acts_is_not_refused():
+    check_inert(base.get_config(), ['loss.old_logprobs'])  # 'current'
+    check_inert(with_values(**{'loss.old_logprobs': 'rollout'}), ['loss.old_logprobs'])
+
+
+def test_all_that_cannot_act_is_named():
+    config = qwen3_8b.get_config()
+    found = inert_keys(config)
+    assert found == sorted(set(found))
+    assert {'loss.clip_low', 'loss.clip_high', 'batch.mini', 'warm_start.optimizer'} <= set(found)
+    assert config.loss.clip_high == 0.2  # the released value, though it cannot act
+    assert 'loss.old_logprobs' not in found  # 'current' acts, 'recomputed' would not
+    config.loss.old_logprobs = 'recomputed'
+    assert 'loss.old_logprobs' in inert_keys(config)
+    config.batch.epochs = 2
+    assert {'loss.clip_low', 'loss.old_logprobs'}.isdisjoint(inert_keys(config))
+    assert 'sharding.vocab' not in inert_keys(tiny.get_config())  # it has no such key
 
 
 def test_an_element_of_a_tuple_is_its_key():
@@ -210,6 +249,17 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
         ({'policy.backend': 'torch'}, "policy.backend is 'torch'; expected 'jax' or 'vllm'"),
         ({'seed': -1}, 'seed is -1; expected 0 to 2147483647'),
         ({'seed': 1 << 31}, 'seed is 2147483648; expected 0 to 2147483647'),
+        ({'batch.updates': 0}, 'batch.updates is 0; expected at least 1'),
+        ({'batch.updates': 3}, 'batch.updates=3 does not divide the 8 groups of a batch'),
+        (
+            {'batch.mini': 'rows', 'batch.updates': 2},
+            "batch.mini is 'rows'; expected one of ('groups', 'rollouts')",
+        ),
+        ({'loss.equal_groups': 'forget'}, "loss.equal_groups is 'forget'; expected one of"),
+        (
+            {'loss.equal_groups': 'redraw', 'loss.redraw_limit': 0},
+            'loss.redraw_limit is 0; expected at least 1',
+        ),
         ({'max_staleness': -1}, 'max_staleness is -1; expected 0 or more steps'),
         ({'max_staleness': 1}, 'max_staleness is 1; the embedded policy samples every step'),
         (

@@ -65,6 +65,8 @@ def main(output, sizes, dtype='float32', loss='{}'):
     config.loss.update(json.loads(loss))
     config.model.update(SIZES | {'dtype': dtype})
     config.policy.temperature = 0.7
+    # As in a step of several updates, so that the old log-probabilities go over the mesh too.
+    config.batch.updates, config.loss.old_logprobs = 2, 'recomputed'
     config.mesh.update({'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1} | sizes)
     with config.unlocked():
         config.sharding = SHARDING
@@ -84,7 +86,9 @@ def main(output, sizes, dtype='float32', loss='{}'):
             state, metrics = step(init_state(params, optimizer), batch, 0.3)
         return state.opt_state.trace, metrics
 
-    grads, metrics = gradients(params, sharding.put_batch(draw_batch(config), sharded.mesh))
+    batch = sharding.put_batch(draw_batch(config), sharded.mesh)
+    batch = sharded.with_old_logprobs()(params, batch)
+    grads, metrics = gradients(params, batch)
     held = max(
         x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(params) if x.ndim == 3
     )
