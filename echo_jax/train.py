@@ -17,12 +17,13 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from echo_jax.agent.protocol import Protocol
-from echo_jax.learner import batching, distributed, sharding
+from echo_jax.learner import batching, distributed, env_coef, sharding
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_config, sandboxes_here
+from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.measures import env_ce, seconds_under_time, solve_rate
 from echo_jax.run.sources import GroupsAhead, draw_heldout, make_source, read_splits
 from echo_jax.run.warm_start import first_params
@@ -59,7 +60,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
 
     # ---------------------------------------------------------- the state, new or from a checkpoint
-    step, abstract_state, initial_state = model.step(config.optimizer)
+    traced = env_coef.is_traced(config.loss)
+    step, abstract_state, initial_state = model.step(config.optimizer, traced_env_coef=traced)
+    env_term = EnvTerm(config, tokenizer, score, model.norms())
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)
     if leads:
@@ -72,6 +75,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         state, extra, done = restored
         tasks.set_state(extra['tasks'])
         clock.resume(extra['seconds'])
+        env_term.adapted = extra['env_coef']
         report.CONSOLE.print(f'resumed at step {done} of {config.num_steps}')
     metrics.resume(done)
     if leads:
@@ -88,7 +92,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         if checkpointer.latest() != done:
             if leads:  # first, so that there is no checkpoint without its rows
                 work.share('metrics.jsonl', 'tensorboard')
-            checkpointer.save(done, state, {'tasks': ahead.position, 'seconds': clock.seconds()})
+            position = {'tasks': ahead.position, 'env_coef': env_term.adapted}
+            checkpointer.save(done, state, position | {'seconds': clock.seconds()})
 
     try:
         with report.Progress('train', config.num_steps, done) as progress:
@@ -97,9 +102,13 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 rollouts = ahead.draw(done)
                 drawn = time.monotonic()
 
-                batch = sharding.put_batch(batching.make_batch(rollouts, config), model.mesh)
-                state, sums = step(state, batch, config.loss.env_coef, reference)
+                targets, chosen = env_term.targets(rollouts, state.params)
+                batch = batching.make_batch(rollouts, config, targets)
+                batch = sharding.put_batch(batch, model.mesh)
+                adapted = env_term.adapt(done, state.params, batch, reference)
+                state, sums = step(state, batch, env_term.coef(done), reference)
                 values = {f'train/{name}': v for name, v in finish_metrics(sums).items()}
+                values |= chosen | adapted
                 values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
                 ahead.trained()
                 done += 1
@@ -112,8 +121,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 metrics.write(done, values)
                 if done % config.checkpoint.every == 0:
                     save()
-                env_ce_now = values.get('train/env_ce', float('nan'))
-                progress.show(done, reward=values['rollout/reward'], env_ce=env_ce_now)
+                names = {'reward': 'rollout/reward', 'env_ce': 'train/env_ce'}
+                shown = {name: values.get(key, float('nan')) for name, key in names.items()}
+                progress.show(done, **shown)
         save()
     except entry.Stopped:
         save()

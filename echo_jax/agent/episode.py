@@ -18,7 +18,7 @@ from echo_jax.agent.encoding import Span
 from echo_jax.agent.observations import NO_COMMANDS, execute
 from echo_jax.agent.protocol import Conversation, Protocol, turn_seed, warning_prefix
 from echo_jax.policy import Policy
-from echo_jax.sandbox import Sandbox, SandboxError
+from echo_jax.sandbox import Sandbox, SandboxError, Verdict
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
 _REASON_CHARS = 1_000  # of an error's message that are kept
@@ -31,6 +31,8 @@ _STATUS = {
     'max_total_tokens': Status.TRUNCATED,
     'agent_timeout': Status.AGENT_TIMEOUT,
 }
+
+_NO_VERDICT = Verdict(reward=0.0, status=Status.OK)  # of an environment_only task
 
 
 @dataclasses.dataclass
@@ -60,7 +62,8 @@ async def run_episode(
 ) -> Rollout:
     """Starts the sandbox, lets the policy work in it, verifies, and in any case stops the sandbox.
 
-    The verifier runs however the agent's part ended, even by its timeout or a spent budget. `seed`
+    The verifier runs however the agent's part ended, even by its timeout or a spent budget; but not
+    for a task that is `environment_only`, whose reward nobody reads and which is 0 then. `seed`
     is the run's. Raises PolicyFailed if the policy fails. What else it raises is the fault of the
     task or of its sandbox; run_group tries again after a SandboxError.
     """
@@ -72,14 +75,15 @@ async def run_episode(
         await sandbox.start()
         ending = await episode.converse(time.monotonic() + task.agent_timeout_sec)
         started = time.monotonic()
-        verdict = await sandbox.verify()
+        verdict = _NO_VERDICT if task.environment_only else await sandbox.verify()
         counts.seconds_verifying = time.monotonic() - started
     finally:
         await _stop(sandbox)
     metrics = dataclasses.asdict(counts)
     metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
     metrics |= {f'reward/{key}': value for key, value in verdict.rewards.items() if key != 'reward'}
-    metrics['correct'] = verdict.reward >= SOLVED_REWARD
+    if not task.environment_only:
+        metrics['correct'] = verdict.reward >= SOLVED_REWARD
     return _rollout(
         conversation,
         reward=verdict.reward - length_penalty(conversation, protocol.config),

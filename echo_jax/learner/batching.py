@@ -12,15 +12,8 @@ import ml_collections
 import numpy as np
 
 from echo_jax.learner.advantages import group_advantages
-from echo_jax.types import (
-    ENV_TARGETS,
-    OBSERVATION_ROLES,
-    SOLVED_REWARD,
-    Batch,
-    Role,
-    Rollout,
-    Status,
-)
+from echo_jax.learner.targets import Targets, choose_targets, sequence_denominators, target_counts
+from echo_jax.types import OBSERVATION_ROLES, SOLVED_REWARD, Batch, Role, Rollout, Status
 
 
 class _Segment(NamedTuple):
@@ -32,17 +25,25 @@ class _Segment(NamedTuple):
     env_weight: np.ndarray  # float32 [T]
 
 
-def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -> Batch:
+def make_batch(
+    rollouts: Sequence[Rollout],
+    config: ml_collections.ConfigDict,
+    targets: Sequence[Targets] | None = None,
+) -> Batch:
     """The global batch of one step: arrays [R, T], T = `batch.seq_len`.
+
+    `targets` are those of each rollout, if the caller has chosen them already; otherwise they are
+    `choose_targets(rollouts, config)`.
 
     R is the same in every step (`batch_rows`). Rows are filled from the front and the rest is
     padding. The result does not depend on the order of `rollouts`.
 
     Weights by `loss.reduction`, with N the sequences that count, A_i the ACTION tokens and E_i the
-    target tokens (`loss.targets`) of sequence i:
+    target tokens (docs/design.md#targets) of sequence i:
 
     - 'sequence_mean': policy 1/(N |A_i|), env 1/(N O_i), where O_i is the number of observation
-      tokens (`loss.env_normalization` 'full_observation') or |E_i| ('selected');
+      tokens (`loss.env_normalization` 'full_observation') or |E_i| ('selected'), or env 1/sum |E|
+      ('token_mean');
     - 'token_mean': policy 1/sum |A|, env 1/sum |E|;
     - 'dr_grpo': 1/(N max_tokens) for both, max_tokens = `protocol.max_total_tokens`.
 
@@ -55,18 +56,22 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
 
     Raises ValueError for a rollout longer than T, and for more rows than R.
     """
-    counted = [
-        r for r in rollouts if config.loss.count_infra_errors or r.status != Status.INFRA_ERROR
-    ]
+    if targets is None:
+        if config.loss.drop_surprising.top or config.loss.drop_surprising.bottom:
+            raise ValueError(
+                'loss.drop_surprising needs the log-probabilities of the tokens; choose the '
+                'targets by run.env_term.EnvTerm and pass them'
+            )
+        targets, _ = choose_targets(rollouts, config)
+    pairs = [(r, t) for r, t in zip(rollouts, targets, strict=True) if _counts(r, config)]
+    counted, chosen = [r for r, _ in pairs], [t for _, t in pairs]
     advantages = _advantages(counted, config.loss.advantages)
     actions = [_mask(r, () if r.environment_only else (Role.ACTION,)) for r in counted]
-    roles = _choice(config.loss, 'targets', ENV_TARGETS)
-    targets = [_mask(r, () if _teaches_bad_calls(r) else roles) for r in counted]
-    policy_counts, env_counts = _denominators(counted, actions, targets, config)
+    policy_counts, env_counts = _denominators(counted, actions, chosen, config)
     segments = [
-        _Segment(rollout, advantage, _weight(action, a), _weight(target, e))
+        _Segment(rollout, advantage, _weight(action, a), _weight(target.chosen, e))
         for rollout, advantage, action, target, a, e in zip(
-            counted, advantages, actions, targets, policy_counts, env_counts
+            counted, advantages, actions, chosen, policy_counts, env_counts
         )
     ]
     return _pack(segments, config)
@@ -84,13 +89,16 @@ def make_supervised_batch(
     rollouts: Sequence[Rollout],
     config: ml_collections.ConfigDict,
     roles: Sequence[Role] = (Role.ACTION,),
+    masks: Sequence[np.ndarray] | None = None,
 ) -> Batch:
     """A batch whose step with env_coef 1 is plain cross-entropy, the mean over tokens of `roles`.
 
+    `masks`, bool [T] of each rollout, name the tokens instead of roles if they are given.
     policy_weight is 0; env_weight is 1/count on those tokens, over the whole batch. Shapes are as
     in `make_batch`. Rewards and status play no part: give only the rollouts that are to be learned.
     """
-    masks = [_mask(r, roles) for r in rollouts]
+    if masks is None:
+        masks = [_mask(r, roles) for r in rollouts]
     count = sum(m.sum() for m in masks)
     return _pack(
         [_Segment(r, 0.0, _weight(m, 0), _weight(m, count)) for r, m in zip(rollouts, masks)],
@@ -116,7 +124,7 @@ def _advantages(rollouts: Sequence[Rollout], estimator: str) -> np.ndarray:
 def _denominators(
     rollouts: Sequence[Rollout],
     actions: Sequence[np.ndarray],
-    targets: Sequence[np.ndarray],
+    targets: Sequence[Targets],
     config: ml_collections.ConfigDict,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The denominators of the policy weight and of the env weight, float64 [rollouts] each."""
@@ -124,17 +132,11 @@ def _denominators(
     # and beyond that float32 does not hold every integer.
     n = len(rollouts)
     action_counts = np.array([m.sum() for m in actions], np.float64)
-    target_counts = np.array([m.sum() for m in targets], np.float64)
     match config.loss.reduction:
         case 'sequence_mean':
-            observed = {
-                'full_observation': [_mask(r, OBSERVATION_ROLES).sum() for r in rollouts],
-                'selected': target_counts,
-            }
-            chosen = _choice(config.loss, 'env_normalization', observed)
-            return n * action_counts, n * np.asarray(chosen, np.float64)
+            return n * action_counts, sequence_denominators(rollouts, targets, config)
         case 'token_mean':
-            return np.full(n, action_counts.sum()), np.full(n, target_counts.sum())
+            return np.full(n, action_counts.sum()), np.full(n, target_counts(targets, config).sum())
         case 'dr_grpo':
             both = np.full(n, float(n * config.protocol.max_total_tokens))
             return both, both
@@ -144,14 +146,9 @@ def _denominators(
             )
 
 
-def _teaches_bad_calls(rollout: Rollout) -> bool:
-    return rollout.environment_only and bool((rollout.roles == Role.FEEDBACK).any())
-
-
-def _choice(loss: ml_collections.ConfigDict, key: str, options: dict):
-    if loss[key] not in options:
-        raise ValueError(f'loss.{key} is {loss[key]!r}; expected one of {tuple(options)}')
-    return options[loss[key]]
+def _counts(rollout: Rollout, config: ml_collections.ConfigDict) -> bool:
+    """Whether it is one of the N sequences of a batch."""
+    return config.loss.count_infra_errors or rollout.status != Status.INFRA_ERROR
 
 
 def _mask(rollout: Rollout, roles: Sequence[Role]) -> np.ndarray:
@@ -194,6 +191,26 @@ def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Ba
             batch.env_weight[at] = segment.env_weight
             start += length
     return batch
+
+
+def unpack(
+    rollouts: Sequence[Rollout], values: np.ndarray, config: ml_collections.ConfigDict
+) -> list[np.ndarray]:
+    """What `values` [R, T] holds for each rollout, [its T]; zeros for one that gets no row.
+
+    `values` are of the batch that `make_batch` makes of the same rollouts.
+    """
+    nothing = np.zeros(0, np.float32)
+    segments = [_Segment(r, 0.0, nothing, nothing) for r in rollouts if _counts(r, config)]
+    found = {}
+    for row, members in enumerate(_assign_rows(segments, config.batch.seq_len, config.batch.pack)):
+        start = 0
+        for segment in members:
+            length = len(segment.rollout.tokens)
+            found[id(segment.rollout)] = values[row, start : start + length]
+            start += length
+    zeros = (np.zeros(len(r.tokens), values.dtype) for r in rollouts)
+    return [found.get(id(r), zero) for r, zero in zip(rollouts, zeros)]
 
 
 def padding(rows: int, length: int) -> Batch:
@@ -253,7 +270,8 @@ def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | Non
 def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     """Metrics `rollout/...` of the rollouts of a step. A mean over nothing is left out.
 
-    `version` is the policy version being trained. `reward` and `solved` leave out INFRA_ERRORs.
+    `version` is the policy version being trained. `reward` and `solved` leave out INFRA_ERRORs and
+    what is `environment_only`, as `uninformative_groups` does.
     `uninformative_groups` is the share of groups whose rewards are all equal, so that their
     advantages are 0. `staleness` is `version` minus the oldest version in a rollout. Each of the
     rollouts' own metrics is averaged over the rollouts that have it.
@@ -269,6 +287,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
         values['observation_tokens'].append(np.isin(r.roles, OBSERVATION_ROLES).sum())
         if acting.any():
             values['staleness'].append(version - r.policy_versions[acting].min())
+        if r.environment_only:  # no tests were run
+            continue
         rewards = [] if r.status == Status.INFRA_ERROR else [r.reward]
         values['reward'] += rewards
         values['solved'] += [reward >= SOLVED_REWARD for reward in rewards]

@@ -30,6 +30,12 @@ def kills_on_request(config: ml_collections.ConfigDict) -> bool:
     return 'docker' in sandbox_kinds(config) and config.sandbox.hardening == 'docker'
 
 
+def drops_targets(config: ml_collections.ConfigDict) -> bool:
+    """Whether tokens that `loss.targets` names may be dropped one by one."""
+    surprising = config.loss.drop_surprising
+    return bool(config.loss.drop_unpredictable or surprising.top or surprising.bottom)
+
+
 _KINDS = ('sandbox.backend', 'warm_start.sandbox', 'warm_start.steps')
 
 # Two kinds of keys are not here. loss.clip_low, loss.clip_high and loss.old_logprobs='recomputed'
@@ -41,6 +47,39 @@ INERT = (
         when=lambda config: config.loss.reduction != 'sequence_mean',
         deciding=('loss.reduction',),
         reason="unless loss.reduction = 'sequence_mean'",
+    ),
+    Inert(
+        keys=('loss.env_schedule.end',),
+        when=lambda config: config.loss.env_schedule.name != 'linear',
+        deciding=('loss.env_schedule.name',),
+        reason="unless loss.env_schedule.name = 'linear'",
+    ),
+    Inert(
+        keys=('loss.env_schedule.steps', 'loss.env_schedule.coefs'),
+        when=lambda config: config.loss.env_schedule.name != 'steps',
+        deciding=('loss.env_schedule.name',),
+        reason="unless loss.env_schedule.name = 'steps'",
+    ),
+    Inert(
+        keys=(
+            'loss.env_adaptive.target',
+            'loss.env_adaptive.smoothing',
+            'loss.env_adaptive.low',
+            'loss.env_adaptive.high',
+        ),
+        when=lambda config: config.loss.env_adaptive.every == 0,
+        deciding=('loss.env_adaptive.every',),
+        reason='with loss.env_adaptive.every = 0',
+    ),
+    Inert(
+        keys=('loss.count_dropped',),
+        when=lambda config: not drops_targets(config),
+        deciding=(
+            'loss.drop_unpredictable',
+            'loss.drop_surprising.top',
+            'loss.drop_surprising.bottom',
+        ),
+        reason='unless a rule drops targets',
     ),
     Inert(
         keys=('loss.mismatch',),

@@ -161,3 +161,15 @@ def test_agent_timeout_while_sampling(make_task, episodes):
     assert rollout.status == Status.AGENT_TIMEOUT and rollout.reward == 0
     assert len(rollout.turn_starts) == 0
     assert 0.4 < rollout.metrics['seconds_sampling'] < 5
+
+
+def test_the_tests_of_an_environment_only_task_are_not_run(make_task, episodes):
+    script = [bash('echo 42 > /app/answer.txt'), DONE]
+    assert episodes.run(make_task(), script).reward == 1.0
+    marked = dataclasses.replace(make_task(), environment_only=True)
+    rollout = episodes.run(marked, script)
+    assert (rollout.reward, rollout.status, rollout.tests_output) == (0.0, Status.OK, '')
+    assert 'correct' not in rollout.metrics and rollout.metrics['seconds_verifying'] < 0.1
+    # How the agent's part ended is its status as ever.
+    episodes.config.max_turns = 1
+    assert episodes.run(marked, script).status == Status.TRUNCATED

@@ -29,6 +29,19 @@ CHOICES = {
         {'loss.reduction': 'token_mean'},
         {'loss.reduction': 'sequence_mean'},
     ),
+    'loss.env_schedule.end': (
+        {'loss.env_schedule.name': 'steps'},
+        {'loss.env_schedule.name': 'linear'},
+    ),
+    'loss.env_schedule.steps': (
+        {'loss.env_schedule.name': 'linear'},
+        {'loss.env_schedule.name': 'steps'},
+    ),
+    'loss.env_adaptive.target': ({'loss.env_adaptive.every': 0}, {'loss.env_adaptive.every': 5}),
+    'loss.count_dropped': (
+        {'loss.drop_unpredictable': False, 'loss.drop_surprising.top': 0.0},
+        {'loss.drop_unpredictable': False, 'loss.drop_surprising.top': 0.1},
+    ),
     'loss.mismatch': ({'loss.old_logprobs': 'rollout'}, {'loss.old_logprobs': 'current'}),
     'loss.mismatch_cap': ({'loss.mismatch': 'none'}, {'loss.mismatch': 'token'}),
     'protocol.max_commands_per_turn': (
@@ -207,6 +220,46 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
         ({'policy.slots': 7}, 'policy.slots=7 cannot hold a group of 8 rollouts'),
         ({'eval.samples': 65}, 'policy.slots=64 cannot hold a group of 65 rollouts'),
         ({'warm_start.explore_steps': 211}, 'warm_start.explore_steps=211 is not among the'),
+        ({'loss.targets': 'all'}, "loss.targets is 'all'; expected one of"),
+        ({'loss.max_env_tokens': -1}, 'loss.max_env_tokens is -1; expected 0 or more'),
+        ({'loss.env_filter.min_clean': 1.5}, 'loss.env_filter.min_clean is 1.5; expected a share'),
+        ({'loss.drop_surprising.top': -0.1}, 'loss.drop_surprising.top is -0.1; expected a share'),
+        (
+            {'loss.drop_surprising.top': 0.5, 'loss.drop_surprising.bottom': 0.5},
+            'top=0.5 and bottom=0.5 leave no target',
+        ),
+        ({'loss.env_coef': -0.1}, 'loss.env_coef is -0.1; expected 0 or more'),
+        ({'loss.env_schedule.name': 'cosine'}, "loss.env_schedule.name is 'cosine'; expected one"),
+        ({'loss.env_schedule.name': 'steps'}, 'steps=() and coefs=(); expected as many coefs'),
+        (
+            {
+                'loss.env_schedule.name': 'steps',
+                'loss.env_schedule.steps': (5, 5),
+                'loss.env_schedule.coefs': (0.1, 0.0),
+            },
+            'loss.env_schedule.steps=(5, 5); expected steps that rise',
+        ),
+        ({'loss.env_adaptive.every': -1}, 'loss.env_adaptive.every is -1; expected 0 or more'),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_coef': 0.0},
+            'loss.env_adaptive.every=5 adapts a loss.env_coef of 0',
+        ),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_adaptive.smoothing': 1.0},
+            'expected a target above 0 and a smoothing of 0 or more, below 1',
+        ),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_adaptive.low': 0.06},
+            'loss.env_adaptive.low=0.06 and high=0.1 do not hold loss.env_coef=0.05',
+        ),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_schedule.name': 'linear'},
+            "loss.env_adaptive.every=5 and loss.env_schedule.name='linear' both move",
+        ),
+        (
+            {'tasks.heldout': 'one,two:environment_only'},
+            "tasks.heldout='one,two:environment_only' marks tasks as environment_only",
+        ),
         ({'mesh.data': 2}, 'mesh data=2, fsdp=-1, context=1, tensor=1 does not fit'),
         ({'model.path': '/nowhere'}, '/nowhere/config.json is missing'),
     ],
