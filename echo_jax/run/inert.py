@@ -73,13 +73,14 @@ INERT = (
     ),
     Inert(
         keys=('loss.count_dropped',),
-        when=lambda config: not drops_targets(config),
+        when=lambda config: not drops_targets(config) or config.loss.reduction == 'dr_grpo',
         deciding=(
+            'loss.reduction',
             'loss.drop_unpredictable',
             'loss.drop_surprising.top',
             'loss.drop_surprising.bottom',
         ),
-        reason='unless a rule drops targets',
+        reason="unless a rule drops targets, and with loss.reduction = 'dr_grpo' never",
     ),
     Inert(
         keys=('loss.mismatch',),

@@ -12,6 +12,7 @@ import pytest
 from configs import base, qwen3_8b, tiny
 from echo_jax.learner.batching import make_batch
 from echo_jax.learner.losses import echo_loss
+from echo_jax.learner.targets import choose_targets
 from echo_jax.model.families import FAMILIES
 from echo_jax.model.huggingface import recipe_config
 from echo_jax.run import rollout_worker
@@ -93,7 +94,7 @@ def another(value):
         case int() | float():
             return value + 1
         case tuple():
-            return value[:1]
+            return value[:1] or (1,)
         case _:
             return 'another'
 
@@ -183,6 +184,18 @@ def test_the_count_of_observations_is_read_only_by_sequences():
     counts = ['full_observation', 'selected']
     for reduction, differ in {'sequence_mean': True, 'token_mean': False, 'dr_grpo': False}.items():
         one, two = (weights(reduction=reduction, env_normalization=count) for count in counts)
+        assert one.any() and (one != two).any() == differ
+
+
+def test_a_dropped_target_counts_in_no_denominator_of_dr_grpo():
+    def weights(**loss):
+        config = small_config(groups=1, group_size=2, drop_unpredictable=True, **loss)
+        rollouts = [make_rollout('PPAAOO', sample=i) for i in range(2)]
+        targets, _ = choose_targets(rollouts, config, lambda r: r.tokens == 5)
+        return np.asarray(make_batch(rollouts, config, targets).env_weight)
+
+    for reduction, differ in {'sequence_mean': True, 'token_mean': True, 'dr_grpo': False}.items():
+        one, two = (weights(reduction=reduction, count_dropped=count) for count in (True, False))
         assert one.any() and (one != two).any() == differ
 
 
