@@ -64,17 +64,74 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The weight of the environment term, ECHO's lambda. 0 is GRPO; the variant ':grpo' of a recipe
     # sets it.
     c.loss.env_coef = ENV_COEFS[variant]
-    # The tokens that the environment term learns: 'released', those that the paper's code learns,
-    # or 'output', only what the terminal wrote; see docs/design.md#token-roles. The environment
-    # cross-entropy is measured on the same tokens, also with `loss.env_coef = 0`.
+    # How `loss.env_coef` changes over the steps.
+    c.loss.env_schedule = ml_collections.ConfigDict()
+    # The schedule: 'constant'; 'linear', from `loss.env_coef` in the first step towards
+    # `loss.env_schedule.end`, which a step after the last would have; 'steps', other values from
+    # certain steps on.
+    c.loss.env_schedule.name = 'constant'
+    # The coefficient that 'linear' goes to.
+    c.loss.env_schedule.end = 0.0
+    # For 'steps': the numbers of updates done at which the coefficient changes, which rise. Before
+    # the first, it is `loss.env_coef`.
+    c.loss.env_schedule.steps = ()
+    # For 'steps': the coefficient from each of these on.
+    c.loss.env_schedule.coefs = ()
+    # Moves `loss.env_coef` so that the norm of the environment term's gradient keeps a ratio to the
+    # norm of the others' gradient.
+    c.loss.env_adaptive = ml_collections.ConfigDict()
+    # The number of steps between two measurements of the norms, each of which costs two more passes
+    # forward and back; 0 turns it off.
+    c.loss.env_adaptive.every = 0
+    # The ratio that is held: `loss.env_coef` times the norm of the environment term's gradient,
+    # over the norm of the others'.
+    c.loss.env_adaptive.target = 0.1
+    # The part of the old coefficient in the new one, at least 0 and below 1.
+    c.loss.env_adaptive.smoothing = 0.9
+    # The smallest coefficient, at most `loss.env_coef`.
+    c.loss.env_adaptive.low = 0.0
+    # The largest coefficient, at least `loss.env_coef`. In the paper 0.2 made the model degenerate.
+    c.loss.env_adaptive.high = 0.1
+    # The tokens that the environment term learns: 'released', those that the paper's code learns;
+    # 'output', only what the terminal wrote; 'warning', only format warnings;
+    # 'warning_and_released', both; 'observation', the whole message with its chat template; see
+    # docs/design.md#targets. The environment cross-entropy is measured on the same tokens, also
+    # with `loss.env_coef = 0`.
     c.loss.targets = 'released'
+    # The number of these tokens of each turn's observation that are learned, the first; 0 is no
+    # limit.
+    c.loss.max_env_tokens = 0
+    # Which rollouts the environment term learns from, the three filters of the paper's code; see
+    # docs/design.md#targets. 0 turns a filter off.
+    c.loss.env_filter = ml_collections.ConfigDict()
+    # The least share of a rollout's turns that parsed.
+    c.loss.env_filter.min_parsed = 0.0
+    # The least share of a rollout's turns that parsed without a warning.
+    c.loss.env_filter.min_clean = 0.0
+    # The least share of correct rollouts among those of a group that are left: incorrect ones
+    # beyond it are taken out, and all of them in a group without a correct one.
+    c.loss.env_filter.min_correct = 0.0
+    # Whether tokens of the terminal's output that nobody can predict are left out: times and dates,
+    # process ids, hashes, temporary names and their like; see docs/design.md#targets.
+    c.loss.drop_unpredictable = False
+    # Leaves out the targets of a step that surprise the policy most or least, by their
+    # cross-entropy at temperature 1. This costs one more pass forward.
+    c.loss.drop_surprising = ml_collections.ConfigDict()
+    # The share of the targets that is left out because they surprise most.
+    c.loss.drop_surprising.top = 0.0
+    # The share that is left out because they surprise least.
+    c.loss.drop_surprising.bottom = 0.0
+    # Whether targets that `loss.drop_unpredictable` and `loss.drop_surprising` leave out still
+    # count in what the environment term is divided by. If not, the others weigh more.
+    c.loss.count_dropped = True
     # What the terms are divided by: 'sequence_mean', by each rollout's own count and by the number
     # of rollouts; 'token_mean', by the count of tokens in the batch; 'prompt_mean', by the count of
     # tokens in the rollout's group and by the number of groups; 'dr_grpo', by the number of
     # rollouts times `protocol.max_total_tokens`; see docs/design.md#batch.
     c.loss.reduction = 'sequence_mean'
-    # A rollout's own count in the environment term: 'full_observation', all its observation tokens,
-    # or 'selected', only its targets.
+    # What the environment term of a rollout is divided by: 'full_observation', all its observation
+    # tokens; 'selected', only its targets; 'token_mean', the targets of the whole batch, whatever
+    # their rollout.
     c.loss.env_normalization = 'full_observation'
     # What the policy term raises, from the ratio of each token's new to its old probability:
     # 'clip', PPO's, with two bounds; 'dual_clip', with a third for negative advantages; 'gspo', the
@@ -346,8 +403,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # What is worked on; see docs/protocol.md#tasks.
     c.tasks = ml_collections.ConfigDict()
     # The training tasks: folders of Harbor tasks or .parquet files, with commas between them.
-    # ':environment_only' after one keeps its rewards out of the policy term. If this is empty,
-    # tasks are generated into the workdir.
+    # ':environment_only' after one keeps its tasks out of the policy term, and their tests are not
+    # run. If this is empty, tasks are generated into the workdir.
     c.tasks.train = ''
     # The held-out tasks, likewise. Generated ones have words that training never sees.
     c.tasks.heldout = ''

@@ -17,11 +17,12 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from echo_jax.agent.protocol import Protocol
-from echo_jax.learner import batching, distributed, eligibility, sharding, updates
+from echo_jax.learner import batching, distributed, eligibility, env_coef, sharding, updates
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_config, sandboxes_here
+from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.inert import inert_keys
 from echo_jax.run.measures import env_ce, seconds_under_time, solve_rate
 from echo_jax.run.redraw import redraw_equal
@@ -61,7 +62,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
 
     # ---------------------------------------------------------- the state, new or from a checkpoint
-    step, abstract_state, initial_state = model.step(config.optimizer)
+    traced = env_coef.is_traced(config.loss)
+    step, abstract_state, initial_state = model.step(config.optimizer, traced_env_coef=traced)
+    env_term = EnvTerm(config, num_steps, tokenizer, score, model.norms())
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)
     if leads:
@@ -74,6 +77,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         state, extra, done = restored
         tasks.set_state(extra['tasks'])
         clock.resume(extra['seconds'])
+        env_term.adapted = extra['env_coef']
         report.CONSOLE.print(f'resumed at step {done} of {num_steps}')
     metrics.resume(done)
     if leads:
@@ -90,7 +94,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         if checkpointer.latest() != done:
             if leads:  # first, so that there is no checkpoint without its rows
                 work.share('metrics.jsonl', 'tensorboard')
-            checkpointer.save(done, state, {'tasks': ahead.position, 'seconds': clock.seconds()})
+            position = {'tasks': ahead.position, 'env_coef': env_term.adapted}
+            checkpointer.save(done, state, position | {'seconds': clock.seconds()})
 
     try:
         with report.Progress('train', num_steps, done) as progress:
@@ -99,17 +104,19 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 rollouts, redrawn = redraw_equal(ahead.draw(done), source, splits, config, done)
                 drawn = time.monotonic()
 
+                targets, chosen = env_term.targets(rollouts, state.params)
                 batches = [
                     with_old_logprobs(state.params, sharding.put_batch(batch, model.mesh))
-                    for batch in updates.mini_batches(rollouts, config, done)
+                    for batch in updates.mini_batches(rollouts, config, done, targets)
                 ]
+                chosen |= env_term.adapt(done, state.params, batches[0], reference)
                 sums = []
                 for number in updates.order(config, done):
-                    state, added = step(state, batches[number], config.loss.env_coef, reference)
+                    state, added = step(state, batches[number], env_term.coef(done), reference)
                     sums.append(added)
                 values = {f'train/{name}': v for name, v in updates.finish_updates(sums).items()}
                 values |= seconds_under_time(batching.rollout_metrics(rollouts, done)) | redrawn
-                values |= eligibility.eligibility_metrics(rollouts, config.loss)
+                values |= eligibility.eligibility_metrics(rollouts, config.loss) | chosen
                 ahead.trained()
                 done += 1
                 source.publish(state.params, done)
@@ -121,8 +128,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 metrics.write(done, values)
                 if done % config.checkpoint.every == 0:
                     save()
-                env_ce_now = values.get('train/env_ce', float('nan'))
-                progress.show(done, reward=values['rollout/reward'], env_ce=env_ce_now)
+                names = {'reward': 'rollout/reward', 'env_ce': 'train/env_ce'}
+                shown = {name: values.get(key, float('nan')) for name, key in names.items()}
+                progress.show(done, **shown)
         save()
     except entry.Stopped:
         save()

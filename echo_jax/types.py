@@ -20,14 +20,21 @@ class Role(enum.IntEnum):
     PROMPT = 0  # up to and including the first generation prompt
     ACTION = 1  # sampled by the policy
     SCAFFOLD = 2  # chat template, and a turn end that the harness had to add
-    WARNING = 3  # the format-warning prefix; never trained on
+    WARNING = 3  # the format-warning prefix
     FEEDBACK = 4  # parser errors, "no commands"
     WRAPPER = 5  # what the harness says around the output
     OUTPUT = 6  # what the terminal wrote
 
 
-# Roles that the environment loss may train on, by `loss.targets`: docs/design.md#token-roles
-ENV_TARGETS = {'released': (Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT), 'output': (Role.OUTPUT,)}
+# Roles that the environment loss may train on, by `loss.targets`: docs/design.md#targets. Of the
+# SCAFFOLD tokens of 'observation', only those of the observation's message.
+ENV_TARGETS = {
+    'released': (Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT),
+    'output': (Role.OUTPUT,),
+    'warning': (Role.WARNING,),
+    'warning_and_released': (Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT),
+    'observation': (Role.SCAFFOLD, Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT),
+}
 # Roles counted as the observation: the denominator O_i of `full_observation`.
 OBSERVATION_ROLES = (Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT)
 # A rollout with this reward or more is correct, its task solved: docs/protocol.md#reward

@@ -39,6 +39,7 @@ ROOMS_WITH_JAX = {'learner', 'model', 'planner'}
 MODULES_WITH_JAX = {
     'echo_jax.policy.jax',
     'echo_jax.run.checks',
+    'echo_jax.run.env_term',
     'echo_jax.run.exporting',
     'echo_jax.run.scoring',
     'echo_jax.run.redraw',

@@ -33,6 +33,8 @@ _STATUS = {
     'agent_timeout': Status.AGENT_TIMEOUT,
 }
 
+_NO_VERDICT = Verdict(reward=0.0, status=Status.OK)  # of an environment_only task
+
 
 @dataclasses.dataclass
 class _Counts:
@@ -62,7 +64,8 @@ async def run_episode(
     """Starts the sandbox, lets the policy work in it, verifies, and in any case stops the sandbox.
 
     docs/protocol.md#budgets says what a spent budget means, by `protocol.at_max_total_tokens` and
-    `protocol.at_agent_timeout`; after any other end the verifier runs. `seed` is the run's.
+    `protocol.at_agent_timeout`; after any other end the verifier runs, but not for a task that is
+    `environment_only`, whose reward nobody reads and which is 0 then. `seed` is the run's.
 
     Raises PolicyFailed if the policy fails. What else it raises is the fault of the task or of its
     sandbox; run_group tries again after a SandboxError.
@@ -75,7 +78,7 @@ async def run_episode(
     clock = asyncio.timeout(task.agent_timeout_sec if discards else None)
     try:
         async with clock:
-            ending, verdict = await episode.run(task.agent_timeout_sec)
+            ending, verdict = await episode.run(task)
     except TimeoutError:
         if not clock.expired():
             raise
@@ -87,7 +90,8 @@ async def run_episode(
     metrics = dataclasses.asdict(counts)
     metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
     metrics |= {f'reward/{key}': value for key, value in verdict.rewards.items() if key != 'reward'}
-    metrics['correct'] = verdict.reward >= SOLVED_REWARD
+    if not task.environment_only:
+        metrics['correct'] = verdict.reward >= SOLVED_REWARD
     return _rollout(
         conversation,
         reward=verdict.reward - length_penalty(conversation, protocol.config),
@@ -134,10 +138,10 @@ class _Episode:
     temperature: float
     seeds: tuple[int, int, int]  # the run's seed, group_id, sample_id
 
-    async def run(self, seconds: float) -> tuple[str, Verdict]:
+    async def run(self, task: Task) -> tuple[str, Verdict]:
         """(why the agent's part ended, what the tests said), from the start of the sandbox on.
 
-        `seconds` is the agent's time. It begins once the sandbox has started, or, if an episode
+        The agent's time begins once the sandbox has started, or, if an episode
         that takes longer is discarded, before that, and the tests are in it too: the caller ends
         these by then.
         """
@@ -146,7 +150,9 @@ class _Episode:
         await self.sandbox.start()
         if config.at_agent_timeout == 'verify':
             began = time.monotonic()
-        ending = await self.converse(began + seconds)
+        ending = await self.converse(began + task.agent_timeout_sec)
+        if task.environment_only:
+            return ending, _NO_VERDICT
         if ending in ('agent_timeout', 'max_total_tokens') and config[f'at_{ending}'] == 'discard':
             return ending, _DISCARDED
         started = time.monotonic()

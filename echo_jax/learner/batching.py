@@ -13,18 +13,10 @@ import numpy as np
 
 from echo_jax.learner import eligibility
 from echo_jax.learner.advantages import group_advantages
-from echo_jax.types import (
-    ENV_TARGETS,
-    OBSERVATION_ROLES,
-    SOLVED_REWARD,
-    Batch,
-    Role,
-    Rollout,
-    Status,
-)
+from echo_jax.learner.targets import Targets, choose_targets, sequence_denominators, target_counts
+from echo_jax.types import OBSERVATION_ROLES, SOLVED_REWARD, Batch, Role, Rollout, Status
 
 REDUCTIONS = ('sequence_mean', 'token_mean', 'prompt_mean', 'dr_grpo')
-ENV_NORMALIZATIONS = ('full_observation', 'selected')
 
 
 class Judged(NamedTuple):
@@ -33,6 +25,7 @@ class Judged(NamedTuple):
     rollout: Rollout
     advantage: float
     part: eligibility.Part
+    targets: Targets
 
 
 class _Segment(NamedTuple):
@@ -44,17 +37,25 @@ class _Segment(NamedTuple):
     env_weight: np.ndarray  # float32 [T]
 
 
-def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -> Batch:
+def make_batch(
+    rollouts: Sequence[Rollout],
+    config: ml_collections.ConfigDict,
+    targets: Sequence[Targets] | None = None,
+) -> Batch:
     """The global batch of one step: arrays [R, T], T = `batch.seq_len`.
+
+    `targets` are those of each rollout, if the caller has chosen them already; otherwise they are
+    `choose_targets(rollouts, config)`.
 
     R is the same in every step (`batch_rows`). Rows are filled from the front and the rest is
     padding. The result does not depend on the order of `rollouts`.
 
     Weights by `loss.reduction`, with N the sequences that count, A_i the ACTION tokens and E_i the
-    target tokens (`loss.targets`) of sequence i:
+    target tokens (docs/design.md#targets) of sequence i:
 
     - 'sequence_mean': policy 1/(N |A_i|), env 1/(N O_i), where O_i is the number of observation
-      tokens (`loss.env_normalization` 'full_observation') or |E_i| ('selected');
+      tokens (`loss.env_normalization` 'full_observation') or |E_i| ('selected'), or env 1/sum |E|
+      ('token_mean');
     - 'token_mean': policy 1/sum |A|, env 1/sum |E|;
     - 'prompt_mean': policy 1/(G sum |A|), env 1/(G sum |E|), with the sums over the rollout's group
       alone and G the number of groups (arXiv 2510.13786): each task has the same share;
@@ -65,36 +66,49 @@ def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -
     tokens, and its advantage is 0. If it has a call that was not valid (a FEEDBACK token), it does
     not train that term either, because without a reward the model would learn its format
     (docs/deviations.md). An INFRA_ERROR counts nowhere and gets no row. With
-    `loss.count_infra_errors` it is a sequence like any other, with reward 0. What eligibility.py takes out of the policy term is a sequence without ACTION
-    tokens in it too, or none of its N, and stays what it was in the environment term.
+    `loss.count_infra_errors` it is a sequence like any other, with reward 0. What eligibility.py
+    takes out of the policy term is a sequence without ACTION tokens in it too, or none of its N,
+    and stays what it was in the environment term.
 
     Raises ValueError for a rollout longer than T, and for more rows than R.
     """
-    return weigh(judge(rollouts, config), config, batch_rows(config))
+    return weigh(judge(rollouts, config, targets), config, batch_rows(config))
 
 
-def judge(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -> list[Judged]:
-    """The rollouts of a whole batch that have a part in it, with their advantages."""
-    counted = eligibility.counted(rollouts, config.loss)
+def judge(
+    rollouts: Sequence[Rollout],
+    config: ml_collections.ConfigDict,
+    targets: Sequence[Targets] | None = None,
+) -> list[Judged]:
+    """The rollouts of a whole batch that have a part in it, with their advantages and targets."""
+    if targets is None:
+        if config.loss.drop_surprising.top or config.loss.drop_surprising.bottom:
+            raise ValueError(
+                'loss.drop_surprising needs the log-probabilities of the tokens; choose the '
+                'targets by run.env_term.EnvTerm and pass them'
+            )
+        targets, _ = choose_targets(rollouts, config)
+    pairs = [
+        (r, t) for r, t in zip(rollouts, targets, strict=True) if eligibility.counts(r, config.loss)
+    ]
+    counted = [r for r, _ in pairs]
     parts = eligibility.policy_parts(counted, config.loss)
     advantages = np.zeros(len(counted), np.float32)
     compared = [i for i, part in enumerate(parts) if part.compares]
     advantages[compared] = _advantages([counted[i] for i in compared], config.loss.advantages)
     advantages[[not part.trains for part in parts]] = 0.0
-    return [Judged(*each) for each in zip(counted, advantages, parts)]
+    return [Judged(r, float(a), part, t) for (r, t), a, part in zip(pairs, advantages, parts)]
 
 
 def weigh(judged: Sequence[Judged], config: ml_collections.ConfigDict, rows: int) -> Batch:
     """The batch [rows, T] of these rollouts, by their own counts: see `make_batch`."""
-    counted = [j.rollout for j in judged]
+    counted, chosen = [j.rollout for j in judged], [j.targets for j in judged]
     actions = [_mask(j.rollout, (Role.ACTION,) if j.part.trains else ()) for j in judged]
-    roles = ENV_TARGETS[_checked(config.loss, 'targets', ENV_TARGETS)]
-    targets = [_mask(r, () if _teaches_bad_calls(r) else roles) for r in counted]
     sequences = sum(j.part.counts for j in judged)
-    policy_counts, env_counts = _denominators(counted, actions, targets, config, sequences)
+    policy_counts, env_counts = _denominators(counted, actions, chosen, config, sequences)
     segments = [
-        _Segment(j.rollout, j.advantage, _weight(action, a), _weight(target, e))
-        for j, action, target, a, e in zip(judged, actions, targets, policy_counts, env_counts)
+        _Segment(j.rollout, j.advantage, _weight(action, a), _weight(j.targets.chosen, e))
+        for j, action, a, e in zip(judged, actions, policy_counts, env_counts)
     ]
     return _pack(segments, config, rows)
 
@@ -111,13 +125,16 @@ def make_supervised_batch(
     rollouts: Sequence[Rollout],
     config: ml_collections.ConfigDict,
     roles: Sequence[Role] = (Role.ACTION,),
+    masks: Sequence[np.ndarray] | None = None,
 ) -> Batch:
     """A batch whose step with env_coef 1 is plain cross-entropy, the mean over tokens of `roles`.
 
+    `masks`, bool [T] of each rollout, name the tokens instead of roles if they are given.
     policy_weight is 0; env_weight is 1/count on those tokens, over the whole batch. Shapes are as
     in `make_batch`. Rewards and status play no part: give only the rollouts that are to be learned.
     """
-    masks = [_mask(r, roles) for r in rollouts]
+    if masks is None:
+        masks = [_mask(r, roles) for r in rollouts]
     count = sum(m.sum() for m in masks)
     return _pack(
         [_Segment(r, 0.0, _weight(m, 0), _weight(m, count)) for r, m in zip(rollouts, masks)],
@@ -142,7 +159,7 @@ def _advantages(rollouts: Sequence[Rollout], estimator: str) -> np.ndarray:
 def _denominators(
     rollouts: Sequence[Rollout],
     actions: Sequence[np.ndarray],
-    targets: Sequence[np.ndarray],
+    targets: Sequence[Targets],
     config: ml_collections.ConfigDict,
     sequences: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -154,22 +171,18 @@ def _denominators(
     # and beyond that float32 does not hold every integer.
     n = len(rollouts)
     action_counts = np.array([m.sum() for m in actions], np.float64)
-    target_counts = np.array([m.sum() for m in targets], np.float64)
+    targeted = target_counts(targets, config)
     match _checked(config.loss, 'reduction', REDUCTIONS):
         case 'sequence_mean':
-            chosen = target_counts
-            if _checked(config.loss, 'env_normalization', ENV_NORMALIZATIONS) != 'selected':
-                observed = [_mask(r, OBSERVATION_ROLES).sum() for r in rollouts]
-                chosen = np.array(observed, np.float64)
-            return sequences * action_counts, n * chosen
+            return sequences * action_counts, sequence_denominators(rollouts, targets, config)
         case 'token_mean':
-            return np.full(n, action_counts.sum()), np.full(n, target_counts.sum())
+            return np.full(n, action_counts.sum()), np.full(n, targeted.sum())
         case 'prompt_mean':
             ids = [r.group_id for r in rollouts]
             group_ids, group = np.unique(np.array(ids, np.int64), return_inverse=True)
             of_group = [
                 np.bincount(group, counts, len(group_ids))[group] * len(group_ids)
-                for counts in (action_counts, target_counts)
+                for counts in (action_counts, targeted)
             ]
             return of_group[0], of_group[1]
         case 'dr_grpo':
@@ -177,10 +190,6 @@ def _denominators(
             return np.full(n, sequences * longest), np.full(n, n * longest)
         case other:
             raise NotImplementedError(other)  # a name of REDUCTIONS without its case
-
-
-def _teaches_bad_calls(rollout: Rollout) -> bool:
-    return rollout.environment_only and bool((rollout.roles == Role.FEEDBACK).any())
 
 
 def _checked(loss: ml_collections.ConfigDict, key: str, names: Iterable[str]) -> str:
@@ -230,6 +239,28 @@ def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict, capac
             batch.env_weight[at] = segment.env_weight
             start += length
     return batch
+
+
+def unpack(
+    rollouts: Sequence[Rollout], values: np.ndarray, config: ml_collections.ConfigDict
+) -> list[np.ndarray]:
+    """What `values` [R, T] holds for each rollout, [its T]; zeros for one that gets no row.
+
+    `values` are of the batch that `make_batch` makes of the same rollouts.
+    """
+    nothing = np.zeros(0, np.float32)
+    segments = [
+        _Segment(r, 0.0, nothing, nothing) for r in rollouts if eligibility.counts(r, config.loss)
+    ]
+    found = {}
+    for row, members in enumerate(_assign_rows(segments, config.batch.seq_len, config.batch.pack)):
+        start = 0
+        for segment in members:
+            length = len(segment.rollout.tokens)
+            found[id(segment.rollout)] = values[row, start : start + length]
+            start += length
+    zeros = (np.zeros(len(r.tokens), values.dtype) for r in rollouts)
+    return [found.get(id(r), zero) for r, zero in zip(rollouts, zeros)]
 
 
 def padding(rows: int, length: int) -> Batch:
@@ -289,7 +320,8 @@ def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | Non
 def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     """Metrics `rollout/...` of the rollouts of a step. A mean over nothing is left out.
 
-    `version` is the policy version being trained. `reward` and `solved` leave out INFRA_ERRORs.
+    `version` is the policy version being trained. `reward` and `solved` leave out INFRA_ERRORs and
+    what is `environment_only`, as `uninformative_groups` does.
     `uninformative_groups` is the share of groups whose rewards are all equal, so that their
     advantages are 0. `staleness` is `version` minus the oldest version in a rollout. Each of the
     rollouts' own metrics is averaged over the rollouts that have it.
@@ -305,6 +337,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
         values['observation_tokens'].append(np.isin(r.roles, OBSERVATION_ROLES).sum())
         if acting.any():
             values['staleness'].append(version - r.policy_versions[acting].min())
+        if r.environment_only:  # no tests were run
+            continue
         rewards = [] if r.status == Status.INFRA_ERROR else [r.reward]
         values['reward'] += rewards
         values['solved'] += [reward >= SOLVED_REWARD for reward in rewards]

@@ -24,13 +24,13 @@ class Part(NamedTuple):
     trains: bool  # its ACTION tokens have weight
 
 
-def counted(rollouts: Sequence[Rollout], loss: ml_collections.ConfigDict) -> list[Rollout]:
-    """The rollouts that have any part in the batch: an INFRA_ERROR only if the recipe counts it."""
-    return [r for r in rollouts if loss.count_infra_errors or r.status != Status.INFRA_ERROR]
+def counts(rollout: Rollout, loss: ml_collections.ConfigDict) -> bool:
+    """Whether it has any part in the batch: an INFRA_ERROR only if the recipe counts it."""
+    return loss.count_infra_errors or rollout.status != Status.INFRA_ERROR
 
 
 def policy_parts(rollouts: Sequence[Rollout], loss: ml_collections.ConfigDict) -> list[Part]:
-    """The part of each of the `counted` rollouts; `loss` is the recipe's.
+    """The part of each of the rollouts that count; `loss` is the recipe's.
 
     They have to be those of the whole batch: whether a group's rewards are equal is not to be
     judged by the rollouts of a mini-batch.
@@ -40,8 +40,9 @@ def policy_parts(rollouts: Sequence[Rollout], loss: ml_collections.ConfigDict) -
     for r in rollouts:
         is_masked = _is_masked(r, loss)
         compares = loss.count_truncated or not is_masked
-        counts = compares and r.group_id not in dropped
-        parts.append(Part(compares, counts, counts and not is_masked and not r.environment_only))
+        divides = compares and r.group_id not in dropped
+        trains = divides and not is_masked and not r.environment_only
+        parts.append(Part(compares, divides, trains))
     return parts
 
 
@@ -60,7 +61,7 @@ def equal_groups(rollouts: Sequence[Rollout], loss: ml_collections.ConfigDict) -
         if r.environment_only:
             continue
         group = rewards[r.group_id]
-        if counted([r], loss) and (loss.count_truncated or not _is_masked(r, loss)):
+        if counts(r, loss) and (loss.count_truncated or not _is_masked(r, loss)):
             group.add(reward_of(r))
     return {group_id for group_id, values in rewards.items() if len(values) < 2}
 

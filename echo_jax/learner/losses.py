@@ -27,8 +27,8 @@ class Metric(NamedTuple):
     `count` has no default, so that to forget it is an error, and no sum is logged for a mean.
     """
 
-    sum: jax.Array  # float scalar
-    count: jax.Array | None  # float scalar that divides the sum; None: the sum itself is logged
+    sum: jax.Array | float  # scalar
+    count: jax.Array | float | None  # scalar that divides the sum; None: the sum itself is logged
 
 
 Metrics = dict[str, Metric]
@@ -88,7 +88,7 @@ def echo_loss(
         mismatch=options.mismatch,
         mismatch_cap=options.mismatch_cap,
     )
-    env_loss, env_metrics = env_term(logprobs, batch, logprobs_t1)
+    env_loss, env_metrics = env_term(logprobs, batch, logprobs_t1, targets=options.targets)
     metrics |= env_metrics
     loss = policy_loss
     if not (isinstance(env_coef, int | float) and env_coef == 0):
@@ -148,13 +148,17 @@ def policy_term(
 
 
 def env_term(
-    logprobs: jax.Array, batch: Batch, logprobs_t1: jax.Array | None = None
+    logprobs: jax.Array,
+    batch: Batch,
+    logprobs_t1: jax.Array | None = None,
+    *,
+    targets: str = 'released',
 ) -> tuple[jax.Array, Metrics]:
     """The environment's loss, weighted cross-entropy on target tokens.
 
     The metrics are cross-entropies at temperature 1: of `logprobs_t1`, or of `logprobs` if these
-    are at temperature 1. They are over the targets, and over each role that could be one, whether
-    it is trained on or not.
+    are at temperature 1. They are over the targets, and over each role of `loss.targets` and of the
+    terminal's and the harness's words, whether its tokens are trained on or not.
     """
     target = batch.env_weight > 0
     loss = -jnp.sum(batch.env_weight * jnp.where(target, logprobs, 0.0))
@@ -164,7 +168,7 @@ def env_term(
         'env_ce': _mean(nats, target),
         'target_tokens': total(_count(target)),
     }
-    for role in ENV_TARGETS['released']:
+    for role in dict.fromkeys(ENV_TARGETS['released'] + ENV_TARGETS[targets]):
         name = role.name.lower()
         # Nothing predicts a segment's first token. Padding has position 0 too.
         mask = (batch.roles == role) & (batch.positions > 0)

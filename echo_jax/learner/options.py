@@ -10,14 +10,17 @@ from typing import NamedTuple
 import ml_collections
 
 from echo_jax.learner.advantages import ESTIMATORS
-from echo_jax.learner.batching import ENV_NORMALIZATIONS, REDUCTIONS
+from echo_jax.learner.batching import REDUCTIONS
+from echo_jax.learner.eligibility import EQUAL_GROUPS
 from echo_jax.learner.kl import KL_ESTIMATORS
 from echo_jax.learner.mismatch import CORRECTIONS
 from echo_jax.learner.policy_losses import SURROGATES
+from echo_jax.learner.targets import ENV_NORMALIZATIONS
 from echo_jax.types import ENV_TARGETS
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     'targets': tuple(ENV_TARGETS),
+    'equal_groups': EQUAL_GROUPS,
     'reduction': REDUCTIONS,
     'env_normalization': ENV_NORMALIZATIONS,
     'policy': tuple(SURROGATES),

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from echo_jax.learner import sharding
-from echo_jax.learner.losses import Metrics, echo_loss, total
+from echo_jax.learner.losses import Metrics, echo_loss, env_term, total
 from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.learner.updates import scores_before
 from echo_jax.model import huggingface, partition
@@ -88,15 +88,8 @@ def _sum_over_micro_batches(f: Callable[[Batch], Any], batch: Batch, micro_rows:
     return jax.lax.fori_loop(0, count, add, zeros)
 
 
-def make_step(
-    graphdef, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """`step(state, batch, env_coef, reference=None) -> (state, metrics)`, to be jitted.
-
-    `env_coef` may be a Python number (0 leaves the term out of the computation) or traced.
-    `reference` holds the frozen parameters that `loss.kl_coef` pulls towards. `finish_metrics`
-    makes numbers of the metrics.
-    """
+def make_loss(graphdef, config: ml_collections.ConfigDict) -> Callable[..., tuple]:
+    """`loss(params, batch, env_coef, reference) -> (scalar, metrics)`, the objective."""
     temperature = config.policy.temperature
 
     def loss(params, batch, env_coef, reference):
@@ -111,6 +104,20 @@ def make_step(
             extra['reference_logprobs'] = frozen.logprobs
         return echo_loss(scores.logprobs, batch, config, env_coef, **extra)
 
+    return loss
+
+
+def make_step(
+    graphdef, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`step(state, batch, env_coef, reference=None) -> (state, metrics)`, to be jitted.
+
+    `env_coef` may be a Python number (0 leaves the term out of the computation) or traced.
+    `reference` holds the frozen parameters that `loss.kl_coef` pulls towards. `finish_metrics`
+    makes numbers of the metrics.
+    """
+    loss = make_loss(graphdef, config)
+
     def step(state: TrainState, batch: Batch, env_coef, reference=None):
         def gradients(micro):
             # The loss is among the metrics too.
@@ -123,6 +130,35 @@ def make_step(
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step
+
+
+def make_norms(graphdef, config: ml_collections.ConfigDict) -> Callable[..., dict]:
+    """`norms(params, batch, reference=None)`: how large the gradients of the two terms are.
+
+    The global norms of the environment term's, before its coefficient, and of all the others', as
+    the metrics `env_grad_norm` and `policy_grad_norm`. That costs two more passes forward and back
+    over the batch, one after the other, so that only one gradient is in memory.
+    """
+    loss = make_loss(graphdef, config)
+
+    def env_loss(params, batch):
+        scores = token_scores(graphdef, params, batch, config.policy.temperature)
+        return env_term(scores.logprobs, batch)[0]
+
+    def norms(params, batch: Batch, reference=None):
+        def of_env(micro):
+            return jax.grad(env_loss)(params, micro)
+
+        def of_others(micro):
+            return jax.grad(loss, has_aux=True)(params, micro, 0, reference)[0]
+
+        found = {}
+        for name, gradient in (('env', of_env), ('policy', of_others)):
+            total_gradient = _sum_over_micro_batches(gradient, batch, config.batch.micro_rows)
+            found[f'{name}_grad_norm'] = total(optax.tree.norm(total_gradient))
+        return found
+
+    return norms
 
 
 def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
@@ -181,19 +217,25 @@ class ShardedModel:
         # Drawn in place: the whole model may not fit the memory of one device.
         return jax.jit(draw, out_shardings=self.placed)()
 
-    def step(self, optimizer_config: ml_collections.ConfigDict):
-        """(jitted step, abstract state with shardings, function from parameters to first state)."""
+    def step(self, optimizer_config: ml_collections.ConfigDict, traced_env_coef: bool = False):
+        """(jitted step, abstract state with shardings, function from parameters to first state).
+
+        `traced_env_coef`: the step takes env_coef as an array, which a schedule changes, instead of
+        a number that is compiled into it.
+        """
         optimizer = make_optimizer(optimizer_config)
         init = functools.partial(init_state, optimizer=optimizer)
         shapes = jax.eval_shape(init, self.abstract)
         shardings = sharding.state_shardings(shapes, self.placed, self.mesh)
         abstract_state = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings)
+        others = (None, None) if traced_env_coef else (None,)  # env_coef, reference
         step = jax.jit(
             self._traced(make_step(self.graphdef, optimizer, self.config)),
-            in_shardings=(shardings, sharding.batch_sharding(self.mesh), None),
+            in_shardings=(shardings, sharding.batch_sharding(self.mesh), *others),
             out_shardings=(shardings, None),
             donate_argnums=0,
-            static_argnums=2,  # env_coef: 0 leaves the environment term out of the computation
+            # As a number, env_coef 0 leaves the environment term out of the computation.
+            static_argnums=() if traced_env_coef else 2,
         )
         # Placed at once, because for arrays that lie elsewhere the step would be compiled again.
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
@@ -219,6 +261,13 @@ class ShardedModel:
             self._traced(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
             in_shardings=(self.placed, place),
             out_shardings=place,
+        )
+
+    def norms(self) -> Callable[..., Metrics]:
+        """`make_norms`, jitted; the batch is one that lies on the mesh."""
+        return jax.jit(
+            self._traced(make_norms(self.graphdef, self.config)),
+            in_shardings=(self.placed, sharding.batch_sharding(self.mesh), None),
         )
 
     def score(self, temperature: float = 1.0) -> Callable:

@@ -12,6 +12,7 @@ import numpy as np
 
 from echo_jax.learner.batching import Judged, judge, weigh
 from echo_jax.learner.losses import Metric, Metrics, finish_metrics
+from echo_jax.learner.targets import Targets
 from echo_jax.types import Batch, Rollout
 
 MINI = ('groups', 'rollouts')
@@ -48,14 +49,18 @@ def check_cut(config: ml_collections.ConfigDict) -> None:
 
 
 def mini_batches(
-    rollouts: Sequence[Rollout], config: ml_collections.ConfigDict, step: int
+    rollouts: Sequence[Rollout],
+    config: ml_collections.ConfigDict,
+    step: int,
+    targets: Sequence[Targets] | None = None,
 ) -> list[Batch]:
     """The `batch.updates` mini-batches of step number `step`, all of one shape.
 
-    Advantages, and which groups have equal rewards, are those of the whole batch. The weights are
+    Advantages, and which groups have equal rewards, are those of the whole batch; `targets` are as
+    for `make_batch`. The weights are
     those that `make_batch` would give to a mini-batch's rollouts if there were no others.
     """
-    judged, of = judge(rollouts, config), _cut(rollouts, config, step)
+    judged, of = judge(rollouts, config, targets), _cut(rollouts, config, step)
     parts: list[list[Judged]] = [[] for _ in range(config.batch.updates)]
     for each in judged:
         parts[of[_unit(each.rollout, config)]].append(each)
@@ -83,11 +88,12 @@ def finish_updates(metrics: Sequence[Metrics]) -> dict[str, float]:
     found: list[Metrics] = jax.device_get(list(metrics))
     merged = {}
     for name in found[0]:
-        sums = np.sum([each[name].sum for each in found], dtype=np.float64)
+        added = sum(float(each[name].sum) for each in found)
         if found[0][name].count is not None:
-            merged[name] = Metric(sums, np.sum([each[name].count for each in found]))
+            count = sum(float(each[name].count or 0.0) for each in found)
         else:
-            merged[name] = Metric(sums, None if name.endswith('_tokens') else len(found))
+            count = None if name.endswith('_tokens') else float(len(found))
+        merged[name] = Metric(added, count)
     return finish_metrics(merged) | {'grad_norm_last': float(found[-1]['grad_norm'].sum)}
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterable
 import jax
 import ml_collections
 
-from echo_jax.learner.eligibility import EQUAL_GROUPS
+from echo_jax.learner import env_coef
 from echo_jax.learner.options import check_clashes, check_options
 from echo_jax.learner.step import ShardedModel
 from echo_jax.learner.updates import check_cut
 from echo_jax.model import huggingface
 from echo_jax.run.inert import check_inert, sandbox_kinds
 from echo_jax.run.workdir import read_tokenizer
+from echo_jax.types import ENV_TARGETS
 
 _SEEDS = 1 << 31  # Grain and NumPy take no negative ones, JAX no larger ones
 _AT_LEAST_1 = (
@@ -61,10 +62,6 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         if value is not None and value < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
     check_cut(config)
-    if config.loss.equal_groups not in EQUAL_GROUPS:
-        raise ValueError(
-            f'loss.equal_groups is {config.loss.equal_groups!r}; expected one of {EQUAL_GROUPS}'
-        )
     if config.loss.equal_groups == 'redraw' and config.loss.redraw_limit < 1:
         raise ValueError(
             f'loss.redraw_limit is {config.loss.redraw_limit}; expected at least 1, or '
@@ -94,6 +91,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
             f'warm_start.steps={config.warm_start.steps}'
         )
+    _check_env_term(config)
     if config.model.path:
         return
     sizes = huggingface.field_names(huggingface.own_family(config.model))
@@ -102,6 +100,36 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f'{", ".join(unknown)} is None and there is no model.path whose config.json would say '
             'it; set one of them'
+        )
+
+
+def _check_env_term(config: ml_collections.ConfigDict) -> None:
+    loss = config.loss
+    env_coef.check(loss)
+    if loss.env_adaptive.every and loss.env_schedule.name != 'constant':
+        raise ValueError(
+            f'loss.env_adaptive.every={loss.env_adaptive.every} and loss.env_schedule.name='
+            f'{loss.env_schedule.name!r} both move loss.env_coef; choose one of them'
+        )
+    if loss.targets not in ENV_TARGETS:
+        raise ValueError(f'loss.targets is {loss.targets!r}; expected one of {tuple(ENV_TARGETS)}')
+    if loss.max_env_tokens < 0:
+        raise ValueError(f'loss.max_env_tokens is {loss.max_env_tokens}; expected 0 or more')
+    shares = {f'env_filter.{name}': value for name, value in loss.env_filter.items()}
+    shares |= {f'drop_surprising.{name}': value for name, value in loss.drop_surprising.items()}
+    for key, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f'loss.{key} is {value}; expected a share from 0 to 1')
+    dropped = loss.drop_surprising
+    if dropped.top + dropped.bottom >= 1:
+        raise ValueError(
+            f'loss.drop_surprising.top={dropped.top} and bottom={dropped.bottom} leave no target; '
+            'expected less than 1 together'
+        )
+    if ':environment_only' in config.tasks.heldout:
+        raise ValueError(
+            f'tasks.heldout={config.tasks.heldout!r} marks tasks as environment_only, whose tests '
+            'are not run; held-out tasks are measured by them, leave the mark out'
         )
 
 

@@ -46,6 +46,12 @@ def has_ratio(config: ml_collections.ConfigDict) -> bool:
     )
 
 
+def drops_targets(config: ml_collections.ConfigDict) -> bool:
+    """Whether tokens that `loss.targets` names may be dropped one by one."""
+    surprising = config.loss.drop_surprising
+    return bool(config.loss.drop_unpredictable or surprising.top or surprising.bottom)
+
+
 _UPDATES = ('batch.updates', 'batch.epochs')
 _KINDS = ('sandbox.backend', 'warm_start.sandbox', 'warm_start.steps')
 
@@ -112,6 +118,40 @@ INERT = (
         when=lambda config: config.loss.policy != 'dppo',
         deciding=('loss.policy',),
         reason="unless loss.policy = 'dppo'",
+    ),
+    Inert(
+        keys=('loss.env_schedule.end',),
+        when=lambda config: config.loss.env_schedule.name != 'linear',
+        deciding=('loss.env_schedule.name',),
+        reason="unless loss.env_schedule.name = 'linear'",
+    ),
+    Inert(
+        keys=('loss.env_schedule.steps', 'loss.env_schedule.coefs'),
+        when=lambda config: config.loss.env_schedule.name != 'steps',
+        deciding=('loss.env_schedule.name',),
+        reason="unless loss.env_schedule.name = 'steps'",
+    ),
+    Inert(
+        keys=(
+            'loss.env_adaptive.target',
+            'loss.env_adaptive.smoothing',
+            'loss.env_adaptive.low',
+            'loss.env_adaptive.high',
+        ),
+        when=lambda config: config.loss.env_adaptive.every == 0,
+        deciding=('loss.env_adaptive.every',),
+        reason='with loss.env_adaptive.every = 0',
+    ),
+    Inert(
+        keys=('loss.count_dropped',),
+        when=lambda config: not drops_targets(config) or config.loss.reduction == 'dr_grpo',
+        deciding=(
+            'loss.reduction',
+            'loss.drop_unpredictable',
+            'loss.drop_surprising.top',
+            'loss.drop_surprising.bottom',
+        ),
+        reason="unless a rule drops targets, and with loss.reduction = 'dr_grpo' never",
     ),
     Inert(
         keys=('loss.mismatch',),

@@ -207,3 +207,15 @@ def test_the_starts_time_counts_only_if_a_late_episode_is_discarded(make_task, e
     assert episodes.run(task, [bash(SOLVES), DONE]).status == Status.OK
     episodes.config.at_agent_timeout = 'discard'
     assert episodes.run(task, [bash(SOLVES), DONE]).status == Status.AGENT_TIMEOUT
+
+
+def test_the_tests_of_an_environment_only_task_are_not_run(make_task, episodes):
+    script = [bash('echo 42 > /app/answer.txt'), DONE]
+    assert episodes.run(make_task(), script).reward == 1.0
+    marked = dataclasses.replace(make_task(), environment_only=True)
+    rollout = episodes.run(marked, script)
+    assert (rollout.reward, rollout.status, rollout.tests_output) == (0.0, Status.OK, '')
+    assert 'correct' not in rollout.metrics and rollout.metrics['seconds_verifying'] < 0.1
+    # How the agent's part ended is its status as ever.
+    episodes.config.max_turns = 1
+    assert episodes.run(marked, script).status == Status.TRUNCATED

@@ -12,6 +12,7 @@ import pytest
 from configs import base, qwen3_8b, tiny
 from echo_jax.learner.batching import REDUCTIONS, make_batch
 from echo_jax.learner.losses import echo_loss
+from echo_jax.learner.targets import choose_targets
 from echo_jax.model.families import FAMILIES
 from echo_jax.model.huggingface import recipe_config
 from echo_jax.run import rollout_worker
@@ -43,6 +44,19 @@ CHOICES = {
     'loss.clip_low': ({'loss.policy': 'dppo'}, {'loss.policy': 'clip'}),
     'loss.dual_clip': ({'loss.policy': 'clip'}, {'loss.policy': 'dual_clip'}),
     'loss.dppo_tv': ({'loss.policy': 'cispo'}, {'loss.policy': 'dppo'}),
+    'loss.env_schedule.end': (
+        {'loss.env_schedule.name': 'steps'},
+        {'loss.env_schedule.name': 'linear'},
+    ),
+    'loss.env_schedule.steps': (
+        {'loss.env_schedule.name': 'linear'},
+        {'loss.env_schedule.name': 'steps'},
+    ),
+    'loss.env_adaptive.target': ({'loss.env_adaptive.every': 0}, {'loss.env_adaptive.every': 5}),
+    'loss.count_dropped': (
+        {'loss.drop_unpredictable': False, 'loss.drop_surprising.top': 0.0},
+        {'loss.drop_unpredictable': False, 'loss.drop_surprising.top': 0.1},
+    ),
     'loss.mismatch': ({'loss.old_logprobs': 'rollout'}, {'loss.old_logprobs': 'current'}),
     'loss.mismatch_cap': ({'loss.mismatch': 'none'}, {'loss.mismatch': 'token'}),
     'loss.kl': ({'loss.kl_coef': 0.0}, {'loss.kl_coef': 0.1}),
@@ -104,7 +118,7 @@ def another(value):
         case int() | float():
             return value + 1
         case tuple():
-            return value[:1]
+            return value[:1] or (1,)
         case _:
             return 'another'
 
@@ -219,6 +233,18 @@ def test_the_count_of_observations_is_read_only_by_sequences():
         assert one.any() and (one != two).any() == differ
 
 
+def test_a_dropped_target_counts_in_no_denominator_of_dr_grpo():
+    def weights(**loss):
+        config = small_config(groups=1, group_size=2, drop_unpredictable=True, **loss)
+        rollouts = [make_rollout('PPAAOO', sample=i) for i in range(2)]
+        targets, _ = choose_targets(rollouts, config, lambda r: r.tokens == 5)
+        return np.asarray(make_batch(rollouts, config, targets).env_weight)
+
+    for reduction, differ in {'sequence_mean': True, 'token_mean': True, 'dr_grpo': False}.items():
+        one, two = (weights(reduction=reduction, count_dropped=count) for count in (True, False))
+        assert one.any() and (one != two).any() == differ
+
+
 def test_counts_of_tasks_are_read_only_if_they_are_generated(tmp_path):
     folder = generate_tasks(tmp_path / 'set', split='train', count=3)
     config = with_values(**{'tasks.train': str(folder)})
@@ -268,13 +294,58 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
         ),
         ({'loss.dual_clip': 1.0}, 'loss.dual_clip is 1.0; expected more than 1'),
         (
-            {'loss.policy': 'gspo', 'loss.mismatch': 'token'},
+            {
+                'loss.policy': 'gspo',
+                'loss.mismatch': 'token',
+                'loss.old_logprobs': 'recomputed',
+                'batch.updates': 2,
+            },
             "loss.policy='gspo', loss.mismatch='token' make no sense together",
         ),
         ({'batch.seq_len': 287}, 'batch.seq_len=287 cannot hold a rollout'),
         ({'policy.slots': 7}, 'policy.slots=7 cannot hold a group of 8 rollouts'),
         ({'eval.samples': 65}, 'policy.slots=64 cannot hold a group of 65 rollouts'),
         ({'warm_start.explore_steps': 211}, 'warm_start.explore_steps=211 is not among the'),
+        ({'loss.targets': 'all'}, "loss.targets is 'all'; expected one of"),
+        ({'loss.max_env_tokens': -1}, 'loss.max_env_tokens is -1; expected 0 or more'),
+        ({'loss.env_filter.min_clean': 1.5}, 'loss.env_filter.min_clean is 1.5; expected a share'),
+        ({'loss.drop_surprising.top': -0.1}, 'loss.drop_surprising.top is -0.1; expected a share'),
+        (
+            {'loss.drop_surprising.top': 0.5, 'loss.drop_surprising.bottom': 0.5},
+            'top=0.5 and bottom=0.5 leave no target',
+        ),
+        ({'loss.env_coef': -0.1}, 'loss.env_coef is -0.1; expected 0 or more'),
+        ({'loss.env_schedule.name': 'cosine'}, "loss.env_schedule.name is 'cosine'; expected one"),
+        ({'loss.env_schedule.name': 'steps'}, 'steps=() and coefs=(); expected as many coefs'),
+        (
+            {
+                'loss.env_schedule.name': 'steps',
+                'loss.env_schedule.steps': (5, 5),
+                'loss.env_schedule.coefs': (0.1, 0.0),
+            },
+            'loss.env_schedule.steps=(5, 5); expected steps that rise',
+        ),
+        ({'loss.env_adaptive.every': -1}, 'loss.env_adaptive.every is -1; expected 0 or more'),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_coef': 0.0},
+            'loss.env_adaptive.every=5 adapts a loss.env_coef of 0',
+        ),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_adaptive.smoothing': 1.0},
+            'expected a target above 0 and a smoothing of 0 or more, below 1',
+        ),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_adaptive.low': 0.06},
+            'loss.env_adaptive.low=0.06 and high=0.1 do not hold loss.env_coef=0.05',
+        ),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_schedule.name': 'linear'},
+            "loss.env_adaptive.every=5 and loss.env_schedule.name='linear' both move",
+        ),
+        (
+            {'tasks.heldout': 'one,two:environment_only'},
+            "tasks.heldout='one,two:environment_only' marks tasks as environment_only",
+        ),
         ({'mesh.data': 2}, 'mesh data=2, fsdp=-1, context=1, tensor=1 does not fit'),
         ({'model.path': '/nowhere'}, '/nowhere/config.json is missing'),
     ],
