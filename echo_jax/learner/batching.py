@@ -76,7 +76,7 @@ def judge(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -> lis
     compared = [i for i, part in enumerate(parts) if part.compares]
     advantages[compared] = _advantages([counted[i] for i in compared], config.loss.advantages)
     advantages[[not part.trains for part in parts]] = 0.0
-    return [Judged(*each) for each in zip(counted, advantages, parts)]
+    return [Judged(*each) for each in zip(counted, advantages.tolist(), parts)]
 
 
 def weigh(judged: Sequence[Judged], config: ml_collections.ConfigDict, rows: int) -> Batch:

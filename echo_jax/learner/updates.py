@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from echo_jax.learner.batching import Judged, judge, weigh
-from echo_jax.learner.losses import Metric, Metrics, finish_metrics
+from echo_jax.learner.losses import Metrics, finish_metrics
 from echo_jax.types import Batch, Rollout
 
 MINI = ('groups', 'rollouts')
@@ -81,14 +81,14 @@ def finish_updates(metrics: Sequence[Metrics]) -> dict[str, float]:
     if len(metrics) == 1:
         return finish_metrics(metrics[0])
     found: list[Metrics] = jax.device_get(list(metrics))
-    merged = {}
+    values = {}
     for name in found[0]:
-        sums = np.sum([each[name].sum for each in found], dtype=np.float64)
-        if found[0][name].count is not None:
-            merged[name] = Metric(sums, np.sum([each[name].count for each in found]))
-        else:
-            merged[name] = Metric(sums, None if name.endswith('_tokens') else len(found))
-    return finish_metrics(merged) | {'grad_norm_last': float(found[-1]['grad_norm'].sum)}
+        added = sum(float(each[name].sum) for each in found)
+        counts = [float(count) for each in found if (count := each[name].count) is not None]
+        divisor = sum(counts) if counts else 1.0 if name.endswith('_tokens') else len(found)
+        if divisor:
+            values[name] = added / divisor
+    return values | {'grad_norm_last': float(found[-1]['grad_norm'].sum)}
 
 
 def _unit(rollout: Rollout, config: ml_collections.ConfigDict) -> tuple[int, ...]:
