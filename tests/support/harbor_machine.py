@@ -19,7 +19,9 @@ class Machine(BaseEnvironment):
 
     def __init__(self, environment_dir, *args, **kwargs):
         super().__init__(environment_dir, *args, **kwargs)
-        self.sandbox = local.LocalSandbox(Task('machine', pathlib.Path(environment_dir).parent, ''))
+        self.sandbox = local.LocalSandbox(
+            Task('machine', pathlib.Path(environment_dir).parent, '', workdir='/app')
+        )
 
     @staticmethod
     def type() -> str:
