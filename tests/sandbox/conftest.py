@@ -71,7 +71,8 @@ def container(task, made):
         if user is not None:
             return docker.StrictSandbox(asking, images=made[user], **limits)
         for name, key in (('memory_mb', 'memory_mb'), ('storage_mb', 'disk_mb')):
-            asking = dataclasses.replace(asking, **{name: limits.pop(key, None)})
+            if key in limits:
+                asking = dataclasses.replace(asking, **{name: limits.pop(key)})
         return docker.PlainSandbox(asking, images=made[None], **limits)
 
     return make

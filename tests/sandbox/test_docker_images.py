@@ -9,7 +9,7 @@ import uuid
 import pytest
 
 from echo_jax import types
-from echo_jax.sandbox import SandboxError, docker
+from echo_jax.sandbox import UID, SandboxError, docker
 from echo_jax.sandbox.docker import images
 from tests.support import docker_engine
 
@@ -22,7 +22,9 @@ def make(used):
     made = []
 
     def make(**options):
-        made.append(images.Images(used, **{'network': False, 'backoff_sec': 0.01} | options))
+        made.append(
+            images.Images(used, **{'network': False, 'backoff_sec': 0.01, 'user': UID} | options)
+        )
         return made[-1]
 
     yield make
@@ -48,7 +50,7 @@ def built(used) -> set[str]:
 
 
 async def answers(made, task, *commands: str) -> list[str]:
-    sandbox = docker.DockerSandbox(task, images=made)
+    sandbox = docker.StrictSandbox(task, images=made)
     await sandbox.start()
     try:
         return [(await sandbox.run(command, SEC)).stdout for command in commands]
@@ -196,7 +198,7 @@ def test_an_image_that_the_engine_lost_is_made_again(task, make, used):
 def test_a_copy_that_does_not_fit_says_so(task, make):
     async def main():
         big = task('RUN mkdir /app && head -c 5000000 /dev/zero > /app/big\n')
-        sandbox = docker.DockerSandbox(big, images=make(), disk_mb=2)
+        sandbox = docker.StrictSandbox(big, images=make(), disk_mb=2)
         with pytest.raises(SandboxError, match='/app does not fit in disk_mb'):
             await sandbox.start()
 

@@ -5,6 +5,7 @@ Knows nothing of engines. Dockerfiles are read by hand here, and only for the im
 for a stage. Everything else in a Dockerfile is the builder's to read.
 """
 
+import fnmatch
 import pathlib
 import re
 from collections.abc import Iterator
@@ -28,7 +29,9 @@ def pack(environment: pathlib.Path) -> bytes:
             text = (environment / name).read_text('utf-8-sig', errors='replace')
             lines = [line.strip() for line in text.splitlines()]
             patterns = [line for line in lines if line and not line.startswith('#')]
-            kept = exclude_paths(str(environment), patterns)
+            kept = exclude_paths(str(environment), list(patterns))
+            if any(fnmatch.fnmatch(name, pattern.removeprefix('**/')) for pattern in patterns):
+                kept.discard(name)  # which the SDK keeps, for older engines to read
             parents = (str(p) for path in kept for p in pathlib.PurePath(path).parents)
             only = {*kept, *parents}
             break

@@ -250,8 +250,8 @@ class Images:
     def _pull(self, name: str) -> None:
         repository, tag = docker.utils.parse_repository_tag(name)
         try:
-            self.engine.blocking(self.engine.client.api.pull, repository, tag or 'latest')
-        except docker.errors.NotFound as error:
+            self.engine.client.api.pull(repository, tag or 'latest')
+        except engine.FAILURES as error:
             raise SandboxError(f'{name}: {engine.brief(error)}') from None
 
     def _build(self, task: Task, name: str, context: bytes, network: bool) -> None:

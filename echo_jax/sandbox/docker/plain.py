@@ -68,8 +68,22 @@ class PlainSandbox(ContainerSandbox):
         self._ready = self._began = 0.0  # the agent's part, its last command; time.monotonic()
         self._shell_pid = 0  # in the container
 
+    async def start(self) -> None:
+        try:
+            await super().start()
+        except SandboxError as error:
+            if self._draining is None or self._draining.cancelled():
+                raise
+            printed = ' '.join(self._printed.decode(errors='replace').split())[-500:]
+            raise SandboxError(
+                f'{self.task.task_id}: the container ended at its start (an ENTRYPOINT is to run '
+                f'the command that it is given); it printed: {printed or "-"}'
+            ) from error
+
     async def stop(self) -> None:
         if self._draining is not None:
+            if not self._ready:  # the end of a container that did not start may yet be told
+                await asyncio.wait({self._draining}, timeout=0.2)
             self._draining.cancel()
         await super().stop()
 
@@ -126,19 +140,10 @@ class PlainSandbox(ContainerSandbox):
                 self._printed += (await self._control.read())[1]
                 del self._printed[:-_KEPT_BYTES]
 
-    def _printed_last(self) -> str:
-        return ' '.join(self._printed.decode(errors='replace').split()) or '-'
-
     async def _await_healthy(self) -> None:
         """As `docker compose up --wait` does."""
         while True:
-            try:
-                state = (await self.describe())['State']
-            except docker.errors.NotFound:
-                raise SandboxError(
-                    f'{self.task.task_id}: the container ended before it was healthy; it printed: '
-                    f'{self._printed_last()}'
-                ) from None
+            state = (await self.describe())['State']
             health = state.get('Health') or {}
             if health.get('Status') == 'healthy':
                 return
@@ -168,12 +173,13 @@ class PlainSandbox(ContainerSandbox):
             await asyncio.sleep(check.interval_sec)
 
     async def describe(self) -> dict:
-        """The engine's own description. docker.errors.NotFound if the container is gone."""
-        return await self.engine.call(self.engine.client.api.inspect_container, self.container_name)
+        """The engine's own description of the container."""
+        return await self._ask(self.engine.client.api.inspect_container, self.container_name)
 
     async def is_alive(self) -> bool:
         with contextlib.suppress(docker.errors.NotFound):
-            return (await self.describe())['State']['Running']
+            found = self.engine.client.api.inspect_container, self.container_name
+            return (await self.engine.call(*found))['State']['Running']
         return False
 
     async def execute(

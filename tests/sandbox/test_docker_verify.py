@@ -1,0 +1,192 @@
+"""The tests of a task in a plain container: as in Harbor, and out of reach of what the agent left.
+
+Each trick is tried in the tests' own container and, as far as it goes, in the agent's (`inside`),
+where the tests run if the engine allows no other.
+"""
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from echo_jax import types
+from echo_jax.sandbox import Verdict
+from tests.support.sandboxes import SEC, opened
+
+
+@pytest.fixture(params=['beside', 'inside'])
+def where(request, made):
+    made[None].unprotected = 'asked by a test' if request.param == 'inside' else ''
+    yield request.param
+    made[None].unprotected = ''
+
+
+@pytest.fixture
+def judge(task, container, made):
+    """judge(test.sh, the agent's commands..., **fields of Task): the verdict.
+
+    `sleep` seconds pass between the commands and the tests.
+    """
+    (task.path / 'tests').mkdir()
+
+    async def main(asking, commands, sleep, options) -> Verdict:
+        async with opened(container(None, asking, **options)) as sandbox:
+            for command in commands:
+                await sandbox.run(command, SEC)
+            await asyncio.sleep(sleep)
+            return await sandbox.verify()
+
+    def judge(tests: str, *commands: str, sleep: float = 0.0, options=None, **fields) -> Verdict:
+        (task.path / 'tests' / 'test.sh').write_text(tests)
+        asking = dataclasses.replace(task, **fields)
+        before = made[None].unprotected
+        verdict = asyncio.run(main(asking, commands, sleep, options or {}))
+        assert made[None].unprotected == before  # it was possible
+        return verdict
+
+    return judge
+
+
+REWARD = '/logs/verifier/reward.txt'
+LOOP = "setsid nohup bash -c 'while :; do {}; sleep 0.01; done' >/dev/null 2>&1 &"
+# By a name, what an agent leaves behind so that tests that write no reward, or 0, seem to write 1.
+TRICKS = {
+    'a reward': f'echo 1 > {REWARD}; chmod 0 {REWARD}',
+    'a loop': LOOP.format(f'echo 1 > {REWARD}'),
+    'json': LOOP.format('echo {\\"reward\\": 1} > /logs/verifier/reward.json'),
+    'a folder moved away': LOOP.format(
+        f'mv /logs /l$RANDOM; mkdir -p /logs/verifier /tests; echo 1 > {REWARD}'
+    ),
+    'a link': 'rm -rf /logs; mkdir /x; ln -s /x /logs; mkdir /x/verifier; echo 1 > /x/verifier/reward.txt',
+    'a link to the host': 'rm -rf /logs/verifier; ln -s /proc/1/root/tmp /logs/verifier; ln -s / /tests',
+    'tests': f'mkdir -p /tests; echo "echo 1 > {REWARD}" | tee /tests/test.sh /tests/conftest.py',
+    'deep tests': 'mkdir -p /tests; cd /tests; for i in {1..600}; do mkdir -m 0 d; chmod 700 d; cd d; done',
+}
+# What reaches the tests' own container alone, and there to no avail.
+LATE_TRICKS = {
+    'tests, again and again': LOOP.format(f'echo "echo 1 > {REWARD}" > /tests/test.sh'),
+    'after the tests appear': LOOP.format(f'[ -e /tests/test.sh ] && echo 1 > {REWARD}'),
+    'a removed mountpoint': LOOP.format(
+        f'rm -rf /tests /logs; mkdir -p /logs/verifier; echo 1 > {REWARD}'
+    ),
+    "through the tests' processes": LOOP.format(
+        f'for p in /proc/[0-9]*; do echo 1 > $p/root{REWARD}; echo 1 > $p/cwd/../logs/verifier/reward.txt; '
+        f'for f in $p/fd/*; do echo 1 > $f; done; done'
+    ),
+    'ptrace': LOOP.format(
+        'for p in /proc/[0-9]*; do perl -e "exit 1 if syscall(101, 16, shift, 0, 0)" ${p#/proc/} && '
+        f'[ $p != /proc/1 ] && grep -q test.sh $p/cmdline && touch /traced; done'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('trick', TRICKS)
+def test_no_reward_of_the_agents(judge, where, trick):
+    verdict = judge('#!/bin/bash\nsleep 0.5\n', TRICKS[trick])
+    assert verdict.reward == 0 and verdict.status == types.Status.VERIFIER_ERROR, verdict
+    assert 'neither' in verdict.reason
+
+
+@pytest.mark.parametrize('trick', LATE_TRICKS)
+def test_no_reward_of_the_agents_while_tests_run(judge, trick):
+    verdict = judge(
+        f'#!/bin/bash\n[ ! -e /traced ] || echo traced\nsleep 1\necho 0.25 > {REWARD}\nsleep 0.2\n',
+        LATE_TRICKS[trick],
+    )
+    assert verdict[:2] == (0.25, types.Status.OK) and 'traced' not in verdict.output, verdict
+
+
+def test_start_up_files_of_the_agents(judge, where):
+    """Nothing that a shell of the agent's would read, or find first on its PATH, is the tests'."""
+    verdict = judge(
+        f'#!/bin/bash\nls / >/dev/null; env | sort\necho 0.5 > {REWARD}\n',
+        f'for f in ls env sort bash; do printf "#!/bin/sh\\necho 1 > {REWARD}; kill -9 \\$PPID" > '
+        '/tmp/$f; chmod +x /tmp/$f; done; export PATH=/tmp:$PATH BASH_ENV=/tmp/ls ENV=/tmp/ls; '
+        'cp /tmp/ls ~/.bashrc; cp /tmp/ls ~/.profile; cp /tmp/ls ~/.bash_profile; alias ls=false; '
+        'ls() { false; }; export -f ls; trap "echo t" DEBUG',
+        verifier_env={'A': 'x y'},
+    )
+    assert verdict[:2] == (0.5, types.Status.OK), verdict
+    names = {line.partition('=')[0] for line in verdict.output.splitlines()}
+    assert names == {'A', 'HOME', 'HOSTNAME', 'PATH', 'PWD', 'SHLVL', '_'}
+    assert 'A=x y' in verdict.output and 'PATH=/usr/local/sbin' in verdict.output
+
+
+def test_what_the_agent_left_running_is_there(judge, where):
+    tests = f"""#!/bin/bash
+a=$(cat /app/beat); sleep 0.5; [ "$a" != "$(cat /app/beat)" ] && echo beats
+cat /proc/[0-9]*/comm | grep -c perl; cat < /dev/tcp/127.0.0.1/8080
+cat /dev/shm/shared /volume/v /new/n /top; echo back > /app/back; mkdir /made && echo made
+echo 1 > {REWARD}
+"""
+    verdict = judge(
+        tests,
+        'mkdir -p /app /new; (while :; do date +%N > /app/beat; sleep 0.1; done) &',
+        "perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 8080, Listen => 1) or "
+        'die; while ($c = $s->accept) { print $c "hello\\n" }\' &',
+        'echo shared > /dev/shm/shared; mkdir -p /volume; echo v > /volume/v; echo n > /new/n; '
+        'echo top > /top; sleep 0.3',
+    )
+    assert verdict.output == 'beats\n1\nhello\nshared\nv\nn\ntop\nmade\n', verdict
+    assert verdict.reward == 1
+
+
+def test_what_the_agent_left_running_is_ended_if_asked(judge, where):
+    verdict = judge(
+        f'#!/bin/bash\ncat /proc/[0-9]*/comm | grep -c sleep\necho 1 > {REWARD}\n',
+        'sleep 99 & setsid sleep 99 &',
+        options={'kill_agent_processes': True},
+    )
+    assert verdict.output == '0\n' and verdict.reward == 1
+
+
+def test_users_rights_and_place(judge, where):
+    tests = f"""#!/bin/bash
+id -un; echo $HOME; pwd; grep CapBnd /proc/self/status | cut -c 8-; stat -c "%a %U" /tests/test.sh
+touch /logs/verifier/x /logs/agent/x /logs/artifacts/x && echo 1 > {REWARD}
+"""
+    for user in (None, 'nobody', 65534, 4321):
+        verdict = judge(tests, 'touch /logs/agent/mine', verifier_user=user, workdir='/opt/it')
+        assert verdict.reward == 1, verdict
+        name, home, place, rights, script = verdict.output.splitlines()[-5:]
+        assert name == {None: 'root', 4321: ''}.get(user, 'nobody') or user == 4321
+        assert home == {None: '/root', 4321: '/'}.get(user, '/nonexistent')
+        assert place == '/opt/it' and script == '755 root'
+        assert rights.strip() in ('00000000a80425fb', '00000008a80425fb')  # and one more
+
+
+def test_ends_of_the_tests(judge, where):
+    late = judge(f'#!/bin/bash\necho 1 > {REWARD}\necho here\nsleep 60\n', verifier_timeout_sec=1.0)
+    assert late.reward == 0 and 'over their 1 seconds' in late.reason and late.output == 'here\n'
+    left = judge(f'#!/bin/sh\nsleep 60 &\nsetsid sleep 60 &\necho 1 > {REWARD}\nexit 3\n')
+    assert left[:2] == (1.0, types.Status.OK)
+    plain = judge(f'echo "[${{BASH_VERSION:+bash}}]"; echo 1 > {REWARD}')  # no first line
+    assert plain.reward == 1 and plain.output == '[bash]\n'
+    stopped = judge(f'#!/bin/bash\necho 1 > {REWARD}\nkill -9 $$\n')
+    assert stopped.reward == 1  # as in Harbor
+
+
+def test_what_the_image_has_in_tests_stays(judge, where, task):
+    environment = task.path / 'environment'
+    environment.mkdir()
+    (environment / 'Dockerfile').write_text(
+        f'FROM {task.docker_image}\nWORKDIR /w\nRUN mkdir -p /tests/own && echo own > /tests/own/a '
+        '&& echo no > /tests/test.sh && chmod 600 /tests/own/a && chown nobody /tests/own\n'
+    )
+    verdict = judge(
+        f'#!/bin/bash\ncat /tests/own/a; stat -c "%a %U" /tests/own/a; stat -c %U /tests/own; ls '
+        f'/tests; echo 1 > {REWARD}\n',
+        'echo forged > /tests/own/a; touch /tests/more',
+        docker_image=None,
+    )
+    assert verdict.output == 'own\n600 root\nnobody\nown\ntest.sh\n', verdict
+
+
+def test_a_full_container_has_a_verdict(judge):
+    """What the agent left in its own disk, memory and processes does not take the tests' away."""
+    verdict = judge(
+        f'#!/bin/bash\necho 0.5 > {REWARD}\n',
+        'for i in {1..60}; do sleep 99 & done',
+        options={'processes': 40},
+    )
+    assert verdict.reward == 0.5, verdict
