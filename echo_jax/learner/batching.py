@@ -97,11 +97,7 @@ def judge(
     compared = [i for i, part in enumerate(parts) if part.compares]
     advantages[compared] = _advantages([counted[i] for i in compared], config.loss.advantages)
     advantages[[not part.trains for part in parts]] = 0.0
-<<<<<<< HEAD
     return [Judged(r, float(a), part, t) for (r, t), a, part in zip(pairs, advantages, parts)]
-=======
-    return [Judged(*each) for each in zip(counted, advantages.tolist(), parts)]
->>>>>>> w-updates
 
 
 def weigh(judged: Sequence[Judged], config: ml_collections.ConfigDict, rows: int) -> Batch:

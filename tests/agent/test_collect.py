@@ -83,7 +83,10 @@ def test_a_task_that_cannot_start_is_nobodys_reward_and_the_others_go_on(collect
     finally:
         bad.write_text((tasks[4].path / 'environment' / 'Dockerfile').read_text())
     good, [failed], other = store.read_groups([0, 1, 2])
-    assert failed.status == Status.INFRA_ERROR and 'no such file in environment/: none' in failed.reason
+    assert (
+        failed.status == Status.INFRA_ERROR
+        and 'no such file in environment/: none' in failed.reason
+    )
     assert {r.status for r in (*good, *other)} == {Status.OK}
 
 
