@@ -17,14 +17,15 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from echo_jax.agent.protocol import Protocol
-from echo_jax.learner import batching, distributed, eligibility, env_coef, sharding, updates
+from echo_jax.learner import distributed, env_coef
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_config, sandboxes_here
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.inert import inert_keys
-from echo_jax.run.measures import env_ce, seconds_under_time, solve_rate
+from echo_jax.run.learning import Learner
+from echo_jax.run.measures import env_ce, headline, solve_rate
 from echo_jax.run.redraw import redraw_equal
 from echo_jax.run.sources import GroupsAhead, count_steps, draw_heldout, make_source, read_splits
 from echo_jax.run.warm_start import first_params
@@ -54,7 +55,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
     # ---------------------------------------------- the model on its mesh, and the rollouts' source
     model = ShardedModel.of(config)
-    score, with_old_logprobs = model.score(), model.with_old_logprobs()
+    score = model.score()
     source = make_source(work, model, tokenizer, protocol, splits, stop)
 
     # ------------------------------------------------------- the model that the run starts from
@@ -65,6 +66,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     traced = env_coef.is_traced(config.loss)
     step, abstract_state, initial_state = model.step(config.optimizer, traced_env_coef=traced)
     env_term = EnvTerm(config, num_steps, tokenizer, score, model.norms())
+    learner = Learner(config, model, step, env_term, reference)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)
     if leads:
@@ -104,23 +106,12 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 rollouts, redrawn = redraw_equal(ahead.draw(done), source, splits, config, done)
                 drawn = time.monotonic()
 
-                targets, chosen = env_term.targets(rollouts, state.params)
-                batches = [
-                    with_old_logprobs(state.params, sharding.put_batch(batch, model.mesh))
-                    for batch in updates.mini_batches(rollouts, config, done, targets)
-                ]
-                chosen |= env_term.adapt(done, state.params, batches[0], reference)
-                sums = []
-                for number in updates.order(config, done):
-                    state, added = step(state, batches[number], env_term.coef(done), reference)
-                    sums.append(added)
-                values = {f'train/{name}': v for name, v in updates.finish_updates(sums).items()}
-                values |= seconds_under_time(batching.rollout_metrics(rollouts, done)) | redrawn
-                values |= eligibility.eligibility_metrics(rollouts, config.loss) | chosen
+                state, values = learner.learn(state, rollouts, done)
                 ahead.trained()
                 done += 1
                 source.publish(state.params, done)
 
+                values |= redrawn
                 values['time/sampling'] = drawn - started
                 values['time/learning'] = time.monotonic() - drawn
                 if done % config.eval.every == 0 and done < num_steps:
@@ -128,9 +119,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 metrics.write(done, values)
                 if done % config.checkpoint.every == 0:
                     save()
-                names = {'reward': 'rollout/reward', 'env_ce': 'train/env_ce'}
-                shown = {name: values.get(key, float('nan')) for name, key in names.items()}
-                progress.show(done, **shown)
+                progress.show(done, **headline(values))
         save()
     except entry.Stopped:
         save()
@@ -166,9 +155,9 @@ def main(argv: Sequence[str]) -> None:
     for backend in sandboxes_here(config):
         sandbox_maker(config, backend).close()  # fails now if this machine allows no sandbox
     report.CONSOLE.quiet = not distributed.leads()
-    if idle := inert_keys(config):
-        line = f'cannot act with the other keys of this recipe: {", ".join(idle)}'
-        report.CONSOLE.print(line, soft_wrap=True)
+    idle = ', '.join(inert_keys(config))
+    if idle:
+        report.CONSOLE.print(f'cannot act with the other keys: {idle}', soft_wrap=True)
     with distributed.leader_first('workdir'):
         work = Workdir(_WORKDIR.value, config)
     try:

@@ -1,7 +1,7 @@
 """What a set of rollouts says of a policy: solve rate, pass@k, environment cross-entropy."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 import numpy as np
@@ -72,3 +72,9 @@ def seconds_under_time(values: dict[str, float]) -> dict[str, float]:
         f'time/episode_{name.removeprefix(mark)}' if name.startswith(mark) else name: value
         for name, value in values.items()
     }
+
+
+def headline(values: Mapping[str, float]) -> dict[str, float]:
+    """The two metrics of a step that its progress line shows; NaN if a step has none."""
+    names = {'reward': 'rollout/reward', 'env_ce': 'train/env_ce'}
+    return {name: values.get(key, float('nan')) for name, key in names.items()}

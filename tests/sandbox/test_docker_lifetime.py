@@ -98,13 +98,14 @@ def test_tests_that_lead_outside_are_refused(task, made, tmp_path):
 # Start and stop.
 
 
-def test_stop_leaves_nothing(task, made, used):
+@pytest.mark.parametrize('user', [1000, None])
+def test_stop_leaves_nothing(container, used, user):
     before = left(used)
     used.client.close()  # its pooled connections; the next call opens new ones
     descriptors = len(os.listdir('/proc/self/fd'))
 
     async def main():
-        async with opened(docker.StrictSandbox(task, images=made[1000])) as sandbox:
+        async with opened(container(user)) as sandbox:
             await sandbox.run('setsid sleep 100 & nohup sleep 100 & trap "" TERM HUP', SEC)
             assert len(left(used)) == len(before) + 1
         await sandbox.stop()  # twice is fine
@@ -117,12 +118,13 @@ def test_stop_leaves_nothing(task, made, used):
     assert len(os.listdir('/proc/self/fd')) <= descriptors
 
 
-def test_cancelled_start_leaves_nothing(task, made, used):
+@pytest.mark.parametrize('user', [1000, None])
+def test_cancelled_start_leaves_nothing(container, used, user):
     before = left(used)
 
     async def main():
         for delay in (0.0, 0.03, 0.1, 0.3, 0.5):
-            sandbox = docker.StrictSandbox(task, images=made[1000])
+            sandbox = container(user)
             start = asyncio.create_task(sandbox.start())
             await asyncio.sleep(delay)
             start.cancel()
@@ -134,9 +136,10 @@ def test_cancelled_start_leaves_nothing(task, made, used):
     assert left(used) == before
 
 
-def test_cancelled_command_is_cleared_away(task, made):
+@pytest.mark.parametrize('user', [1000, None])
+def test_cancelled_command_is_cleared_away(container, user):
     async def main():
-        async with opened(docker.StrictSandbox(task, images=made[1000])) as sandbox:
+        async with opened(container(user)) as sandbox:
             slow = asyncio.create_task(sandbox.run('echo stale; sleep 60', SEC))
             await asyncio.sleep(0.3)
             slow.cancel()
@@ -147,10 +150,11 @@ def test_cancelled_command_is_cleared_away(task, made):
     assert asyncio.run(main()).stdout == 'fresh\n0\n'
 
 
-def test_a_container_that_dies_says_so(task, made, used):
+@pytest.mark.parametrize('user', [1000, None])
+def test_a_container_that_dies_says_so(container, used, user):
     async def main():
         for command in ('sleep 60', None):
-            async with opened(docker.StrictSandbox(task, images=made[1000])) as sandbox:
+            async with opened(container(user)) as sandbox:
                 running = asyncio.create_task(sandbox.run(command, SEC)) if command else None
                 await asyncio.sleep(0.2)
                 used.client.api.remove_container(sandbox.container_name, force=True)
@@ -219,13 +223,14 @@ def test_a_killed_worker_leaves_what_its_successor_sweeps(daemon, used, made):
     assert sorted(left(used)) == sorted(before)
 
 
-def test_thirty_two_at_once(task, made, used):
+@pytest.mark.parametrize('user', [1000, None])
+def test_thirty_two_at_once(container, used, user):
     before = left(used)
 
     async def one(number: int):
-        async with opened(docker.StrictSandbox(task, images=made[1000])) as sandbox:
-            await sandbox.run(f'echo {number} > /app/n; cd /tmp', SEC)
-            return (await sandbox.run('cat /app/n; ls /app', SEC)).stdout
+        async with opened(container(user)) as sandbox:
+            await sandbox.run(f'echo {number} > /tmp/n; cd /', SEC)
+            return (await sandbox.run('cat /tmp/n; ls /tmp', SEC)).stdout
 
     async def main():
         return await asyncio.gather(*(one(number) for number in range(32)))
@@ -262,7 +267,7 @@ def test_a_killed_engine(task, made, used, daemon):
 
     async def main():
         busy = docker.StrictSandbox(task, images=made[1000])
-        idle = docker.StrictSandbox(task, images=made[0])
+        idle = docker.PlainSandbox(task, images=made[None])
         await asyncio.gather(busy.start(), idle.start())
         running = asyncio.create_task(busy.run('sleep 60', 60))
         await asyncio.sleep(0.3)
@@ -273,6 +278,7 @@ def test_a_killed_engine(task, made, used, daemon):
             lambda: idle.run('true', SEC),
             lambda: idle.upload(pathlib.Path('/etc/hostname'), '/app/x'),
             idle.reset,
+            idle.verify,
             docker.StrictSandbox(task, images=made[1000]).start,
         ):
             with pytest.raises(SandboxError) as caught:

@@ -12,7 +12,10 @@ from tests.support import docker_engine
 from tests.support.processes import soon
 from tests.support.sandboxes import SEC, opened
 
-ENTRY = '#!/bin/bash\\ncd /srv/box; touch started\\n(while :; do date >beat; sleep 0.2; done) &\\nexec "$@"\\n'
+ENTRY = (
+    '#!/bin/bash\\ncd /srv/box; touch started\\n(while :; do date >beat; sleep 0.2; done) &\\n'
+    'exec "$@"\\n'
+)
 
 
 @pytest.fixture

@@ -57,10 +57,10 @@ TRICKS = {
     'a folder moved away': LOOP.format(
         f'mv /logs /l$RANDOM; mkdir -p /logs/verifier /tests; echo 1 > {REWARD}'
     ),
-    'a link': 'rm -rf /logs; mkdir /x; ln -s /x /logs; mkdir /x/verifier; echo 1 > /x/verifier/reward.txt',
-    'a link to the host': 'rm -rf /logs/verifier; ln -s /proc/1/root/tmp /logs/verifier; ln -s / /tests',
+    'a link': 'rm -rf /logs; mkdir -p /x/verifier; ln -s /x /logs; echo 1 > /x/verifier/reward.txt',
+    'links': 'rm -rf /logs/verifier; ln -s /proc/1/root/tmp /logs/verifier; ln -s / /tests',
     'tests': f'mkdir -p /tests; echo "echo 1 > {REWARD}" | tee /tests/test.sh /tests/conftest.py',
-    'deep tests': 'mkdir -p /tests; cd /tests; for i in {1..600}; do mkdir -m 0 d; chmod 700 d; cd d; done',
+    'deep tests': 'mkdir -p /tests; cd /tests; for i in {1..200}; do mkdir -m 700 d; cd d; done',
 }
 # What reaches the tests' own container alone, and there to no avail.
 LATE_TRICKS = {
@@ -70,12 +70,12 @@ LATE_TRICKS = {
         f'rm -rf /tests /logs; mkdir -p /logs/verifier; echo 1 > {REWARD}'
     ),
     "through the tests' processes": LOOP.format(
-        f'for p in /proc/[0-9]*; do echo 1 > $p/root{REWARD}; echo 1 > $p/cwd/../logs/verifier/reward.txt; '
-        f'for f in $p/fd/*; do echo 1 > $f; done; done'
+        f'for p in /proc/[0-9]*; do echo 1 > $p/root{REWARD}; echo 1 > $p/cwd{REWARD}; '
+        'for f in $p/fd/*; do echo 1 > $f; done; done'
     ),
     'ptrace': LOOP.format(
-        'for p in /proc/[0-9]*; do perl -e "exit 1 if syscall(101, 16, shift, 0, 0)" ${p#/proc/} && '
-        '[ $p != /proc/1 ] && grep -q test.sh $p/cmdline && touch /traced; done'
+        'for p in /proc/[0-9]*; do grep -q test.sh $p/cmdline && perl -e "exit 1 if '
+        'syscall(101, 16, shift, 0, 0)" ${p#/proc/} && touch /tmp/traced; done'
     ),
 }  # fmt: skip
 
@@ -88,10 +88,14 @@ def test_no_reward_of_the_agents(judge, where, trick):
 
 
 @pytest.mark.parametrize('trick', LATE_TRICKS)
-def test_no_reward_of_the_agents_while_tests_run(judge, trick):
+@pytest.mark.parametrize('user', [None, 'nobody'])
+def test_no_reward_of_the_agents_while_tests_run(judge, trick, user):
     verdict = judge(
-        f'#!/bin/bash\n[ ! -e /traced ] || echo traced\nsleep 1\necho 0.25 > {REWARD}\nsleep 0.2\n',
+        f'#!/bin/bash\nsleep 1\n[ ! -e /tmp/traced ] || echo traced\n'
+        f'echo 0.25 > {REWARD}\nsleep 0.2\n',
         LATE_TRICKS[trick],
+        agent_user=user,
+        verifier_user=user,
     )
     assert verdict[:2] == (0.25, types.Status.OK) and 'traced' not in verdict.output, verdict
 
@@ -115,7 +119,7 @@ def test_start_up_files_of_the_agents(judge, where):
 def test_what_the_agent_left_running_is_there(judge, where):
     tests = f"""#!/bin/bash
 a=$(cat /app/beat); sleep 0.5; [ "$a" != "$(cat /app/beat)" ] && echo beats
-cat /proc/[0-9]*/comm | grep -c perl; cat < /dev/tcp/127.0.0.1/8080
+cat /proc/[0-9]*/comm 2>/dev/null | grep -c perl; head -1 < /dev/tcp/127.0.0.1/8080
 cat /dev/shm/shared /volume/v /new/n /top; echo back > /app/back; mkdir /made && echo made
 echo 1 > {REWARD}
 """
@@ -133,7 +137,7 @@ echo 1 > {REWARD}
 
 def test_what_the_agent_left_running_is_ended_if_asked(judge, where):
     verdict = judge(
-        f'#!/bin/bash\ncat /proc/[0-9]*/comm | grep -c sleep\necho 1 > {REWARD}\n',
+        f'#!/bin/bash\ncat /proc/[0-9]*/comm 2>/dev/null | grep -c sleep\necho 1 > {REWARD}\n',
         'sleep 99 & setsid sleep 99 &',
         options={'kill_agent_processes': True},
     )

@@ -49,8 +49,15 @@ for name in audit_write chown dac_override fowner fsetid kill mknod net_bind_ser
   setgid setpcap setuid sys_chroot wake_alarm; do
   rights+=,+$name
 done
+more=(--inh-caps=-all)
+case $user in 0 | 0:* | root | root:*) ;; *)
+  # Another account than root has a capability only if it is handed down, past the change of accounts.
+  # shellcheck disable=SC2054 # the commas are setpriv's
+  more=(--inh-caps=-all,+wake_alarm --ambient-caps=-all,+wake_alarm --securebits=+no_setuid_fixup)
+  ;;
+esac
 began=${EPOCHREALTIME/[.,]/}
-/usr/bin/timeout --signal=KILL "$seconds" /usr/bin/setpriv --inh-caps=-all --bounding-set="$rights" \
+/usr/bin/timeout --signal=KILL "$seconds" /usr/bin/setpriv "${more[@]}" --bounding-set="$rights" \
   /usr/bin/env -i "$@" /usr/sbin/chroot --userspec="$user" /r bash -c "$script" bash "$workdir" \
   </dev/null >/dev/null 2>&1
 took=$((${EPOCHREALTIME/[.,]/} - began))
