@@ -105,14 +105,11 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 started = time.monotonic()
                 rollouts, redrawn = redraw_equal(ahead.draw(done), source, splits, config, done)
                 drawn = time.monotonic()
-
                 state, values = learner.learn(state, rollouts, done)
                 ahead.trained()
                 done += 1
                 source.publish(state.params, done)
-
-                values |= redrawn
-                values['time/sampling'] = drawn - started
+                values |= redrawn | {'time/sampling': drawn - started}
                 values['time/learning'] = time.monotonic() - drawn
                 if done % config.eval.every == 0 and done < num_steps:
                     values['eval/env_ce'] = env_ce(score, state.params, fixed, config)['all']
