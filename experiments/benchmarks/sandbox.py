@@ -4,13 +4,14 @@
         [--docker_image debian:bookworm-slim]
 
 Prints one JSON line of medians, in milliseconds, for each backend that works here and each number
-of sandboxes at once; Docker is measured if an engine answers at DOCKER_HOST and an image is named.
+of sandboxes at once; Docker is measured if an engine answers at DOCKER_HOST and an image is named,
+in both hardenings ('docker' and 'strict', where the agent is user 1000).
 All sandboxes live in one asyncio loop and do the same thing at the same time, so at 64 a number is
 what one sandbox waits for while 63 others want the processor; `wall_ms` is what one command of
 every sandbox takes, all together. `first` is the first command, `true` a builtin, `cat file` a
-process; `paced` is `true` as agents send it, each some 0.2 s (drawn at random) after the last;
-`verify` is all that an episode ends with: a reset, the upload of a test, its run, the reward. Round
-0 is not counted.
+process, `apart` a bash of its own; `paced` is `true` as agents send it, each some 0.2 s (drawn at
+random) after the last; `verify` is all that an episode ends with: a reset or a container for the
+tests, the upload of a test, its run, the reward. Round 0 is not counted.
 """
 
 import argparse
@@ -31,9 +32,10 @@ from random import Random
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from echo_jax import types
-from echo_jax.sandbox import Sandbox, SandboxError, local
+from echo_jax.sandbox import UID, Sandbox, SandboxError, local
 from echo_jax.sandbox.local import namespaces
 
+DOCKER = ('docker', 'strict')  # hardenings
 TEST = '#!/bin/bash\necho 1 > /logs/verifier/reward.txt\n'
 
 
@@ -58,9 +60,9 @@ async def command(sandbox: Sandbox, text: str, times: int, pauses: Iterator[floa
 
 
 async def verified(task: types.Task, sandbox: Sandbox) -> None:
-    reward, status = await sandbox.verify()
-    if reward != 1:
-        raise RuntimeError(f'the test gave {reward}, {status}')
+    verdict = await sandbox.verify()
+    if verdict.reward != 1:
+        raise RuntimeError(f'the test gave {verdict}')
 
 
 async def measure(
@@ -81,7 +83,11 @@ async def measure(
                 taken['first_ms'] = await asyncio.gather(*firsts)
                 times = max(commands // count, 3)
                 at_once = itertools.repeat(0.0)
-                for name, text in (('true', 'true'), ('cat', 'cat file')):
+                for name, text in (
+                    ('true', 'true'),
+                    ('cat', 'cat file'),
+                    ('apart', 'bash -c true'),
+                ):
                     start = time.perf_counter()
                     taken[f'{name}_ms'] = await asyncio.gather(
                         *(command(b, text, times, at_once) for b in boxes)
@@ -107,7 +113,7 @@ async def measure(
 @contextlib.contextmanager
 def opened(backend: str, image: str | None):
     """Yields what makes a sandbox of a task. SandboxError if the backend does not work here."""
-    if backend != 'docker':
+    if backend not in DOCKER:
         local.check(backend)
         yield functools.partial(local.LocalSandbox, backend=backend)
         return
@@ -117,9 +123,11 @@ def opened(backend: str, image: str | None):
     from echo_jax.sandbox.docker import engine, images
 
     used = engine.Engine(run='benchmark')
-    made = images.Images(used)
+    is_strict = backend == 'strict'
+    made = images.Images(used, user=UID if is_strict else None)
     try:
-        yield functools.partial(docker.DockerSandbox, images=made)
+        make = docker.StrictSandbox if is_strict else docker.PlainSandbox
+        yield functools.partial(make, images=made)
     finally:
         made.close()
         used.close()
@@ -133,7 +141,7 @@ def main() -> None:
     parser.add_argument('--docker_image', help="the image of Docker's rows; none without it")
     arguments = parser.parse_args()
     results: dict[str, object] = {}
-    for backend in (*namespaces.BACKENDS, 'docker'):
+    for backend in (*namespaces.BACKENDS, *DOCKER):
         try:
             with opened(backend, arguments.docker_image) as make:
                 results[backend] = {

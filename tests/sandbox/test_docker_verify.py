@@ -11,6 +11,7 @@ import pytest
 
 from echo_jax import types
 from echo_jax.sandbox import Verdict
+from echo_jax.sandbox.docker import images
 from tests.support.sandboxes import SEC, opened
 
 
@@ -23,25 +24,21 @@ def where(request, made):
 
 @pytest.fixture
 def judge(task, container, made):
-    """judge(test.sh, the agent's commands..., **fields of Task): the verdict.
-
-    `sleep` seconds pass between the commands and the tests.
-    """
+    """judge(test.sh, the agent's commands..., **fields of Task): the verdict."""
     (task.path / 'tests').mkdir()
 
-    async def main(asking, commands, sleep, options) -> Verdict:
+    async def main(asking, commands, options) -> Verdict:
         async with opened(container(None, asking, **options)) as sandbox:
             for command in commands:
                 await sandbox.run(command, SEC)
-            await asyncio.sleep(sleep)
             return await sandbox.verify()
 
-    def judge(tests: str, *commands: str, sleep: float = 0.0, options=None, **fields) -> Verdict:
+    def judge(tests: str, *commands: str, options=None, may_fall_back=False, **fields) -> Verdict:
         (task.path / 'tests' / 'test.sh').write_text(tests)
         asking = dataclasses.replace(task, **fields)
         before = made[None].unprotected
-        verdict = asyncio.run(main(asking, commands, sleep, options or {}))
-        assert made[None].unprotected == before  # it was possible
+        verdict = asyncio.run(main(asking, commands, options or {}))
+        assert may_fall_back or made[None].unprotected == before
         return verdict
 
     return judge
@@ -146,7 +143,9 @@ def test_what_the_agent_left_running_is_ended_if_asked(judge, where):
 
 def test_users_rights_and_place(judge, where):
     tests = f"""#!/bin/bash
-id -un; echo $HOME; pwd; grep CapBnd /proc/self/status | cut -c 8-; stat -c "%a %U" /tests/test.sh
+id -un; echo $HOME; pwd
+grep -E '^(CapBnd|Seccomp):' /proc/self/status | cut -f2 | tr '\\n' ' '; echo
+stat -c "%a %U" /tests/test.sh
 touch /logs/verifier/x /logs/agent/x /logs/artifacts/x && echo 1 > {REWARD}
 """
     for user in (None, 'nobody', 65534, 4321):
@@ -156,7 +155,7 @@ touch /logs/verifier/x /logs/agent/x /logs/artifacts/x && echo 1 > {REWARD}
         assert name == {None: 'root', 4321: ''}.get(user, 'nobody') or user == 4321
         assert home == {None: '/root', 4321: '/'}.get(user, '/nonexistent')
         assert place == '/opt/it' and script == '755 root'
-        assert rights.strip() in ('00000000a80425fb', '00000008a80425fb')  # and one more
+        assert rights in ('00000000a80425fb 2 ', '00000008a80425fb 2 ')  # and one more
 
 
 def test_ends_of_the_tests(judge, where):
@@ -174,16 +173,17 @@ def test_what_the_image_has_in_tests_stays(judge, where, task):
     environment = task.path / 'environment'
     environment.mkdir()
     (environment / 'Dockerfile').write_text(
-        f'FROM {task.docker_image}\nWORKDIR /w\nRUN mkdir -p /tests/own && echo own > /tests/own/a '
-        '&& echo no > /tests/test.sh && chmod 600 /tests/own/a && chown nobody /tests/own\n'
+        f'FROM {task.docker_image}\nWORKDIR /w\nRUN mkdir -p /tests/own /w/data\n'
+        'RUN echo own > /tests/own/a && chmod 600 /tests/own/a && chown nobody /tests/own && '
+        'echo no > /tests/test.sh\nVOLUME /w/data\n'
     )
     verdict = judge(
         f'#!/bin/bash\ncat /tests/own/a; stat -c "%a %U" /tests/own/a; stat -c %U /tests/own; ls '
-        f'/tests; echo 1 > {REWARD}\n',
-        'echo forged > /tests/own/a; touch /tests/more',
+        f'/tests; cat /w/data/v; echo 1 > {REWARD}\n',
+        'echo v > /w/data/v; echo forged > /tests/own/a; touch /tests/more',
         docker_image=None,
     )
-    assert verdict.output == 'own\n600 root\nnobody\nown\ntest.sh\n', verdict
+    assert verdict.output == 'own\n600 root\nnobody\nown\ntest.sh\nv\n', verdict
 
 
 def test_a_full_container_has_a_verdict(judge):
@@ -194,3 +194,13 @@ def test_a_full_container_has_a_verdict(judge):
         options={'processes': 40},
     )
     assert verdict.reward == 0.5, verdict
+
+
+def test_without_a_trusted_image_the_tests_run_inside(judge, made, monkeypatch, caplog):
+    monkeypatch.setattr(images, 'TOOLS', 'localhost:1/none')
+    monkeypatch.setattr(made[None], '_tools', None)
+    monkeypatch.setattr(made[None], 'unprotected', '')
+    for _ in range(2):
+        assert judge(f'#!/bin/bash\necho 0.5 > {REWARD}\n', may_fall_back=True).reward == 0.5
+    (line,) = caplog.messages
+    assert 'within the reach' in line and 'localhost:1/none' in line

@@ -130,30 +130,32 @@ async def _beside(
             raise
         raise Unprotected(str(error)) from None
     told = bytearray()
+    limit = sandbox.task.verifier_timeout_sec
+    watching = asyncio.create_task(sandbox.watch_disk())
+    reading = asyncio.create_task(_converse(streams, archives, told))
+    both = {watching, reading}
     try:
-        watching = asyncio.create_task(sandbox.watch_disk())
-        reading = asyncio.create_task(_converse(streams, archives, told))
-        limit = sandbox.task.verifier_timeout_sec + _SETUP_SEC
         done, _ = await asyncio.wait(
-            {reading, watching}, timeout=limit, return_when=asyncio.FIRST_COMPLETED
+            both, timeout=limit + _SETUP_SEC, return_when=asyncio.FIRST_COMPLETED
         )
     finally:
-        for running in (reading, watching):
+        for running in both:
             running.cancel()
+        await asyncio.gather(*both, return_exceptions=True)
         streams.close()
         with contextlib.suppress(SandboxError):
             await images.engine.call(containers.remove, images.engine, name)
-    if watching in done and watching.exception() is None:
+    if watching in done:
+        watching.result()  # raises what went wrong; else it has ended because the disk is full
         return no_reward('the tests, or what the agent left running, filled the disk')
     if not await sandbox.is_alive():
         raise SandboxError(f'{sandbox.task.task_id}: the container died')
     ending, _, verdict = told.decode(errors='replace').partition('\n')
     if ending.startswith('unable'):
         raise Unprotected(ending)
-    if ending not in ('done', 'late'):
+    if reading in done and ending not in ('done', 'late'):
         return no_reward(f'the tests or their container were killed {ending[:200]}')
-    late = sandbox.task.verifier_timeout_sec if ending == 'late' else None
-    return read_verdict(verdict, late)
+    return read_verdict(verdict, None if ending == 'done' else limit)
 
 
 async def _converse(streams: engine.Streams, archives: tuple[bytes, ...], told: bytearray) -> None:

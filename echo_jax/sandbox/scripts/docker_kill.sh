@@ -11,7 +11,7 @@ shell=$1
 set -f
 read -r uptime _ </proc/uptime
 echo "$uptime"
-read -r since
+read -r since || exit
 
 stat_of() { # fields 3 and on of /proc/PID/stat; the name before them may hold anything
   { IFS= read -r -d '' line <"/proc/$1/stat"; } 2>/dev/null
@@ -54,9 +54,8 @@ survey() {
 }
 
 declare -A parent born stopped
-while :; do
-  survey
-  [ ${#victims[@]} -gt 0 ] || break
+while survey; [ ${#victims[@]} -gt 0 ]; do
+  [ "$SECONDS" -lt 30 ] || exit # nobody waits any more
   fresh=()
   for pid in "${victims[@]}"; do
     [ "${stopped[$pid]-}" = "${born[$pid]}" ] || fresh+=("$pid")
