@@ -40,6 +40,7 @@ MODULES_WITH_JAX = {
     'echo_jax.policy.jax',
     'echo_jax.run.checks',
     'echo_jax.run.env_term',
+    'echo_jax.run.learning',
     'echo_jax.run.exporting',
     'echo_jax.run.scoring',
     'echo_jax.run.redraw',

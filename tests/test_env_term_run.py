@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from echo_jax.tasks.generate import generate_tasks
+from tests.support.metrics_page import table
 from tests.support.small_run import NO_WARM_START, SETTINGS, metrics, summary
-from tests.test_docs import table
 
 STEPS = SETTINGS['num_steps']
 EVERYTHING = (

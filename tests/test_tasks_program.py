@@ -180,7 +180,7 @@ def test_a_solution_has_the_agents_time(tasks, tmp_path):
         script.write('sleep 1000\n')
     # The work was done in time, and is verified; that the script did not end is said.
     (outcome,) = check(load_tasks(tmp_path / 'set'), sandbox_maker(get_config()), oracle=True)
-    assert outcome == (name, 0, 1.0, Status.AGENT_TIMEOUT, '')
+    assert outcome[:5] == (name, 0, 1.0, Status.AGENT_TIMEOUT, '')
 
 
 # ----------------------------------------------------------------------------------- with Docker

@@ -5,7 +5,7 @@ import pytest
 
 from echo_jax.learner.kl import KL_ESTIMATORS, rewards_less_kl
 from echo_jax.learner.losses import echo_loss, finish_metrics
-from tests.learner.test_losses import hand_batch
+from tests.support.hand_losses import hand_batch
 from tests.support.random_rollouts import small_config
 
 # The two actions have log p = -1 and -2, and log q = -1.2 and -1.5: x = -0.2 and 0.5.

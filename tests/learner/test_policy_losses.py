@@ -13,7 +13,7 @@ from echo_jax.learner.losses import echo_loss, finish_metrics, policy_term
 from echo_jax.learner.mismatch import CORRECTIONS
 from echo_jax.learner.policy_losses import SURROGATES, Bounds
 from echo_jax.types import Status
-from tests.learner.test_losses import (
+from tests.support.hand_losses import (
     by_token,
     example,
     hand_batch,

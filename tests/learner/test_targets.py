@@ -72,9 +72,9 @@ def test_a_message_of_a_real_conversation(name, request):
     from echo_jax.agent.encoding import Span
     from echo_jax.agent.protocol import Protocol
     from echo_jax.policy import Generation
-    from tests.support.tokenizers import _QWEN, _TINY, build
+    from tests.support.tokenizers import QWEN, TINY, build
 
-    tokenizer = build({'tiny': _TINY, 'qwen': _QWEN}[name])
+    tokenizer = build({'tiny': TINY, 'qwen': QWEN}[name])
     config = small_config().protocol
     config.max_total_tokens = config.max_context_tokens = 10_000
     conversation = Protocol(tokenizer, config).start('List /tmp.')

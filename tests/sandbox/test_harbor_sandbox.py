@@ -227,7 +227,7 @@ def test_an_episode_that_is_dropped_leaves_nothing(task, mode, monkeypatch):
                     await begin(sandbox, parts)
             except TimeoutError:
                 pass
-            folder = sandbox._logs and pathlib.Path(sandbox._logs.name)
+            folder = sandbox.logs and pathlib.Path(sandbox.logs.name)
             await sandbox.stop()
             assert stopped.pop() is True and stopped == []
             assert folder is None or not folder.exists()

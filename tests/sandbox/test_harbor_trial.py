@@ -136,7 +136,7 @@ def test_limits_of_the_recipe_replace_the_tasks(tmp_path):
 
         async def main(task=task):
             async with opened(machine(task)) as sandbox:
-                trial = sandbox._trial._trial
+                trial = sandbox.trial.of_harbor
                 config, has = trial.config.environment, trial.agent_environment.task_env_config
                 return config, (has.cpus, has.memory_mb, has.storage_mb, trial.verifier_timeout_sec)
 

@@ -78,8 +78,8 @@ class HarborSandbox(shell.ShellSandbox):
         self._folder = f'/tmp/.echo_jax-{secrets.token_hex(8)}'
         self._mark = f'echo_jax-{secrets.token_hex(8)}'
         self._environment: Any = None  # Harbor's, while the agent may use it
-        self._trial: Trial | None = None
-        self._logs: tempfile.TemporaryDirectory | None = None  # for what Harbor writes
+        self.trial: Trial | None = None
+        self.logs: tempfile.TemporaryDirectory | None = None  # for what Harbor writes
         self._born = self._spared = 0  # when the sandbox began; what is older than _spared lives on
         self._output = (b'', b'')  # of the last command
 
@@ -89,13 +89,13 @@ class HarborSandbox(shell.ShellSandbox):
         Raises ValueError for a task that Harbor or the environment refuses, SandboxError if it
         fails.
         """
-        self._logs = tempfile.TemporaryDirectory(
+        self.logs = tempfile.TemporaryDirectory(
             prefix='echo_jax-harbor-', ignore_cleanup_errors=True
         )
         try:
-            self._trial = Trial(self.task, self._kind, pathlib.Path(self._logs.name))
-            self._environment = await self._harbor('start it', self._trial.begin(), None)
-            if self._trial.refusal:
+            self.trial = Trial(self.task, self._kind, pathlib.Path(self.logs.name))
+            self._environment = await self._harbor('start it', self.trial.begin(), None)
+            if self.trial.refusal:
                 return  # its solution or nothing; no command will come
             answer = await self._exec('harbor_start')
             report = answer.report.split()
@@ -176,8 +176,8 @@ class HarborSandbox(shell.ShellSandbox):
     async def stop(self) -> None:
         """Deletes the environment. Safe to call twice, or unstarted."""
         self._environment = None
-        trial, self._trial = self._trial, None
-        logs, self._logs = self._logs, None
+        trial, self.trial = self.trial, None
+        logs, self.logs = self.logs, None
         try:
             if trial is not None:
                 await on_harbors_loop(trial.cancel(_STOP_SEC))
@@ -192,8 +192,8 @@ class HarborSandbox(shell.ShellSandbox):
 
     def _require_trial(self) -> Trial:
         self._require_running()
-        assert self._trial is not None
-        return self._trial
+        assert self.trial is not None
+        return self.trial
 
     async def restore_tests(self) -> None:
         """Harbor's own verifier leaves them as they are."""

@@ -84,7 +84,7 @@ class Trial:
 
     def __init__(self, task: Task, environment: str, folder: pathlib.Path):
         self._task, self._environment, self._folder = task, environment, folder
-        self._trial: Any = None  # of Harbor's
+        self.of_harbor: Any = None  # of Harbor's
         self._running: asyncio.Task | None = None
 
     async def begin(self) -> Any:
@@ -97,11 +97,11 @@ class Trial:
         task_id = self._task.task_id
         try:
             config = _config(self._task, self._environment, self._folder)
-            self._trial = await HarborTrial.create(config)
+            self.of_harbor = await HarborTrial.create(config)
         except Exception as error:  # it starts nothing: what it raises is about the task
             raise ValueError(f'{task_id}: Harbor refuses it: {one_line(error)}') from error
-        self._running = asyncio.create_task(self._trial.run())
-        begun = self._trial.agent.begun
+        self._running = asyncio.create_task(self.of_harbor.run())
+        begun = self.of_harbor.agent.begun
         await asyncio.wait({self._running, begun}, return_when=asyncio.FIRST_COMPLETED)
         if not begun.done():
             fault = self._running.result().exception_info
@@ -112,7 +112,7 @@ class Trial:
     @property
     def refusal(self) -> str:
         """What an episode cannot have of this task, though its solution can be run; else ''."""
-        task = self._trial.task
+        task = self.of_harbor.task
         wanted = {
             '[[steps]]': task.has_steps,
             '[environment] mcp_servers': task.config.environment.mcp_servers,
@@ -123,7 +123,7 @@ class Trial:
 
     @property
     def has_steps(self) -> bool:
-        return self._trial.task.has_steps
+        return self.of_harbor.task.has_steps
 
     async def solve(self) -> None:
         """Runs the task's own solution as Harbor's oracle does.
@@ -133,7 +133,7 @@ class Trial:
         from harbor.agents.oracle import OracleAgent
         from harbor.models.agent.context import AgentContext
 
-        trial, agent = self._trial, self._trial.agent
+        trial, agent = self.of_harbor, self.of_harbor.agent
         oracle = OracleAgent(
             logs_dir=trial.paths.agent_dir,
             task_dir=trial.task.task_dir,
@@ -179,14 +179,14 @@ class Trial:
             running.result()  # so that asyncio does not complain that nobody looked
 
     async def _ended(self) -> Any:
-        self._trial.agent.may_end.set()
+        self.of_harbor.agent.may_end.set()
         assert self._running is not None
         return await asyncio.shield(self._running)
 
     def _told(self, fault: Any) -> str:
         """What Harbor recorded of an exception, with the paths that the tests know."""
         text = fault.exception_message.replace(
-            str(self._trial.paths.verifier_dir), '/logs/verifier'
+            str(self.of_harbor.paths.verifier_dir), '/logs/verifier'
         )
         return one_line(f'{fault.exception_type}: {text}')
 
