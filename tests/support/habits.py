@@ -38,15 +38,15 @@ def image(*lines: str) -> str:
     return f'FROM {BASE}\nWORKDIR /app\n' + ''.join(f'{text}\n' for text in lines)
 
 
-def write(habit: Habit, folder: pathlib.Path) -> pathlib.Path:
-    """Writes the task into `folder`; returns its directory."""
+def write(habit: Habit, folder: pathlib.Path, network: bool = False) -> pathlib.Path:
+    """Writes the task into `folder`; returns its directory. `network`: it has one in any case."""
     path = folder / habit.name
-    network = '' if habit.network else 'network_mode = "no-network"\n'
+    mode = '' if network or habit.network else 'network_mode = "no-network"\n'
     solve = habit.solve if habit.solve.startswith('#!') else f'#!/bin/bash\n{habit.solve}\n'
     test = habit.test or (
         f'#!/bin/bash\nr=0\nif {habit.check}; then r=1; fi\necho $r > /logs/verifier/reward.txt\n'
     )
-    toml = f'version = "1.0"\n{habit.top}\n[environment]\n{network}{habit.environment}\n{habit.toml}'
+    toml = f'version = "1.0"\n{habit.top}\n[environment]\n{mode}{habit.environment}\n{habit.toml}'
     files = [
         ('task.toml', toml, 0o644),
         ('environment/Dockerfile', habit.dockerfile, 0o644),
@@ -66,7 +66,7 @@ def write(habit: Habit, folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def write_all(folder: pathlib.Path, habits: Iterable[Habit]) -> pathlib.Path:
+def write_all(folder: pathlib.Path, habits: Iterable[Habit], network: bool = False) -> pathlib.Path:
     for habit in habits:
-        write(habit, folder)
+        write(habit, folder, network)
     return folder
