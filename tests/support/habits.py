@@ -4,7 +4,6 @@ The tests of most tasks look at what the solution did, so that doing nothing ear
 """
 
 import pathlib
-from collections.abc import Iterable
 from typing import NamedTuple
 
 BASE = 'debian:bookworm-slim'
@@ -64,9 +63,3 @@ def write(habit: Habit, folder: pathlib.Path, network: bool = False) -> pathlib.
         file.write_bytes(text.encode())
         file.chmod(mode)
     return path
-
-
-def write_all(folder: pathlib.Path, habits: Iterable[Habit], network: bool = False) -> pathlib.Path:
-    for habit in habits:
-        write(habit, folder, network)
-    return folder
