@@ -67,6 +67,23 @@ def test_what_an_image_says_holds(built, say):
     assert modes == '755 /logs\n777 /logs/agent\n777 /logs/artifacts\n777 /logs/verifier\n'
 
 
+@pytest.mark.parametrize('user', [None, 1000, 0])
+def test_files_beside_an_image_that_is_taken_as_it_is(tmp_path, container, user):
+    """Harbor lays environment/ into the working directory if nothing says how to build an image."""
+    (tmp_path / 'environment' / 'data').mkdir(parents=True)
+    (tmp_path / 'environment' / 'data' / 'f').write_text('laid\n')
+    image = docker_engine.BASE
+    task = types.Task('taken', tmp_path, 'x', docker_image=image, workdir='/app')
+
+    async def main(task):
+        async with opened(container(user, task)) as sandbox:
+            return (await sandbox.run('pwd; cat data/f', SEC)).stdout
+
+    assert asyncio.run(main(task)) == '/app\nlaid\n'
+    (tmp_path / 'environment' / 'Dockerfile').write_text(f'FROM {image}\n')
+    assert asyncio.run(main(task)) == '/app\n'
+
+
 def test_what_docker_allows(task, say):
     """Tasks that need one of Docker's capabilities, or a setuid program."""
     commands = {

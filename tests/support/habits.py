@@ -4,7 +4,6 @@ The tests of most tasks look at what the solution did, so that doing nothing ear
 """
 
 import pathlib
-from collections.abc import Iterable
 from typing import NamedTuple
 
 BASE = 'debian:bookworm-slim'
@@ -38,15 +37,15 @@ def image(*lines: str) -> str:
     return f'FROM {BASE}\nWORKDIR /app\n' + ''.join(f'{text}\n' for text in lines)
 
 
-def write(habit: Habit, folder: pathlib.Path) -> pathlib.Path:
-    """Writes the task into `folder`; returns its directory."""
+def write(habit: Habit, folder: pathlib.Path, network: bool = False) -> pathlib.Path:
+    """Writes the task into `folder`; returns its directory. `network`: it has one in any case."""
     path = folder / habit.name
-    network = '' if habit.network else 'network_mode = "no-network"\n'
+    mode = '' if network or habit.network else 'network_mode = "no-network"\n'
     solve = habit.solve if habit.solve.startswith('#!') else f'#!/bin/bash\n{habit.solve}\n'
     test = habit.test or (
         f'#!/bin/bash\nr=0\nif {habit.check}; then r=1; fi\necho $r > /logs/verifier/reward.txt\n'
     )
-    environment = f'[environment]\n{network}{habit.environment}'
+    environment = f'[environment]\n{mode}{habit.environment}'
     toml = f'version = "1.0"\n{habit.top}\n{environment}\n{habit.toml}'
     files = [
         ('task.toml', toml, 0o644),
@@ -65,9 +64,3 @@ def write(habit: Habit, folder: pathlib.Path) -> pathlib.Path:
         file.write_bytes(text.encode())
         file.chmod(mode)
     return path
-
-
-def write_all(folder: pathlib.Path, habits: Iterable[Habit]) -> pathlib.Path:
-    for habit in habits:
-        write(habit, folder)
-    return folder

@@ -129,6 +129,7 @@ class PlainSandbox(ContainerSandbox):
         async with asyncio.timeout(self.task.build_timeout_sec):
             if (image.config.get('Healthcheck') or {}).get('Test', ['NONE']) != ['NONE']:
                 await self._await_healthy()
+            await self._lay_environment()
         if self.task.healthcheck is not None:
             await self._await_healthcheck(self.task.healthcheck)
         self._ready = self._began = time.monotonic()

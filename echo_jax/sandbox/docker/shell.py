@@ -122,6 +122,15 @@ class ContainerSandbox(shells.ShellSandbox):
     async def _has_overwritten(self) -> bool:
         """Whether more was written than the sandbox may. Called about once a second."""
 
+    async def _lay_environment(self) -> None:
+        """Puts environment/ into the working directory if the task names an image to take as it is
+        and does not say how to build one, as Harbor does.
+        """
+        environment = self.task.path / 'environment'
+        is_built = (environment / 'Dockerfile').is_file()
+        if self.task.docker_image and environment.is_dir() and not is_built:
+            await self.upload(environment, self._workdir)
+
     # The rest is one sandbox's plumbing, from the outside in.
 
     def _make(self, image: Image) -> socket.socket:

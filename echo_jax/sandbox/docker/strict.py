@@ -107,6 +107,7 @@ class StrictSandbox(ContainerSandbox):
             line = await self._control.read_line()
         if line != 'ready':
             raise SandboxError(f'{self.task.task_id}: {line}')
+        await self._lay_environment()
 
     def _shell_exec(self) -> dict:
         return {
