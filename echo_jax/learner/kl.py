@@ -49,9 +49,7 @@ def rewards_less_kl(
     that sampled it and `reference_logprobs` of the frozen model, nats at the sampling temperature,
     and `acting`, a bool, its ACTION tokens. The others may hold anything, NaN too.
 
-    The program calls it when a step's rollouts are there, and gives the rollouts their new rewards
-    before `make_batch` makes advantages of these. It has `logprobs` from the rollouts and
-    `reference_logprobs` from `ShardedModel.score` on `make_token_batch` of their tokens.
+    run/learning.py calls it before advantages are made of the rewards.
     """
     log_ratio = np.where(acting, reference_logprobs, 0.0) - np.where(acting, logprobs, 0.0)
     log_ratio = np.clip(log_ratio.astype(np.float64), -MAX_LOG_RATIO, MAX_LOG_RATIO)

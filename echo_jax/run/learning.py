@@ -5,17 +5,21 @@ A step has one batch and, with `batch.updates` and `batch.epochs`, several updat
 together that need the mesh, the tokenizer and the parameters.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from flax import nnx
 
 from echo_jax.learner import batching, eligibility, sharding, updates
+from echo_jax.learner.kl import rewards_less_kl
 from echo_jax.learner.step import ShardedModel, TrainState
+from echo_jax.learner.targets import Targets
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.measures import seconds_under_time
-from echo_jax.types import Rollout
+from echo_jax.types import Role, Rollout
 
 
 class Learner:
@@ -33,6 +37,7 @@ class Learner:
         self._config, self._model, self._step = config, model, step
         self._env_term, self._reference = env_term, reference
         self._with_old_logprobs = model.with_old_logprobs()
+        self._score = model.score(config.policy.temperature)
 
     def learn(
         self, state: TrainState, rollouts: Sequence[Rollout], done: int
@@ -40,9 +45,10 @@ class Learner:
         """The state after the step that follows the first `done`, and the step's metrics."""
         config, term = self._config, self._env_term
         targets, values = term.targets(rollouts, state.params)
+        learned = self._less_kl(rollouts, targets)
         batches = [
             self._with_old_logprobs(state.params, sharding.put_batch(batch, self._model.mesh))
-            for batch in updates.mini_batches(rollouts, config, done, targets)
+            for batch in updates.mini_batches(learned, config, done, targets)
         ]
         values |= term.adapt(done, state.params, batches[0], self._reference)
         sums = []
@@ -52,3 +58,25 @@ class Learner:
         values |= {f'train/{name}': v for name, v in updates.finish_updates(sums).items()}
         values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
         return state, values | eligibility.eligibility_metrics(rollouts, config.loss)
+
+    def _less_kl(self, rollouts: Sequence[Rollout], targets: Sequence[Targets]) -> list[Rollout]:
+        """The rollouts with `loss.kl_coef` times their KL off their rewards, for `loss.kl_in`
+        'reward'; else as they are. One more pass forward, of the frozen model.
+        """
+        config, loss = self._config, self._config.loss
+        if not loss.kl_coef or loss.kl_in != 'reward':
+            return list(rollouts)
+        batch = batching.make_batch(rollouts, config, targets)
+        frozen = np.asarray(self._score(self._reference, batch))
+        changed = []
+        for rollout, logprobs in zip(rollouts, batching.unpack(rollouts, frozen, config)):
+            (reward,) = rewards_less_kl(
+                np.array([rollout.reward]),
+                rollout.rollout_logprobs[np.newaxis],
+                logprobs[np.newaxis],
+                (rollout.roles == Role.ACTION)[np.newaxis],
+                kl=loss.kl,
+                kl_coef=loss.kl_coef,
+            )
+            changed.append(dataclasses.replace(rollout, reward=float(reward)))
+        return changed

@@ -1,0 +1,53 @@
+"""The updates of a step, put together: what reaches the optimizer of a recipe's options."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from echo_jax.learner.batching import make_batch, unpack
+from echo_jax.learner.step import ShardedModel
+from echo_jax.run.env_term import EnvTerm
+from echo_jax.run.learning import Learner
+from echo_jax.types import Role
+from tests.support.random_rollouts import make_rollout, small_config
+from tests.support.tokenizers import TINY, build
+
+
+def learned(rollouts, reference, **loss):
+    """The parameters after one step on the rollouts, and how the frozen model scores them."""
+    config = small_config(env_coef=0.0, **loss)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, head_dim=8)
+    config.model.update(vocab_size=500, num_hidden_layers=1, **sizes)
+    config.mesh.fsdp = 1
+    config.optimizer.warmup_from = 'one'
+    model = ShardedModel.of(config, jax.devices()[:1])
+    step, _, first = model.step(config.optimizer)
+    term = EnvTerm(config, config.num_steps, build(TINY), model.score())
+    frozen = jax.tree.map(lambda x: x * reference, model.random_params())
+    learner = Learner(config, model, step, term, frozen if loss.get('kl_coef') else None)
+    state, values = learner.learn(first(model.random_params()), rollouts, 0)
+    batch = make_batch(rollouts, config)
+    score = np.asarray(model.score(config.policy.temperature)(frozen, batch))
+    return jax.tree.leaves(state.params), unpack(rollouts, score, config), values
+
+
+def test_the_kl_in_the_reward_is_a_change_of_the_rewards():
+    rollouts = [
+        make_rollout('PPAAROOA', reward=1.0, sample=0, first_token=1),
+        make_rollout('PAAROO', reward=0.0, sample=1, first_token=20),
+        make_rollout('PAAA', reward=0.0, sample=2, first_token=40),
+    ]
+    ours, frozen, values = learned(rollouts, 0.5, kl_coef=0.5, kl_in='reward', kl='k2')
+    assert values['rollout/reward'] == np.float32(1 / 3)  # what the tests said
+    changed = []
+    for rollout, logprobs in zip(rollouts, frozen):
+        acting = rollout.roles == Role.ACTION
+        squares = np.square(logprobs[acting] - rollout.rollout_logprobs[acting])
+        reward = rollout.reward - 0.5 * squares.sum() / 2  # k2 = x^2 / 2, summed over the rollout
+        changed.append(dataclasses.replace(rollout, reward=float(reward)))
+    by_hand, _, _ = learned(changed, 0.5)
+    plain, _, _ = learned(rollouts, 0.5)
+    for one, two in zip(ours, by_hand):
+        np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-8)
+    assert any(np.abs(one - two).max() > 1e-9 for one, two in zip(ours, plain))
