@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 ROLLOUT := .venv-rollout
+HARBOR := .venv-harbor
+HARBOR_PYTHON ?= python3.12
 WORKDIR ?= runs/tiny
 # On a machine with a TPU or a GPU: make JAX_PLATFORMS= test
 export JAX_PLATFORMS ?= cpu
 BASH_FILES = .ci/run $(shell find launch echo_jax tests -name '*.sh')
 
-.PHONY: help setup develop rollout quickstart check test lint format clean
+.PHONY: help setup develop rollout harbor quickstart check test lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,11 +32,18 @@ $(ROLLOUT)/installed: requirements-worker.txt requirements-rollout-cpu.txt
 	$(ROLLOUT)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+$(HARBOR)/installed: requirements-worker.txt requirements-harbor.txt
+	$(HARBOR_PYTHON) -m venv $(HARBOR)
+	$(HARBOR)/bin/pip install --quiet -r requirements-harbor.txt
+	touch $@
+
 setup: $(VENV)/installed  ## the environment .venv with what the quickstart needs
 
 develop: $(VENV)/developed  ## adds what the tests, the linters and plan need: the TPU compiler, PyTorch, ruff, pyrefly
 
 rollout: $(ROLLOUT)/installed  ## the environment .venv-rollout for a rollout worker on this CPU: vLLM, Ray, Docker
+
+harbor: $(HARBOR)/installed  ## the environment .venv-harbor for Harbor's sandboxes, with HARBOR_PYTHON (python3.12)
 
 quickstart: setup  ## trains the tiny agent on this machine's CPU, into WORKDIR (runs/tiny)
 	$(VENV)/bin/python -m echo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
@@ -42,9 +51,10 @@ quickstart: setup  ## trains the tiny agent on this machine's CPU, into WORKDIR 
 check: lint  ## lint and the quick tests, in about two minutes: what to run before every commit
 	$(VENV)/bin/python -m pytest -n auto -m "not slow"
 
-test: develop  ## all tests: those of vLLM and the fleet need .venv-rollout (make rollout), those of Docker an engine
+test: develop  ## all tests: vLLM's want .venv-rollout (make rollout), Harbor's .venv-harbor (make harbor), Docker's an engine
 	$(VENV)/bin/python -m pytest
 	[ ! -e $(ROLLOUT)/installed ] || $(ROLLOUT)/bin/python -m pytest tests/rollout
+	[ ! -e $(HARBOR)/installed ] || $(HARBOR)/bin/python -m pytest tests/tasks/test_schema.py tests/sandbox/test_harbor_*.py
 
 lint: develop  ## ruff (check and format), pyrefly (types), shellcheck
 	$(VENV)/bin/ruff check .
@@ -57,5 +67,5 @@ format: develop  ## what ruff can mend by itself
 	$(VENV)/bin/ruff format .
 
 clean:  ## removes the environments, builds and caches; runs/ stays
-	rm -rf $(VENV) $(ROLLOUT) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ROLLOUT) $(HARBOR) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

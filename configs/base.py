@@ -24,10 +24,13 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     # Every random number of the run is derived from this one.
     c.seed = 0
-    # The number of learner updates of reinforcement learning. The paper's runs take 500 to 1,000,
-    # and ECHO is at its best at 240; the "2 epochs" of the released code are of tasks that were not
-    # released.
-    c.num_steps = 500
+    # The number of steps of reinforcement learning, a batch each. The released code takes 2 epochs
+    # of 8,770 tasks, 548 whole batches each. The paper's runs take 500 to 1,000, and ECHO is at its
+    # best at 240.
+    c.num_steps = 1096
+    # How often training goes through its tasks, which gives the number of steps in the place of
+    # `num_steps`: an epoch has as many as there are whole batches of `batch.groups` tasks.
+    c.num_epochs = placeholder(int)
     # The number of rollouts of one task that are drawn together and whose rewards are compared.
     c.group_size = 16
     # How many updates the weights that sample a rollout may be behind the weights that it trains.
@@ -47,49 +50,151 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.batch.micro_rows = 1
     # Whether several rollouts share a row if they fit into it. They never attend to each other.
     c.batch.pack = True
+    # The number of mini-batches that a batch is cut into, each for one update of the optimizer;
+    # advantages are those of the whole batch, and each mini-batch is normalised by its own counts.
+    # See docs/design.md#updates.
+    c.batch.updates = 1
+    # How often a batch is gone through. A step has `batch.updates` x `batch.epochs` updates.
+    c.batch.epochs = 1
+    # What a batch is cut between: 'groups', which stay whole, or 'rollouts'.
+    c.batch.mini = 'groups'
 
     # The objective; see docs/design.md#objective.
     c.loss = ml_collections.ConfigDict()
     # The weight of the environment term, ECHO's lambda. 0 is GRPO; the variant ':grpo' of a recipe
     # sets it.
     c.loss.env_coef = ENV_COEFS[variant]
-    # The tokens that the environment term learns: 'released', those that the paper's code learns,
-    # or 'output', only what the terminal wrote; see docs/design.md#token-roles. The environment
-    # cross-entropy is measured on the same tokens, also with `loss.env_coef = 0`.
+    # How `loss.env_coef` changes over the steps.
+    c.loss.env_schedule = ml_collections.ConfigDict()
+    # The schedule: 'constant'; 'linear', from `loss.env_coef` in the first step towards
+    # `loss.env_schedule.end`, which a step after the last would have; 'steps', other values from
+    # certain steps on.
+    c.loss.env_schedule.name = 'constant'
+    # The coefficient that 'linear' goes to.
+    c.loss.env_schedule.end = 0.0
+    # For 'steps': the numbers of updates done at which the coefficient changes, which rise. Before
+    # the first, it is `loss.env_coef`.
+    c.loss.env_schedule.steps = ()
+    # For 'steps': the coefficient from each of these on.
+    c.loss.env_schedule.coefs = ()
+    # Moves `loss.env_coef` so that the norm of the environment term's gradient keeps a ratio to the
+    # norm of the others' gradient.
+    c.loss.env_adaptive = ml_collections.ConfigDict()
+    # The number of steps between two measurements of the norms, each of which costs two more passes
+    # forward and back; 0 turns it off.
+    c.loss.env_adaptive.every = 0
+    # The ratio that is held: `loss.env_coef` times the norm of the environment term's gradient,
+    # over the norm of the others'.
+    c.loss.env_adaptive.target = 0.1
+    # The part of the old coefficient in the new one, at least 0 and below 1.
+    c.loss.env_adaptive.smoothing = 0.9
+    # The smallest coefficient, at most `loss.env_coef`.
+    c.loss.env_adaptive.low = 0.0
+    # The largest coefficient, at least `loss.env_coef`. In the paper 0.2 made the model degenerate.
+    c.loss.env_adaptive.high = 0.1
+    # The tokens that the environment term learns: 'released', those that the paper's code learns;
+    # 'output', only what the terminal wrote; 'warning', only format warnings;
+    # 'warning_and_released', both; 'observation', the whole message with its chat template; see
+    # docs/design.md#targets. The environment cross-entropy is measured on the same tokens, also
+    # with `loss.env_coef = 0`.
     c.loss.targets = 'released'
+    # The number of these tokens of each turn's observation that are learned, the first; 0 is no
+    # limit.
+    c.loss.max_env_tokens = 0
+    # Which rollouts the environment term learns from, the three filters of the paper's code; see
+    # docs/design.md#targets. 0 turns a filter off.
+    c.loss.env_filter = ml_collections.ConfigDict()
+    # The least share of a rollout's turns that parsed.
+    c.loss.env_filter.min_parsed = 0.0
+    # The least share of a rollout's turns that parsed without a warning.
+    c.loss.env_filter.min_clean = 0.0
+    # The least share of correct rollouts among those of a group that are left: incorrect ones
+    # beyond it are taken out, and all of them in a group without a correct one.
+    c.loss.env_filter.min_correct = 0.0
+    # Whether tokens of the terminal's output that nobody can predict are left out: times and dates,
+    # process ids, hashes, temporary names and their like; see docs/design.md#targets.
+    c.loss.drop_unpredictable = False
+    # Leaves out the targets of a step that surprise the policy most or least, by their
+    # cross-entropy at temperature 1. This costs one more pass forward.
+    c.loss.drop_surprising = ml_collections.ConfigDict()
+    # The share of the targets that is left out because they surprise most.
+    c.loss.drop_surprising.top = 0.0
+    # The share that is left out because they surprise least.
+    c.loss.drop_surprising.bottom = 0.0
+    # Whether targets that `loss.drop_unpredictable` and `loss.drop_surprising` leave out still
+    # count in what the environment term is divided by. If not, the others weigh more.
+    c.loss.count_dropped = True
     # What the terms are divided by: 'sequence_mean', by each rollout's own count and by the number
-    # of rollouts; 'token_mean', by the count of tokens in the batch; 'dr_grpo', by the number of
+    # of rollouts; 'token_mean', by the count of tokens in the batch; 'prompt_mean', by the count of
+    # tokens in the rollout's group and by the number of groups; 'dr_grpo', by the number of
     # rollouts times `protocol.max_total_tokens`; see docs/design.md#batch.
     c.loss.reduction = 'sequence_mean'
-    # A rollout's own count in the environment term: 'full_observation', all its observation tokens,
-    # or 'selected', only its targets.
+    # What the environment term of a rollout is divided by: 'full_observation', all its observation
+    # tokens; 'selected', only its targets; 'token_mean', the targets of the whole batch, whatever
+    # their rollout.
     c.loss.env_normalization = 'full_observation'
-    # How far below 1 the ratio of a token's new to its old probability is clipped. This cannot act
-    # unless `loss.old_logprobs = 'rollout'`: a batch gets one update, in which the ratio is 1.
+    # What the policy term raises, from the ratio of each token's new to its old probability:
+    # 'clip', PPO's, with two bounds; 'dual_clip', with a third for negative advantages; 'gspo', the
+    # same two bounds on the rollout's ratio; 'cispo', bounds that scale a token's gradient and
+    # never take it away; 'dppo', without the tokens whose probability moved too far. With one
+    # update a batch all have the same gradient, unless `loss.old_logprobs = 'rollout'`.
+    c.loss.policy = 'clip'
+    # How far below 1 the ratio is clipped, from 0 to 1. In the released recipe this cannot act: a
+    # batch gets one update, in which the ratio is 1.
     c.loss.clip_low = 0.2
-    # How far above 1 that ratio is clipped. This cannot act unless `loss.old_logprobs = 'rollout'`,
-    # like `loss.clip_low`. The paper says 0.28, its released config 0.2.
+    # How far above 1 that ratio is clipped, which cannot act in the same case. The paper says 0.28,
+    # its released config 0.2. 'gspo' needs much smaller bounds than the others: its paper has 3e-4
+    # below and 4e-4 above.
     c.loss.clip_high = 0.2
-    # The old probability of a token: 'current', that of the same forward pass; 'recomputed', that
-    # before the first update of the batch, which is the same as long as a batch gets one update;
-    # 'rollout', that which the sampler gave.
+    # How many times its negative advantage a token counts at most with 'dual_clip', more than 1.
+    c.loss.dual_clip = 3.0
+    # How far a token's probability may have moved with 'dppo', between 0 and 1: beyond it a token
+    # is left out that would move further away.
+    c.loss.dppo_tv = 0.15
+    # The old probability of a token: 'current', that of the same forward pass, so that the ratio is
+    # 1 in every update; 'recomputed', that before the first update of the batch, which is another
+    # one only if a step has several updates; 'rollout', that which the sampler gave.
     c.loss.old_logprobs = 'current'
     # How a token's policy term is corrected for the difference between the learner's probabilities
     # and the sampler's: 'none'; 'token', times the ratio of the two, up to a cap; 'sequence', times
-    # the ratio of the whole rollout, up to a cap; 'mask', tokens of a far-off ratio are left out.
+    # the ratio of the whole rollout, up to a cap; 'mask', tokens of a far-off ratio are left out;
+    # 'icepop', the same, and the others are times their ratio; 'geometric', rollouts are left out
+    # whose tokens' ratios have a far-off geometric mean. `loss.policy = 'gspo'` allows only those
+    # of a whole rollout.
     c.loss.mismatch = 'none'
-    # The cap of the ratio of `loss.mismatch`, at least 1. 'mask' leaves out a token whose ratio is
-    # above the cap or below 1 / cap.
+    # The cap of the ratio of `loss.mismatch`, at least 1. 'mask', 'icepop' and 'geometric' leave
+    # out what is above the cap or below 1 / cap.
     c.loss.mismatch_cap = 2.0
     # The weight of the KL divergence to the frozen model that reinforcement learning starts from; 0
     # leaves it out.
     c.loss.kl_coef = 0.0
+    # How that divergence is estimated from a token's two probabilities: 'k1', 'k2' or 'k3', as in
+    # GRPO; see docs/design.md#objective. 'k1' is refused as a loss, where its gradient would not
+    # depend on the frozen model.
+    c.loss.kl = 'k3'
+    # Where it is subtracted: 'loss', from the objective, token by token; 'reward', from the reward
+    # of the rollout, summed over its tokens, before advantages are made. 'reward' is refused with
+    # `loss.advantages = 'maxrl'`.
+    c.loss.kl_in = 'loss'
     # How rewards become advantages within a group: 'grpo', reward minus mean, over the standard
-    # deviation; 'dr_grpo', reward minus mean; 'rloo', reward minus the mean of the other rollouts.
+    # deviation; 'dr_grpo', reward minus mean; 'rloo', reward minus the mean of the other rollouts;
+    # 'maxrl', reward minus mean, over the mean, which has rare successes count more. It counts a
+    # reward below 0 as 0.
     c.loss.advantages = 'grpo'
     # Whether a rollout whose sandbox failed (INFRA_ERROR) counts as one with reward 0, as in the
     # paper's code. If not, it takes no part in its group and in the loss.
     c.loss.count_infra_errors = False
+    # What happens to a group of equal rewards, from which the policy term learns nothing: 'keep',
+    # it counts in N and trains the environment term; 'drop', it counts in the environment term
+    # alone; 'redraw', a group of another task takes its place. See docs/design.md#eligibility.
+    c.loss.equal_groups = 'keep'
+    # The number of tasks that one step may draw in the place of such groups, at most.
+    c.loss.redraw_limit = 16
+    # Whether a rollout that spent a budget (TRUNCATED or AGENT_TIMEOUT) is kept out of the policy
+    # gradient; it trains the environment term all the same.
+    c.loss.mask_truncated = False
+    # Whether such a rollout still counts in its group's mean and in the policy term's N.
+    c.loss.count_truncated = True
 
     # The agent's conversation; see docs/protocol.md.
     c.protocol = ml_collections.ConfigDict()
@@ -106,6 +211,14 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.protocol.max_context_tokens = 16_384
     # The number of tokens of a whole rollout, prompt and observations included, at most.
     c.protocol.max_total_tokens = 34_096
+    # What an episode earns that has spent `protocol.max_total_tokens`: 'discard', reward 0 without
+    # a test, as in the released code; its tokens are trained on; 'verify', what the tests say.
+    c.protocol.at_max_total_tokens = 'discard'
+    # What happens to an episode that has spent the agent's time: 'discard', as in the released
+    # code: reward 0, no token is trained on, but it counts in its group and in the number of
+    # rollouts, and the time covers the sandbox's start and the tests too; 'verify', what the tests
+    # say is trained on, and the time is the agent's alone.
+    c.protocol.at_agent_timeout = 'discard'
     # A task whose prompt has more tokens is dropped when tasks are read.
     c.protocol.max_prompt_tokens = 1536
     # The number of seconds that a command may run if its call names no timeout.
@@ -130,7 +243,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # the penalty off; see docs/protocol.md#reward.
     c.protocol.length_penalty_coef = 0.0
     # The number of tokens after the prompt that cost no reward.
-    c.protocol.length_penalty_start = 0
+    c.protocol.length_penalty_start = 20_000
 
     # The model. Its sizes have the names of Hugging Face's config.json. A size of None is what
     # config.json of `model.path` says; one that is given must be the same there. Without
@@ -210,6 +323,9 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.optimizer.learning_rate = 1e-6
     # The number of steps in which the learning rate rises to `learning_rate` linearly.
     c.optimizer.warmup_steps = 20
+    # Where that rise begins: 'zero', the first step's rate is 0, so that it changes nothing, as in
+    # the released code; 'one', at one part of `warmup_steps` + 1, so that no step is lost.
+    c.optimizer.warmup_from = 'zero'
     # The number of steps after the warm-up in which the learning rate falls linearly to a tenth; 0
     # means that it stays.
     c.optimizer.decay_steps = 0
@@ -264,7 +380,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.sandbox.agent_timeout = placeholder(float)
     # The number of seconds that the task's tests have.
     c.sandbox.verifier_timeout = placeholder(float)
-    # What a container may do: 'docker', what Docker lets it do by default, as tasks of Harbor expect;
+    # What a container may do: 'docker', what Docker allows by default, as Harbor's tasks expect;
     # 'strict', no capability, no new privileges, a system that cannot be written, for tasks from
     # strangers that were written for it.
     c.sandbox.hardening = 'docker'
@@ -281,14 +397,14 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The task's tests, which give the reward; see docs/protocol.md#verifier.
     c.verifier = ml_collections.ConfigDict()
     # Whether what the agent left running is killed before the tests. Harbor keeps it, since a task
-    # may ask for a server. With 'local', and with `sandbox.hardening = 'strict'`, it is always killed.
+    # may ask for a server. With 'local' and `sandbox.hardening = 'strict'` it is always killed.
     c.verifier.kill_agent_processes = False
 
     # What is worked on; see docs/protocol.md#tasks.
     c.tasks = ml_collections.ConfigDict()
     # The training tasks: folders of Harbor tasks or .parquet files, with commas between them.
-    # ':environment_only' after one keeps its rewards out of the policy term. If this is empty,
-    # tasks are generated into the workdir.
+    # ':environment_only' after one keeps its tasks out of the policy term, and their tests are not
+    # run. If this is empty, tasks are generated into the workdir.
     c.tasks.train = ''
     # The held-out tasks, likewise. Generated ones have words that training never sees.
     c.tasks.heldout = ''
@@ -327,7 +443,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The temperature of the rollouts of held-out tasks.
     c.eval.temperature = 0.6
     # The number of rollouts of every held-out task, drawn before training and again after it.
-    c.eval.samples = 1
+    c.eval.samples = 8
     # The number of steps between two measurements of the environment cross-entropy.
     c.eval.every = 20
 

@@ -31,6 +31,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.protocol.max_context_tokens = 288
     c.protocol.max_total_tokens = 288
     c.protocol.max_prompt_tokens = 128
+    c.protocol.at_max_total_tokens = 'verify'
+    c.protocol.at_agent_timeout = 'verify'
 
     c.model.vocab_size = 512
     c.model.hidden_size = 128
@@ -48,6 +50,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
 
     c.optimizer.learning_rate = 2e-4
     c.optimizer.warmup_steps = 5
+    c.optimizer.warmup_from = 'one'
     c.optimizer.b2 = 0.95
 
     c.policy.backend = 'jax'
@@ -66,9 +69,11 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.warm_start.optimizer.name = 'muon'
     c.warm_start.optimizer.learning_rate = 3e-3
     c.warm_start.optimizer.warmup_steps = 5
+    c.warm_start.optimizer.warmup_from = 'one'
     c.warm_start.optimizer.b2 = 0.95
     c.warm_start.optimizer.max_grad_norm = 1.0
 
+    c.eval.samples = 1
     c.eval.every = 5
     c.checkpoint.every = 10
     return c

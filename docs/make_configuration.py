@@ -62,7 +62,11 @@ def recipes() -> dict[str, dict[str, object]]:
 def meaning(key: str, said: dict[str, str]) -> str:
     """A key's comment, and when the key is refused."""
     text = said[described_as(key, said)]
-    reasons = [f'It has no effect {row.reason}.' for row in INERT if keys_of(row, [key])]
+    reasons = [
+        f'{" and ".join(map(repr, row.values)) or "It"} has no effect {row.reason}.'
+        for row in INERT
+        if keys_of(row, [key])
+    ]
     return linked(' '.join([text, *reasons]))
 
 

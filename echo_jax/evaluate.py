@@ -5,8 +5,8 @@
 
 `--agent=policy` samples with the newest weights that the run has published. `oracle` runs each
 task's solution/solve.sh, which must earn the reward; `nop` does nothing, which must not. All
-results are written. The exit code is 1 if one of them is an INFRA_ERROR, which says nothing about
-the agent.
+results are written, and which tasks were left out and why. The exit code is 1 if a result is an
+INFRA_ERROR, which says nothing about the agent.
 """
 
 import json
@@ -25,7 +25,7 @@ from echo_jax.learner.step import make_score
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
 from echo_jax.policy.jax import JaxPolicy
-from echo_jax.run import entry
+from echo_jax.run import entry, tasksets
 from echo_jax.run.inert import check_inert
 from echo_jax.run.measures import env_ce, pass_rates
 from echo_jax.run.oracle import run_agent, show_failures
@@ -35,7 +35,6 @@ from echo_jax.run.workdir import Workdir, unpacked, write_whole
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
-from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import SOLVED_REWARD, Rollout, Status, Task
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
@@ -99,18 +98,22 @@ def evaluate_policy(
     rollouts = [r for group in store.read_groups(range(len(tasks))) for r in group]
     score = jax.jit(make_score(graphdef, config.batch.micro_rows))
     results = [
-        _result(r.task_id, r.sample_id, r.reward, r.status, len(r.turn_starts)) for r in rollouts
+        _result(r.task_id, r.sample_id, r.reward, r.status, r.reason, len(r.turn_starts))
+        for r in rollouts
     ]
     return results, env_ce(score, params, rollouts, config)
 
 
-def _result(task_id: str, sample_id: int, reward: float, status: Status, turns: int) -> dict:
+def _result(
+    task_id: str, sample_id: int, reward: float, status: Status, reason: str, turns: int
+) -> dict:
     return {
         'task_id': task_id,
         'sample_id': sample_id,
         'reward': reward,
         'correct': bool(reward >= SOLVED_REWARD),
         'status': str(status),
+        'reason': reason,  # of an infra_error or a verifier_error
         'turns': turns,
     }
 
@@ -124,15 +127,15 @@ def _open_run() -> Workdir | None:
     return Workdir(_WORKDIR.value, _CONFIG.value)
 
 
-def _read_tasks(work: Workdir | None, cache: pathlib.Path) -> list[Task]:
+def _read_tasks(work: Workdir | None, cache: pathlib.Path) -> tasksets.Read:
     if _TASKS.value:
-        return load_tasks(_TASKS.value, cache)
+        return tasksets.read(_TASKS.value, _CONFIG.value, cache)
     if work is None:
         raise ValueError(
             f'--agent={_AGENT.value} needs --tasks, a directory or .parquet of Harbor tasks, or '
             'the --workdir of a run for its held-out ones'
         )
-    return work.tasks('heldout')
+    return work.read_tasks('heldout')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -145,26 +148,29 @@ def main(argv: Sequence[str]) -> None:
     with unpacked(work) as cache:
         if agent == 'policy' and work is None:
             raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
-        tasks = _read_tasks(work, cache)
-        stop, reasons, ce = entry.Stop(), {}, {}
+        tasks, left_out = _read_tasks(work, cache)
+        stop, ce = entry.Stop(), {}
         try:
             if work is not None and agent == 'policy':
                 results, ce = evaluate_policy(stop, config, work, tasks, samples)
             else:
                 outcomes = run_agent(stop, tasks, config, agent, samples)
-                results = [_result(*outcome[:4], turns=0) for outcome in outcomes]
-                reasons = {
-                    outcome.task_id: outcome.reason for outcome in outcomes if outcome.reason
-                }
+                results = [_result(*outcome[:5], turns=0) for outcome in outcomes]
         except entry.Stopped:
             sys.exit('stopped')
-    document = {'results': results, 'pass@k': pass_rates(results, samples), 'env_ce': ce}
+    document = {
+        'results': results,
+        'left_out': [one._asdict() for one in left_out],
+        'pass@k': pass_rates(results, samples),
+        'env_ce': ce,
+    }
     if _OUTPUT.value:
         write_whole(output, json.dumps(document, indent=1))
     rates = ', '.join(f'pass@{k} {rate:.1%}' for k, rate in document['pass@k'].items())
     bad = sum(result['status'] not in (Status.OK, Status.TRUNCATED) for result in results)
-    show_failures(reasons)
-    CONSOLE.print(f'{len(tasks)} tasks, {agent}: {rates}; {bad} with an error status')
+    show_failures({result['task_id']: result['reason'] for result in results if result['reason']})
+    without = f' ({len(left_out)} more left out)' if left_out else ''
+    CONSOLE.print(f'{len(tasks)} tasks{without}, {agent}: {rates}; {bad} with an error status')
     lost = sum(result['status'] == Status.INFRA_ERROR for result in results)
     if lost:
         sys.exit(f'error: {lost} of {len(results)} results are an infra_error; see their reasons')

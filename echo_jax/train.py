@@ -17,14 +17,17 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from echo_jax.agent.protocol import Protocol
-from echo_jax.learner import batching, distributed, sharding
+from echo_jax.learner import distributed, env_coef
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
-from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_config, sandboxes_here
-from echo_jax.run.measures import env_ce, seconds_under_time, solve_rate
-from echo_jax.run.sources import GroupsAhead, draw_heldout, make_source, read_splits
+from echo_jax.run.env_term import EnvTerm
+from echo_jax.run.inert import inert_keys
+from echo_jax.run.learning import Learner
+from echo_jax.run.measures import env_ce, headline, solve_rate
+from echo_jax.run.redraw import redraw_equal
+from echo_jax.run.sources import GroupsAhead, count_steps, draw_heldout, make_source, read_splits
 from echo_jax.run.warm_start import first_params
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
@@ -48,6 +51,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         tokenizer = work.tokenizer()
         protocol = Protocol(tokenizer, config.protocol)
         splits = read_splits(work, protocol)
+    num_steps = count_steps(config, len(splits['train']))
 
     # ---------------------------------------------- the model on its mesh, and the rollouts' source
     model = ShardedModel.of(config)
@@ -59,7 +63,10 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
 
     # ---------------------------------------------------------- the state, new or from a checkpoint
-    step, abstract_state, initial_state = model.step(config.optimizer)
+    traced = env_coef.is_traced(config.loss)
+    step, abstract_state, initial_state = model.step(config.optimizer, traced_env_coef=traced)
+    env_term = EnvTerm(config, num_steps, tokenizer, score, model.norms())
+    learner = Learner(config, model, step, env_term, reference)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)
     if leads:
@@ -72,7 +79,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         state, extra, done = restored
         tasks.set_state(extra['tasks'])
         clock.resume(extra['seconds'])
-        report.CONSOLE.print(f'resumed at step {done} of {config.num_steps}')
+        env_term.adapted = extra['env_coef']
+        report.CONSOLE.print(f'resumed at step {done} of {num_steps}')
     metrics.resume(done)
     if leads:
         WeightStore(work.url('weights')).rewind(done)
@@ -82,38 +90,33 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     del params
 
     # ---------------------------------------------------------------------- reinforcement learning
-    ahead = GroupsAhead(tasks, source, config)
+    ahead = GroupsAhead(tasks, source, config, num_steps)
 
     def save():
         if checkpointer.latest() != done:
             if leads:  # first, so that there is no checkpoint without its rows
                 work.share('metrics.jsonl', 'tensorboard')
-            checkpointer.save(done, state, {'tasks': ahead.position, 'seconds': clock.seconds()})
+            position = {'tasks': ahead.position, 'env_coef': env_term.adapted}
+            checkpointer.save(done, state, position | {'seconds': clock.seconds()})
 
     try:
-        with report.Progress('train', config.num_steps, done) as progress:
-            while done < config.num_steps:
+        with report.Progress('train', num_steps, done) as progress:
+            while done < num_steps:
                 started = time.monotonic()
-                rollouts = ahead.draw(done)
+                rollouts, redrawn = redraw_equal(ahead.draw(done), source, splits, config, done)
                 drawn = time.monotonic()
-
-                batch = sharding.put_batch(batching.make_batch(rollouts, config), model.mesh)
-                state, sums = step(state, batch, config.loss.env_coef, reference)
-                values = {f'train/{name}': v for name, v in finish_metrics(sums).items()}
-                values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
+                state, values = learner.learn(state, rollouts, done)
                 ahead.trained()
                 done += 1
                 source.publish(state.params, done)
-
-                values['time/sampling'] = drawn - started
+                values |= redrawn | {'time/sampling': drawn - started}
                 values['time/learning'] = time.monotonic() - drawn
-                if done % config.eval.every == 0 and done < config.num_steps:
+                if done % config.eval.every == 0 and done < num_steps:
                     values['eval/env_ce'] = env_ce(score, state.params, fixed, config)['all']
                 metrics.write(done, values)
                 if done % config.checkpoint.every == 0:
                     save()
-                env_ce_now = values.get('train/env_ce', float('nan'))
-                progress.show(done, reward=values['rollout/reward'], env_ce=env_ce_now)
+                progress.show(done, **headline(values))
         save()
     except entry.Stopped:
         save()
@@ -149,6 +152,9 @@ def main(argv: Sequence[str]) -> None:
     for backend in sandboxes_here(config):
         sandbox_maker(config, backend).close()  # fails now if this machine allows no sandbox
     report.CONSOLE.quiet = not distributed.leads()
+    idle = ', '.join(inert_keys(config))
+    if idle:
+        report.CONSOLE.print(f'cannot act with the other keys: {idle}', soft_wrap=True)
     with distributed.leader_first('workdir'):
         work = Workdir(_WORKDIR.value, config)
     try:

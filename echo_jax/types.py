@@ -20,14 +20,21 @@ class Role(enum.IntEnum):
     PROMPT = 0  # up to and including the first generation prompt
     ACTION = 1  # sampled by the policy
     SCAFFOLD = 2  # chat template, and a turn end that the harness had to add
-    WARNING = 3  # the format-warning prefix; never trained on
+    WARNING = 3  # the format-warning prefix
     FEEDBACK = 4  # parser errors, "no commands"
     WRAPPER = 5  # what the harness says around the output
     OUTPUT = 6  # what the terminal wrote
 
 
-# Roles that the environment loss may train on, by `loss.targets`: docs/design.md#token-roles
-ENV_TARGETS = {'released': (Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT), 'output': (Role.OUTPUT,)}
+# Roles that the environment loss may train on, by `loss.targets`: docs/design.md#targets. Of the
+# SCAFFOLD tokens of 'observation', only those of the observation's message.
+ENV_TARGETS = {
+    'released': (Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT),
+    'output': (Role.OUTPUT,),
+    'warning': (Role.WARNING,),
+    'warning_and_released': (Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT),
+    'observation': (Role.SCAFFOLD, Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT),
+}
 # Roles counted as the observation: the denominator O_i of `full_observation`.
 OBSERVATION_ROLES = (Role.WARNING, Role.FEEDBACK, Role.WRAPPER, Role.OUTPUT)
 # A rollout with this reward or more is correct, its task solved: docs/protocol.md#reward
@@ -104,7 +111,7 @@ class Rollout:
     group_id: int  # numbers the groups of the whole run
     sample_id: int  # within the group
     environment_only: bool = False  # the task's: it has a part in the environment loss alone
-    reason: str = ''  # one line that explains a VERIFIER_ERROR or an INFRA_ERROR
+    reason: str = ''  # one line on why there is no reward of the tests, if there is none
     tests_output: str = ''  # the end of what the task's tests printed
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # for people to read only
 
@@ -122,6 +129,8 @@ class Batch(NamedTuple):
     segment_ids: np.ndarray  # int32 [R, T], from 1 in every row; 0 is padding
     roles: np.ndarray  # uint8 [R, T], Role
     rollout_logprobs: np.ndarray  # float32 [R, T], nats
+    # float32 [R, T], nats: of the policy before the batch's first update; 0 if it is not asked for
+    old_logprobs: np.ndarray
     advantages: np.ndarray  # float32 [R, T], the rollout's advantage on its ACTION tokens, else 0
     policy_weight: np.ndarray  # float32 [R, T], of the policy loss; 0 unless ACTION
     env_weight: np.ndarray  # float32 [R, T], of the environment loss; 0 unless a target

@@ -39,8 +39,11 @@ ROOMS_WITH_JAX = {'learner', 'model', 'planner'}
 MODULES_WITH_JAX = {
     'echo_jax.policy.jax',
     'echo_jax.run.checks',
+    'echo_jax.run.env_term',
+    'echo_jax.run.learning',
     'echo_jax.run.exporting',
     'echo_jax.run.scoring',
+    'echo_jax.run.redraw',
     'echo_jax.run.sources',
     'echo_jax.run.warm_start',
 }

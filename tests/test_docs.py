@@ -12,6 +12,7 @@ from echo_jax.agent import observations
 from echo_jax.agent.observations import describe
 from echo_jax.agent.protocol import format_warnings, parse_response
 from echo_jax.sandbox import CommandResult
+from tests.support.metrics_page import table
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / 'docs').glob('*.md'))
@@ -86,16 +87,6 @@ def rooms() -> set[str]:
     page = (ROOT / 'docs' / 'design.md').read_text()
     section = page.partition('\n## Rooms\n')[2].partition('\n## ')[0]
     return {name for name in re.findall(r'`([\w/]+\.py)`', section) if 'test' not in name}
-
-
-def table(heading: str) -> dict[str, str]:
-    """{name: when it is logged} of the table below a heading of docs/metrics.md."""
-    page = (ROOT / 'docs' / 'metrics.md').read_text()
-    section = page.partition(f'\n## {heading}\n')[2].partition('\n## ')[0]
-    rows = re.findall(r'^\| `([^`]+)` \| [^|]+ \| ([^|]+) \|', section, re.MULTILINE)
-    assert rows, f'docs/metrics.md has no table below {heading!r}'
-    assert len(rows) == len(dict(rows)), f'a name stands twice below {heading!r}'
-    return dict(rows)
 
 
 def quoted_messages(page: str) -> set[str]:

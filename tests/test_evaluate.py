@@ -15,8 +15,9 @@ from echo_jax.tasks.parquet import write_parquet
 from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Role, Rollout, Status
 from tests.support.small_run import HELDOUT, SETTINGS, config_flags
+from tests.support.task_folders import write
 
-RESULT = {'task_id', 'sample_id', 'reward', 'correct', 'status', 'turns'}
+RESULT = {'task_id', 'sample_id', 'reward', 'correct', 'status', 'reason', 'turns'}
 
 
 @pytest.fixture(scope='module')
@@ -42,6 +43,7 @@ def test_agents_without_a_model(programs, tasks, tmp_path, agent, reward):
     got = {(r['reward'], r['correct'], r['status']) for r in document['results']}
     assert got == {(reward, bool(reward), 'ok')}
     assert document['pass@k'] == {'1': reward} and document['env_ce'] == {}
+    assert document['left_out'] == [] and {r['reason'] for r in document['results']} == {''}
     assert f'10 tasks, {agent}: pass@1 {reward:.1%}; 0 with an error status' in said
     assert not programs.alive()
 
@@ -70,15 +72,23 @@ def test_one_task_without_a_sandbox_does_not_end_the_check(programs, tasks, tmp_
     folder = shutil.copytree(tasks, tmp_path / 'set')
     broken = sorted(path for path in folder.iterdir() if path.is_dir())[4]
     (broken / 'environment' / 'Dockerfile').write_text('FROM x\nRUN exit 3\n')
+    write(folder / 'compose', '[environment]\ngpus = 1\n')
+    write(folder / 'unreadable', '[environment')
     output = tmp_path / 'eval.json'
     flags = ['--config=configs/tiny.py', f'--tasks={folder}', f'--output={output}']
     done = programs.run('evaluate', *flags, '--agent=oracle', COLUMNS='300')
     assert done.returncode == 1
-    assert done.stderr == 'error: 1 of 10 results are an infra_error; see their reasons\n'
+    *_, last = done.stderr.splitlines()
+    assert last == 'error: 1 of 10 results are an infra_error; see their reasons'
     assert f"{broken.name}: {broken.name}: RUN 'exit 3' ended with 3" in done.stdout
-    results = json.loads(output.read_text())['results']
+    document = json.loads(output.read_text())
+    results, left_out = document['results'], document['left_out']
+    assert [one['task_id'] for one in left_out] == ['unreadable', 'compose']
+    assert left_out[1]['reason'] == "needs [environment] gpus; sandbox.backend='harbor' runs it"
+    assert '(2 more left out)' in done.stdout
     lost = [r for r in results if r['status'] == 'infra_error']
     assert [(r['task_id'], r['reward'], r['correct']) for r in lost] == [(broken.name, 0.0, False)]
+    assert "RUN 'exit 3' ended with 3" in lost[0]['reason']
     assert all(r['reward'] == 1 and r['status'] == 'ok' for r in results if r not in lost)
 
 

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 
 import docker
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from echo_jax.store.due import DueStore
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import Status
+from tests.support.bad_tasks import break_link, make_set
 from tests.support.small_run import NO_WARM_START, ROOT, SETTINGS, metrics, wait_for
 
 ROLLOUT_PYTHON = pathlib.Path(
@@ -34,9 +36,10 @@ pytestmark = [
 class Fleet:
     """The processes of one run. Their output goes to files beside its workdir."""
 
-    def __init__(self, programs, folder: pathlib.Path, *flags: str):
+    def __init__(self, programs, folder: pathlib.Path, *flags: str, without: Sequence[str] = ()):
         self.workdir, self._folder, self._programs = folder / 'run', folder, programs
-        without = ['warm_start'] if set(NO_WARM_START) <= set(flags) else []
+        if not without and set(NO_WARM_START) <= set(flags):
+            without = ['warm_start']
         self._flags = programs.train_flags(self.workdir, *VLLM, *flags, without=without)
         self.environment: dict[str, str] = {}
         self._started: list[subprocess.Popen] = []
@@ -137,6 +140,24 @@ def test_workers_and_learners_end_and_start_again(fleet):
     for row in assert_whole(fleet):
         # Every step is sampled right after a swap, and all weights are float32.
         assert 0 < row['train/logprob_gap'] <= 1e-3 and row['rollout/staleness'] == 0
+
+
+def test_a_bad_task_ends_neither_learner_nor_worker(programs, tmp_path):
+    bad, word = make_set(tmp_path / 'set', break_link)
+    without = ['warm_start', 'tasks.train_count']
+    flags = f'--config.tasks.train={tmp_path / "set"}', *NO_WARM_START
+    fleet = Fleet(programs, tmp_path, *flags, without=without)
+    try:
+        learner, worker = fleet.learner(), fleet.worker()
+        assert [fleet.ends(learner), fleet.ends(worker)] == [0, 0], fleet.logs()
+        assert_whole(fleet)
+        groups = RolloutStore(fleet.workdir / 'rollouts' / 'train').read_groups(fleet.groups())
+        rollouts = [rollout for group in groups for rollout in group]
+        lost = [rollout for rollout in rollouts if rollout.status == Status.INFRA_ERROR]
+        assert {rollout.task_id for rollout in lost} == {bad}
+        assert all(word in rollout.reason for rollout in lost)
+    finally:
+        fleet.stop()
 
 
 @pytest.mark.parametrize('fleet', [NO_WARM_START], indirect=True)

@@ -173,6 +173,19 @@ def test_a_plan():
     # asks for, but not twice as much again.
     model, hardware = found['model_flops_per_step'], found['hardware_flops_per_step']
     assert 1.2 < hardware / model < 2.5
+    assert found['updates_per_step'] == 1
+
+    # Two mini-batches of 8 rows, each taken twice, and scored once: four such updates, and two
+    # forward passes of about a fourth of one (with remat, forward twice and backward twice that).
+    flags = '--config.batch.updates=2', '--config.batch.epochs=2'
+    several = planned(*SMALL, '--rows=16', '--config.loss.old_logprobs=recomputed', *flags)
+    assert (several['rows'], several['updates_per_step']) == (16, 4)
+    assert several['model_flops_per_step'] == 4 * model
+    assert 4.2 < several['hardware_flops_per_step'] / hardware < 4.8
+    assert several['hbm_gib_per_chip'] == pytest.approx(found['hbm_gib_per_chip'], rel=0.05)
+    assert several['echo_over_grpo_flops'] == pytest.approx(found['echo_over_grpo_flops'])
+    done = run(*SMALL, '--rows=9', '--config.batch.updates=2')
+    assert 'rows=9 does not divide by batch.updates=2' in done.stderr
     # Each chip gathers the layers' three quarters that it lacks, at least forward and backward.
     assert found['collective_gib_per_step'] > 0.5 * found['state_gib_per_chip']
     seconds = found['estimated_step_seconds']

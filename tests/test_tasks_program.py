@@ -1,6 +1,7 @@
 """python -m echo_jax.tasks as a process: what it lists, packs, finds fault with and builds."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,10 @@ from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.tasks.generate import FAMILIES, generate_tasks
 from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Status
+from tests.support import habits
+from tests.support.harbor_habits import HABITS
 from tests.support.small_run import SETTINGS, config_flags, wait_for
+from tests.support.task_folders import write
 
 TINY = '--config=configs/tiny.py'
 
@@ -35,14 +39,44 @@ def says(programs, *flags, code=0) -> list[str]:
 def test_lists_packs_and_counts_what_fits(programs, tasks, tmp_path):
     file, run = tmp_path / 'set.parquet', tmp_path / 'run'
     lines = says(programs, f'--tasks={tasks}', f'--parquet={file}')
-    assert lines == [f'{tasks}: 10 tasks', f'10 tasks packed into {file}']
+    runs = [f'  {backend}: 10 of 10' for backend in ('local', 'docker', 'harbor')]
+    assert lines == [f'{tasks}: 10 tasks', *runs, f'10 tasks packed into {file}']
     # With a run: its own tokenizer counts prompts, and it keeps what was unpacked.
     flags = [TINY, f'--workdir={run}', *config_flags(SETTINGS)]
     lines = says(programs, *flags, f'--tasks={file}:environment_only')
-    assert lines == [f'{file}: 10 tasks, environment only', '0 prompts over 200 tokens dropped']
+    assert lines[0] == f'{file}: 10 tasks, environment only'
+    assert lines[-1] == '0 prompts over 200 tokens dropped'
     assert len([p for p in (run / 'tasks' / 'unpacked').iterdir() if p.is_dir()]) == 10
     lines = says(programs, *flags)
-    assert lines == ['train: 40 tasks', 'heldout: 6 tasks', '0 prompts over 200 tokens dropped']
+    assert [line for line in lines if not line.startswith(' ')] == [
+        'train: 40 tasks',
+        'heldout: 6 tasks',
+        '0 prompts over 200 tokens dropped',
+    ]
+
+
+def test_says_what_can_run_where_and_why_not(programs, tasks, tmp_path):
+    folder = shutil.copytree(tasks, tmp_path / 'checkout' / 'sets' / 'one')
+    habits.write_all(tmp_path / 'checkout' / 'sets' / 'two', [h for h in HABITS if h.needs])
+    habit = next(habit for habit in HABITS if habit.name == 'image-user')
+    habits.write(habit, tmp_path / 'checkout' / 'sets')
+    write(folder / 'unreadable', '[environment')
+    write(folder / 'new', '[environment]\nfuture = 1\n')
+    output = tmp_path / 'rows.json'
+    lines = says(programs, f'--tasks={tmp_path}/checkout', f'--output={output}')
+    assert lines[0] == f'{tmp_path}/checkout: 15 tasks, 1 left out'
+    assert lines[1].startswith('  unreadable: ') and 'is not TOML' in lines[1]
+    assert lines[2] == '  not known to Harbor, which reads past them: [environment] future (1)'
+    assert '  docker: 12 of 15' in lines and '  harbor: 15 of 15' in lines
+    assert "    not 1: needs [[steps]]; sandbox.backend='harbor' runs it" in lines
+    assert '  local: 11 of 15' in lines and any('USER' in line for line in lines)
+    rows = {row['task_id']: row for row in json.loads(output.read_text())['tasks']}
+    assert len(rows) == 16 and rows['unreadable']['path'] is None
+    assert rows['new']['refused'] == {'local': '', 'docker': '', 'harbor': ''}
+    assert 'USER' in rows['image-user']['refused']['local']
+    assert rows['image-user']['refused']['docker'] == ''
+    lines = says(programs, f'--tasks={tmp_path}/checkout', '--verbose')
+    assert any(line.startswith('    image-user: ') and 'USER' in line for line in lines)
 
 
 def test_a_check_names_the_tasks_that_are_wrong(programs, tasks, tmp_path):
@@ -146,7 +180,7 @@ def test_a_solution_has_the_agents_time(tasks, tmp_path):
         script.write('sleep 1000\n')
     # The work was done in time, and is verified; that the script did not end is said.
     (outcome,) = check(load_tasks(tmp_path / 'set'), sandbox_maker(get_config()), oracle=True)
-    assert outcome == (name, 0, 1.0, Status.AGENT_TIMEOUT, '')
+    assert outcome[:5] == (name, 0, 1.0, Status.AGENT_TIMEOUT, '')
 
 
 # ----------------------------------------------------------------------------------- with Docker

@@ -20,7 +20,16 @@ from configs.tiny import get_config
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.tasks.generate import generate_tasks
 from echo_jax.types import Role, Status
-from tests.support.small_run import HELDOUT, SETTINGS, SUMMARY, metrics, summary, wait_for
+from tests.support.small_run import (
+    HELDOUT,
+    NO_WARM_START,
+    SETTINGS,
+    SUMMARY,
+    metrics,
+    summary,
+    wait_for,
+)
+from tests.support.task_folders import write
 
 STEPS = SETTINGS['num_steps']
 GROUPS = SETTINGS['batch']['groups']
@@ -274,21 +283,33 @@ def test_task_folders_that_hold_no_tasks(programs, tmp_path):
     )
     folder.mkdir()
     assert f'{folder} holds no tasks' in programs.fails('train', *flags)
-    shutil.rmtree(folder)
-    generate_tasks(folder, split='train', count=40)
-    first = folder / 'train-00000-copy'
-    toml, instruction = (first / 'task.toml').read_text(), (first / 'instruction.md').read_text()
-    (first / 'instruction.md').unlink()
-    assert f'{first}/instruction.md is missing' in programs.fails('train', *flags)
-    (first / 'instruction.md').write_text(instruction)
-    (first / 'task.toml').write_text('[agent\n')
-    assert f'{first}/task.toml is not TOML' in programs.fails('train', *flags)
-    (first / 'task.toml').write_text(toml)
-    # Found by an episode, in a task group among others that go well.
-    (first / 'environment' / 'Dockerfile').write_text('FROM scratch\nCOPY none /app/\n')
-    line = programs.fails('train', *flags)
-    assert 'none' in line and line.startswith('error: ')
-    assert not programs.alive()
+    write(folder / 'bad', toml='[agent')
+    assert f'none of 1 tasks can be read: bad ({folder}/bad/task.toml' in programs.fails(
+        'train', *flags
+    )
+
+
+def test_bad_tasks_do_not_end_a_run(programs, tmp_path):
+    """Of eight tasks one cannot be read, one is not for this sandbox, and one has no sandbox."""
+    folder = generate_tasks(tmp_path / 'tasks', split='train', count=8)
+    text, compose, user, *_ = tasks = sorted(p for p in folder.iterdir() if p.is_dir())
+    (text / 'instruction.md').write_bytes(b'\xff')
+    (compose / 'environment' / 'docker-compose.yaml').touch()
+    with (user / 'environment' / 'Dockerfile').open('a') as file:
+        file.write('USER nobody\n')
+    flags = ['--config.num_steps=5', f'--config.tasks.train={folder}', *NO_WARM_START]
+    without = ['tasks.train_count', 'warm_start', 'num_steps']
+    flags = programs.train_flags(tmp_path / 'run', *flags, without=without)
+    done = programs.run('train', *flags)
+    assert done.returncode == 0, done.stderr
+    assert f'2 of 8 tasks left out: {text.name} (' in done.stderr.replace('\n', ' ')
+    groups = RolloutStore(tmp_path / 'run' / 'rollouts' / 'train').read_groups(range(10))
+    drawn = [rollout for group in groups for rollout in group]
+    assert {r.task_id for r in drawn} == {task.name for task in tasks[2:]}
+    for rollout in drawn:
+        is_bad = rollout.task_id == user.name
+        assert (rollout.status == Status.INFRA_ERROR) == is_bad, rollout.reason
+        assert ('USER' in rollout.reason) == is_bad
 
 
 def test_workdirs_of_others(programs, finished, tmp_path):

@@ -18,11 +18,12 @@ from echo_jax.agent.encoding import Span
 from echo_jax.agent.observations import NO_COMMANDS, execute
 from echo_jax.agent.protocol import Conversation, Protocol, turn_seed, warning_prefix
 from echo_jax.policy import Policy
-from echo_jax.sandbox import Sandbox, SandboxError
+from echo_jax.sandbox import Sandbox, SandboxError, Verdict
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
 _REASON_CHARS = 1_000  # of an error's message that are kept
 RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds; a container engine that died is back by then
+_DISCARDED = Verdict(0.0, Status.OK, 'discarded: a budget was spent, and no test was run')
 # Reasons for the end of the agent's part, and the status that each gives the episode.
 _STATUS = {
     'done': Status.OK,
@@ -31,6 +32,8 @@ _STATUS = {
     'max_total_tokens': Status.TRUNCATED,
     'agent_timeout': Status.AGENT_TIMEOUT,
 }
+
+_NO_VERDICT = Verdict(reward=0.0, status=Status.OK)  # of an environment_only task
 
 
 @dataclasses.dataclass
@@ -60,26 +63,35 @@ async def run_episode(
 ) -> Rollout:
     """Starts the sandbox, lets the policy work in it, verifies, and in any case stops the sandbox.
 
-    The verifier runs however the agent's part ended, even by its timeout or a spent budget. `seed`
-    is the run's. Raises PolicyFailed if the policy fails. What else it raises is the fault of the
-    task or of its sandbox; run_group tries again after a SandboxError.
+    docs/protocol.md#budgets says what a spent budget means, by `protocol.at_max_total_tokens` and
+    `protocol.at_agent_timeout`; after any other end the verifier runs, but not for a task that is
+    `environment_only`, whose reward nobody reads and which is 0 then. `seed` is the run's.
+
+    Raises PolicyFailed if the policy fails. What else it raises is the fault of the task or of its
+    sandbox; run_group tries again after a SandboxError.
     """
     conversation, counts = protocol.start(task.instruction), _Counts()
     episode = _Episode(
         policy, sandbox, conversation, counts, temperature, (seed, group_id, sample_id)
     )
+    discards = protocol.config.at_agent_timeout == 'discard'
+    clock = asyncio.timeout(task.agent_timeout_sec if discards else None)
     try:
-        await sandbox.start()
-        ending = await episode.converse(time.monotonic() + task.agent_timeout_sec)
-        started = time.monotonic()
-        verdict = await sandbox.verify()
-        counts.seconds_verifying = time.monotonic() - started
+        async with clock:
+            ending, verdict = await episode.run(task)
+    except TimeoutError:
+        if not clock.expired():
+            raise
+        ending, verdict = 'agent_timeout', _DISCARDED
     finally:
         await _stop(sandbox)
+    if discards and ending == 'agent_timeout':
+        conversation = protocol.start(task.instruction)  # of the rest, no token is trained on
     metrics = dataclasses.asdict(counts)
     metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
     metrics |= {f'reward/{key}': value for key, value in verdict.rewards.items() if key != 'reward'}
-    metrics['correct'] = verdict.reward >= SOLVED_REWARD
+    if not task.environment_only:
+        metrics['correct'] = verdict.reward >= SOLVED_REWARD
     return _rollout(
         conversation,
         reward=verdict.reward - length_penalty(conversation, protocol.config),
@@ -125,6 +137,29 @@ class _Episode:
     counts: _Counts
     temperature: float
     seeds: tuple[int, int, int]  # the run's seed, group_id, sample_id
+
+    async def run(self, task: Task) -> tuple[str, Verdict]:
+        """(why the agent's part ended, what the tests said), from the start of the sandbox on.
+
+        The agent's time begins once the sandbox has started, or, if an episode
+        that takes longer is discarded, before that, and the tests are in it too: the caller ends
+        these by then.
+        """
+        config = self.conversation.protocol.config
+        began = time.monotonic()
+        await self.sandbox.start()
+        if config.at_agent_timeout == 'verify':
+            began = time.monotonic()
+        ending = await self.converse(began + task.agent_timeout_sec)
+        if task.environment_only:
+            return ending, _NO_VERDICT
+        if ending in ('agent_timeout', 'max_total_tokens') and config[f'at_{ending}'] == 'discard':
+            return ending, _DISCARDED
+        started = time.monotonic()
+        try:
+            return ending, await self.sandbox.verify()
+        finally:
+            self.counts.seconds_verifying = time.monotonic() - started
 
     async def converse(self, deadline: float) -> str:
         """Takes turns until there is a reason to end, a key of _STATUS, which is returned.

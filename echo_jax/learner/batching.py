@@ -5,22 +5,27 @@ the same packer. It needs only NumPy: no JAX, no model and no store.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import ml_collections
 import numpy as np
 
+from echo_jax.learner import eligibility
 from echo_jax.learner.advantages import group_advantages
-from echo_jax.types import (
-    ENV_TARGETS,
-    OBSERVATION_ROLES,
-    SOLVED_REWARD,
-    Batch,
-    Role,
-    Rollout,
-    Status,
-)
+from echo_jax.learner.targets import Targets, choose_targets, sequence_denominators, target_counts
+from echo_jax.types import OBSERVATION_ROLES, SOLVED_REWARD, Batch, Role, Rollout, Status
+
+REDUCTIONS = ('sequence_mean', 'token_mean', 'prompt_mean', 'dr_grpo')
+
+
+class Judged(NamedTuple):
+    """A rollout, with what only its whole batch can say of its place in the policy term."""
+
+    rollout: Rollout
+    advantage: float
+    part: eligibility.Part
+    targets: Targets
 
 
 class _Segment(NamedTuple):
@@ -32,44 +37,80 @@ class _Segment(NamedTuple):
     env_weight: np.ndarray  # float32 [T]
 
 
-def make_batch(rollouts: Sequence[Rollout], config: ml_collections.ConfigDict) -> Batch:
+def make_batch(
+    rollouts: Sequence[Rollout],
+    config: ml_collections.ConfigDict,
+    targets: Sequence[Targets] | None = None,
+) -> Batch:
     """The global batch of one step: arrays [R, T], T = `batch.seq_len`.
+
+    `targets` are those of each rollout, if the caller has chosen them already; otherwise they are
+    `choose_targets(rollouts, config)`.
 
     R is the same in every step (`batch_rows`). Rows are filled from the front and the rest is
     padding. The result does not depend on the order of `rollouts`.
 
     Weights by `loss.reduction`, with N the sequences that count, A_i the ACTION tokens and E_i the
-    target tokens (`loss.targets`) of sequence i:
+    target tokens (docs/design.md#targets) of sequence i:
 
     - 'sequence_mean': policy 1/(N |A_i|), env 1/(N O_i), where O_i is the number of observation
-      tokens (`loss.env_normalization` 'full_observation') or |E_i| ('selected');
+      tokens (`loss.env_normalization` 'full_observation') or |E_i| ('selected'), or env 1/sum |E|
+      ('token_mean');
     - 'token_mean': policy 1/sum |A|, env 1/sum |E|;
+    - 'prompt_mean': policy 1/(G sum |A|), env 1/(G sum |E|), with the sums over the rollout's group
+      alone and G the number of groups (arXiv 2510.13786): each task has the same share;
     - 'dr_grpo': 1/(N max_tokens) for both, max_tokens = `protocol.max_total_tokens`.
 
-    A sequence without such tokens still counts in N. A rollout that is `environment_only` trains
-    the environment term alone: it is treated as if it had no ACTION tokens, and its advantage is 0.
-    If it has a call that was not valid (a FEEDBACK token), it does not train that term either,
-    because without a reward the model would learn its format (docs/deviations.md). An INFRA_ERROR
-    counts nowhere and gets no row. With `loss.count_infra_errors` it is a sequence like any other,
-    with reward 0.
+    A sequence without such tokens still counts in N, and its group in G. A rollout that is
+    `environment_only` trains the environment term alone: it is treated as if it had no ACTION
+    tokens, and its advantage is 0. If it has a call that was not valid (a FEEDBACK token), it does
+    not train that term either, because without a reward the model would learn its format
+    (docs/deviations.md). An INFRA_ERROR counts nowhere and gets no row. With
+    `loss.count_infra_errors` it is a sequence like any other, with reward 0. What eligibility.py
+    takes out of the policy term is a sequence without ACTION tokens in it too, or none of its N,
+    and stays what it was in the environment term.
 
     Raises ValueError for a rollout longer than T, and for more rows than R.
     """
-    counted = [
-        r for r in rollouts if config.loss.count_infra_errors or r.status != Status.INFRA_ERROR
+    return weigh(judge(rollouts, config, targets), config, batch_rows(config))
+
+
+def judge(
+    rollouts: Sequence[Rollout],
+    config: ml_collections.ConfigDict,
+    targets: Sequence[Targets] | None = None,
+) -> list[Judged]:
+    """The rollouts of a whole batch that have a part in it, with their advantages and targets."""
+    if targets is None:
+        if config.loss.drop_surprising.top or config.loss.drop_surprising.bottom:
+            raise ValueError(
+                'loss.drop_surprising needs the log-probabilities of the tokens; choose the '
+                'targets by run.env_term.EnvTerm and pass them'
+            )
+        targets, _ = choose_targets(rollouts, config)
+    pairs = [
+        (r, t) for r, t in zip(rollouts, targets, strict=True) if eligibility.counts(r, config.loss)
     ]
-    advantages = _advantages(counted, config.loss.advantages)
-    actions = [_mask(r, () if r.environment_only else (Role.ACTION,)) for r in counted]
-    roles = _choice(config.loss, 'targets', ENV_TARGETS)
-    targets = [_mask(r, () if _teaches_bad_calls(r) else roles) for r in counted]
-    policy_counts, env_counts = _denominators(counted, actions, targets, config)
+    counted = [r for r, _ in pairs]
+    parts = eligibility.policy_parts(counted, config.loss)
+    advantages = np.zeros(len(counted), np.float32)
+    compared = [i for i, part in enumerate(parts) if part.compares]
+    advantages[compared] = _advantages([counted[i] for i in compared], config.loss.advantages)
+    advantages[[not part.trains for part in parts]] = 0.0
+    return [Judged(r, float(a), part, t) for (r, t), a, part in zip(pairs, advantages, parts)]
+
+
+def weigh(judged: Sequence[Judged], config: ml_collections.ConfigDict, rows: int) -> Batch:
+    """The batch [rows, T] of these rollouts, by their own counts: see `make_batch`."""
+    counted, chosen = [j.rollout for j in judged], [j.targets for j in judged]
+    actions = [_mask(j.rollout, (Role.ACTION,) if j.part.trains else ()) for j in judged]
+    sequences = sum(j.part.counts for j in judged)
+    policy_counts, env_counts = _denominators(counted, actions, chosen, config, sequences)
     segments = [
-        _Segment(rollout, advantage, _weight(action, a), _weight(target, e))
-        for rollout, advantage, action, target, a, e in zip(
-            counted, advantages, actions, targets, policy_counts, env_counts
-        )
+        _Segment(j.rollout, j.advantage, _weight(action, a), _weight(j.targets.chosen, e))
+        for j, action, a, e in zip(judged, actions, policy_counts, env_counts)
     ]
-    return _pack(segments, config)
+    return _pack(segments, config, rows)
 
 
 def batch_rows(config: ml_collections.ConfigDict) -> int:
@@ -84,17 +125,21 @@ def make_supervised_batch(
     rollouts: Sequence[Rollout],
     config: ml_collections.ConfigDict,
     roles: Sequence[Role] = (Role.ACTION,),
+    masks: Sequence[np.ndarray] | None = None,
 ) -> Batch:
     """A batch whose step with env_coef 1 is plain cross-entropy, the mean over tokens of `roles`.
 
+    `masks`, bool [T] of each rollout, name the tokens instead of roles if they are given.
     policy_weight is 0; env_weight is 1/count on those tokens, over the whole batch. Shapes are as
     in `make_batch`. Rewards and status play no part: give only the rollouts that are to be learned.
     """
-    masks = [_mask(r, roles) for r in rollouts]
+    if masks is None:
+        masks = [_mask(r, roles) for r in rollouts]
     count = sum(m.sum() for m in masks)
     return _pack(
         [_Segment(r, 0.0, _weight(m, 0), _weight(m, count)) for r, m in zip(rollouts, masks)],
         config,
+        batch_rows(config),
     )
 
 
@@ -103,55 +148,54 @@ def _advantages(rollouts: Sequence[Rollout], estimator: str) -> np.ndarray:
     groups = collections.defaultdict(list)
     for i, rollout in enumerate(rollouts):
         groups[rollout.group_id].append(i)
-    # An INFRA_ERROR is here only if it counts, and then its reward is 0, whatever it says itself.
-    rewards = np.array([0.0 if r.status == Status.INFRA_ERROR else r.reward for r in rollouts])
+    rewards = np.array([eligibility.reward_of(r) for r in rollouts])
     advantages = np.zeros(len(rollouts), np.float32)
     for members in groups.values():
         valid = np.ones((1, len(members)), bool)
         advantages[members] = group_advantages(rewards[np.newaxis, members], valid, estimator)[0]
-    advantages[[r.environment_only for r in rollouts]] = 0.0
     return advantages
 
 
 def _denominators(
     rollouts: Sequence[Rollout],
     actions: Sequence[np.ndarray],
-    targets: Sequence[np.ndarray],
+    targets: Sequence[Targets],
     config: ml_collections.ConfigDict,
+    sequences: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The denominators of the policy weight and of the env weight, float64 [rollouts] each."""
+    """The denominators of the policy weight and of the env weight, float64 [rollouts] each.
+
+    `sequences` is the policy term's N; that of the environment term is the number of rollouts.
+    """
     # They are float64, and rounded once, when the weight is made: N * max_tokens can pass 2**24,
     # and beyond that float32 does not hold every integer.
     n = len(rollouts)
     action_counts = np.array([m.sum() for m in actions], np.float64)
-    target_counts = np.array([m.sum() for m in targets], np.float64)
-    match config.loss.reduction:
+    targeted = target_counts(targets, config)
+    match _checked(config.loss, 'reduction', REDUCTIONS):
         case 'sequence_mean':
-            observed = {
-                'full_observation': [_mask(r, OBSERVATION_ROLES).sum() for r in rollouts],
-                'selected': target_counts,
-            }
-            chosen = _choice(config.loss, 'env_normalization', observed)
-            return n * action_counts, n * np.asarray(chosen, np.float64)
+            return sequences * action_counts, sequence_denominators(rollouts, targets, config)
         case 'token_mean':
-            return np.full(n, action_counts.sum()), np.full(n, target_counts.sum())
+            return np.full(n, action_counts.sum()), np.full(n, targeted.sum())
+        case 'prompt_mean':
+            ids = [r.group_id for r in rollouts]
+            group_ids, group = np.unique(np.array(ids, np.int64), return_inverse=True)
+            of_group = [
+                np.bincount(group, counts, len(group_ids))[group] * len(group_ids)
+                for counts in (action_counts, targeted)
+            ]
+            return of_group[0], of_group[1]
         case 'dr_grpo':
-            both = np.full(n, float(n * config.protocol.max_total_tokens))
-            return both, both
+            longest = float(config.protocol.max_total_tokens)
+            return np.full(n, sequences * longest), np.full(n, n * longest)
         case other:
-            raise ValueError(
-                f"loss.reduction is {other!r}; expected 'sequence_mean', 'token_mean' or 'dr_grpo'"
-            )
+            raise NotImplementedError(other)  # a name of REDUCTIONS without its case
 
 
-def _teaches_bad_calls(rollout: Rollout) -> bool:
-    return rollout.environment_only and bool((rollout.roles == Role.FEEDBACK).any())
-
-
-def _choice(loss: ml_collections.ConfigDict, key: str, options: dict):
-    if loss[key] not in options:
-        raise ValueError(f'loss.{key} is {loss[key]!r}; expected one of {tuple(options)}')
-    return options[loss[key]]
+def _checked(loss: ml_collections.ConfigDict, key: str, names: Iterable[str]) -> str:
+    if loss[key] not in names:
+        raise ValueError(f'loss.{key} is {loss[key]!r}; expected one of {tuple(names)}')
+    return loss[key]
 
 
 def _mask(rollout: Rollout, roles: Sequence[Role]) -> np.ndarray:
@@ -168,13 +212,14 @@ def _weight(mask: np.ndarray, denominator: float) -> np.ndarray:
     return np.where(mask, value, 0.0).astype(np.float32)
 
 
-def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Batch:
-    seq_len, capacity = config.batch.seq_len, batch_rows(config)
+def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict, capacity: int) -> Batch:
+    seq_len = config.batch.seq_len
     rows = _assign_rows(segments, seq_len, config.batch.pack)
     if len(rows) > capacity:
         raise ValueError(
             f'{len(segments)} rollouts need {len(rows)} rows of {seq_len} tokens, more than the '
-            f'{capacity} of batch.groups x group_size (to a multiple of batch.micro_rows); '
+            f'{capacity} of batch.groups x group_size (to a multiple of batch.micro_rows), over '
+            'batch.updates; '
             'raise batch.groups'
         )
     batch = padding(capacity, seq_len)
@@ -194,6 +239,28 @@ def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict) -> Ba
             batch.env_weight[at] = segment.env_weight
             start += length
     return batch
+
+
+def unpack(
+    rollouts: Sequence[Rollout], values: np.ndarray, config: ml_collections.ConfigDict
+) -> list[np.ndarray]:
+    """What `values` [R, T] holds for each rollout, [its T]; zeros for one that gets no row.
+
+    `values` are of the batch that `make_batch` makes of the same rollouts.
+    """
+    nothing = np.zeros(0, np.float32)
+    segments = [
+        _Segment(r, 0.0, nothing, nothing) for r in rollouts if eligibility.counts(r, config.loss)
+    ]
+    found = {}
+    for row, members in enumerate(_assign_rows(segments, config.batch.seq_len, config.batch.pack)):
+        start = 0
+        for segment in members:
+            length = len(segment.rollout.tokens)
+            found[id(segment.rollout)] = values[row, start : start + length]
+            start += length
+    zeros = (np.zeros(len(r.tokens), values.dtype) for r in rollouts)
+    return [found.get(id(r), zero) for r, zero in zip(rollouts, zeros)]
 
 
 def padding(rows: int, length: int) -> Batch:
@@ -253,7 +320,8 @@ def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | Non
 def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     """Metrics `rollout/...` of the rollouts of a step. A mean over nothing is left out.
 
-    `version` is the policy version being trained. `reward` and `solved` leave out INFRA_ERRORs.
+    `version` is the policy version being trained. `reward` and `solved` leave out INFRA_ERRORs and
+    what is `environment_only`, as `uninformative_groups` does.
     `uninformative_groups` is the share of groups whose rewards are all equal, so that their
     advantages are 0. `staleness` is `version` minus the oldest version in a rollout. Each of the
     rollouts' own metrics is averaged over the rollouts that have it.
@@ -269,6 +337,8 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
         values['observation_tokens'].append(np.isin(r.roles, OBSERVATION_ROLES).sum())
         if acting.any():
             values['staleness'].append(version - r.policy_versions[acting].min())
+        if r.environment_only:  # no tests were run
+            continue
         rewards = [] if r.status == Status.INFRA_ERROR else [r.reward]
         values['reward'] += rewards
         values['solved'] += [reward >= SOLVED_REWARD for reward in rewards]

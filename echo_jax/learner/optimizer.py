@@ -17,7 +17,12 @@ from optax import contrib
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """The optax chain of a recipe's `optimizer`; configs/base.py says what its keys mean."""
     peak, warmup = config.learning_rate, config.warmup_steps
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
+    first = {'zero': 0.0, 'one': peak / (warmup + 1)}
+    if config.warmup_from not in first:
+        raise ValueError(
+            f"optimizer.warmup_from is {config.warmup_from!r}; expected 'zero' or 'one'"
+        )
+    rise = optax.linear_schedule(first[config.warmup_from], peak, warmup)
     if config.decay_steps:
         rest = optax.linear_schedule(peak, 0.1 * peak, config.decay_steps)
     else:

@@ -1,8 +1,8 @@
-"""One learner update as one jitted function, docs/design.md#the-step.
+"""One update of the learner as one jitted function, docs/design.md#the-step.
 
-The batch has one static shape, so nothing compiles twice. The step walks its micro-batches in a
-loop that ends with the last one that holds a token, so a short batch costs only what it holds. The
-loss is in losses.py; sharding.py says how arrays lie on the mesh.
+The batches of a run have one static shape, so nothing compiles twice. The step walks its
+micro-batches in a loop that ends with the last one that holds a token, so a short batch costs only
+what it holds. The loss is in losses.py; sharding.py says how arrays lie on the mesh.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ import optax
 from flax import nnx
 
 from echo_jax.learner import sharding
-from echo_jax.learner.losses import Metrics, echo_loss, total
+from echo_jax.learner.losses import Metrics, echo_loss, env_term, total
 from echo_jax.learner.optimizer import make_optimizer
+from echo_jax.learner.updates import scores_before
 from echo_jax.model import huggingface, partition
 from echo_jax.model import params as model_params
 from echo_jax.model.family import ModelConfig
@@ -87,6 +88,25 @@ def _sum_over_micro_batches(f: Callable[[Batch], Any], batch: Batch, micro_rows:
     return jax.lax.fori_loop(0, count, add, zeros)
 
 
+def make_loss(graphdef, config: ml_collections.ConfigDict) -> Callable[..., tuple]:
+    """`loss(params, batch, env_coef, reference) -> (scalar, metrics)`, the objective."""
+    temperature = config.policy.temperature
+
+    def loss(params, batch, env_coef, reference):
+        scores = token_scores(graphdef, params, batch, temperature)
+        extra = {'entropy': scores.entropy, 'logprobs_t1': scores.logprobs_t1}
+        if config.loss.old_logprobs == 'recomputed':
+            # Before a batch's only update, the policy is the one of this forward pass.
+            current = jax.lax.stop_gradient(scores.logprobs)
+            extra['old_logprobs'] = batch.old_logprobs if scores_before(config) else current
+        if config.loss.kl_coef:
+            frozen = token_scores(graphdef, reference, batch, temperature)
+            extra['reference_logprobs'] = frozen.logprobs
+        return echo_loss(scores.logprobs, batch, config, env_coef, **extra)
+
+    return loss
+
+
 def make_step(
     graphdef, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -96,18 +116,7 @@ def make_step(
     `reference` holds the frozen parameters that `loss.kl_coef` pulls towards. `finish_metrics`
     makes numbers of the metrics.
     """
-    temperature = config.policy.temperature
-
-    def loss(params, batch, env_coef, reference):
-        scores = token_scores(graphdef, params, batch, temperature)
-        extra = {'entropy': scores.entropy, 'logprobs_t1': scores.logprobs_t1}
-        if config.loss.old_logprobs == 'recomputed':
-            # A batch gets one update, so the policy before it is the one of this forward pass.
-            extra['old_logprobs'] = jax.lax.stop_gradient(scores.logprobs)
-        if config.loss.kl_coef:
-            frozen = token_scores(graphdef, reference, batch, temperature)
-            extra['reference_logprobs'] = frozen.logprobs
-        return echo_loss(scores.logprobs, batch, config, env_coef, **extra)
+    loss = make_loss(graphdef, config)
 
     def step(state: TrainState, batch: Batch, env_coef, reference=None):
         def gradients(micro):
@@ -123,15 +132,52 @@ def make_step(
     return step
 
 
+def make_norms(graphdef, config: ml_collections.ConfigDict) -> Callable[..., dict]:
+    """`norms(params, batch, reference=None)`: how large the gradients of the two terms are.
+
+    The global norms of the environment term's, before its coefficient, and of all the others', as
+    the metrics `env_grad_norm` and `policy_grad_norm`. That costs two more passes forward and back
+    over the batch, one after the other, so that only one gradient is in memory.
+    """
+    loss = make_loss(graphdef, config)
+
+    def env_loss(params, batch):
+        scores = token_scores(graphdef, params, batch, config.policy.temperature)
+        return env_term(scores.logprobs, batch)[0]
+
+    def norms(params, batch: Batch, reference=None):
+        def of_env(micro):
+            return jax.grad(env_loss)(params, micro)
+
+        def of_others(micro):
+            return jax.grad(loss, has_aux=True)(params, micro, 0, reference)[0]
+
+        found = {}
+        for name, gradient in (('env', of_env), ('policy', of_others)):
+            total_gradient = _sum_over_micro_batches(gradient, batch, config.batch.micro_rows)
+            found[f'{name}_grad_norm'] = total(optax.tree.norm(total_gradient))
+        return found
+
+    return norms
+
+
 def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
-    """`score(params, batch) -> float32 [R, T]` log-probabilities, one micro-batch at a time."""
+    """`score(params, batch) -> float32 [R, T]` log-probabilities, one micro-batch at a time.
+
+    Those of micro-batches without a token are not computed, and 0.
+    """
 
     def score(params, batch: Batch):
-        def logprobs(rows: Batch):
+        micro, count = micro_batches(batch, micro_rows)
+
+        def logprobs(i):
+            rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro)
             return token_scores(graphdef, params, rows, temperature).logprobs
 
-        micro, _ = micro_batches(batch, micro_rows)
-        return jax.lax.map(logprobs, micro).reshape(batch.tokens.shape)
+        zeros = jnp.zeros(micro.tokens.shape, jax.eval_shape(logprobs, 0).dtype)
+        zeros = partition.constrain(zeros, None, 'rows', 'tokens')
+        found = jax.lax.fori_loop(0, count, lambda i, out: out.at[i].set(logprobs(i)), zeros)
+        return found.reshape(batch.tokens.shape)
 
     return score
 
@@ -171,22 +217,58 @@ class ShardedModel:
         # Drawn in place: the whole model may not fit the memory of one device.
         return jax.jit(draw, out_shardings=self.placed)()
 
-    def step(self, optimizer_config: ml_collections.ConfigDict):
-        """(jitted step, abstract state with shardings, function from parameters to first state)."""
+    def step(self, optimizer_config: ml_collections.ConfigDict, traced_env_coef: bool = False):
+        """(jitted step, abstract state with shardings, function from parameters to first state).
+
+        `traced_env_coef`: the step takes env_coef as an array, which a schedule changes, instead of
+        a number that is compiled into it.
+        """
         optimizer = make_optimizer(optimizer_config)
         init = functools.partial(init_state, optimizer=optimizer)
         shapes = jax.eval_shape(init, self.abstract)
         shardings = sharding.state_shardings(shapes, self.placed, self.mesh)
         abstract_state = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings)
+        others = (None, None) if traced_env_coef else (None,)  # env_coef, reference
         step = jax.jit(
             self._traced(make_step(self.graphdef, optimizer, self.config)),
-            in_shardings=(shardings, sharding.batch_sharding(self.mesh), None),
+            in_shardings=(shardings, sharding.batch_sharding(self.mesh), *others),
             out_shardings=(shardings, None),
             donate_argnums=0,
-            static_argnums=2,  # env_coef: 0 leaves the environment term out of the computation
+            # As a number, env_coef 0 leaves the environment term out of the computation.
+            static_argnums=() if traced_env_coef else 2,
         )
         # Placed at once, because for arrays that lie elsewhere the step would be compiled again.
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)
+
+    def with_old_logprobs(self) -> Callable[[nnx.State, Batch], Batch]:
+        """A function (parameters, batch on the mesh) -> the batch with its `old_logprobs`.
+
+        The parameters are those before the batch's first update. If no old log-probabilities are
+        asked for, the batch stays as it is.
+        """
+        config = self.config
+        if not scores_before(config):
+            return lambda params, batch: batch
+        # With the micro-batches and the temperature of the step, so that in the first update the
+        # ratio is 1 but for rounding.
+        score = self.score_in_place(config.policy.temperature)
+        return lambda params, batch: batch._replace(old_logprobs=score(params, batch))
+
+    def score_in_place(self, temperature: float) -> jax.stages.Wrapped:
+        """`make_score`, jitted, for a batch that is on the mesh; the result lies as the batch."""
+        place = sharding.batch_sharding(self.mesh)
+        return jax.jit(
+            self._traced(make_score(self.graphdef, self.config.batch.micro_rows, temperature)),
+            in_shardings=(self.placed, place),
+            out_shardings=place,
+        )
+
+    def norms(self) -> Callable[..., Metrics]:
+        """`make_norms`, jitted; the batch is one that lies on the mesh."""
+        return jax.jit(
+            self._traced(make_norms(self.graphdef, self.config)),
+            in_shardings=(self.placed, sharding.batch_sharding(self.mesh), None),
+        )
 
     def score(self, temperature: float = 1.0) -> Callable:
         """`make_score`, jitted. Every host passes the same batch and gets the whole result."""

@@ -12,7 +12,8 @@ softmax), what a product reads more than once, pipeline fill, latency and conten
 interconnect, the data-center network, the host, and everything outside the step (sampling,
 publishing, checkpoints).
 
-`model_flops_per_step` is what the mathematics asks for, however much is computed again: 6 P T for
+`model_flops_per_step` is what the mathematics asks for, however much is computed again, and without
+the scoring of old log-probabilities: 6 P T for
 the P parameters that multiply (all but norms and the lookup of an untied embedding) and the T
 tokens, and 6 L N H S^2 for the causal attention of each row of S tokens, with L layers of N heads
 of H. `estimated_mfu` is that over the estimated seconds at the peak of all chips.
@@ -32,6 +33,7 @@ import jax
 import ml_collections
 
 from echo_jax.learner.sharding import MESH_AXES
+from echo_jax.learner.updates import scores_before, updates_of_step
 from echo_jax.model import huggingface
 from echo_jax.model.family import ModelConfig, count_params
 from echo_jax.planner.topology import CHIPS, Compiled, PlannedStep, TooLarge
@@ -64,14 +66,21 @@ def plan(
 ) -> dict:
     """What a step of `rows` rows takes; `compare` compiles it once more, without ECHO's term.
 
+    If a step has several updates, one is compiled, for the rows of a mini-batch, and counts as
+    often as there are updates; so is the scoring pass before the first, if the recipe has one.
+
     `fits` is the compiler's verdict. If it is False, what only a compiled step has is None, and
     `hint` says what could be done. Raises ValueError if the sizes do not divide.
     """
     chip, model = CHIPS[topology.partition(':')[0]], huggingface.recipe_config(config.model)
-    step = PlannedStep(config, devices, rows)
-    env_coef = config.loss.env_coef
+    if rows % config.batch.updates:
+        raise ValueError(
+            f'rows={rows} does not divide by batch.updates={config.batch.updates}; change one'
+        )
+    step = PlannedStep(config, devices, rows // config.batch.updates)
+    env_coef, updates = config.loss.env_coef, updates_of_step(config)
     echo = step.compile(env_coef, chip)
-    needed = model_flops(model, rows, config.batch.seq_len)
+    needed = config.batch.epochs * model_flops(model, rows, config.batch.seq_len)
     found: dict[str, Any] = {
         'topology': topology,
         'chips': len(devices),
@@ -79,6 +88,7 @@ def plan(
         'rows': rows,
         'micro_rows': config.batch.micro_rows,
         'seq_len': config.batch.seq_len,
+        'updates_per_step': updates,
         'params': count_params(model)[0],
         'hbm_gib_per_chip': echo.hbm_bytes / GIB,
         'hbm_limit_gib': limit / GIB,
@@ -98,7 +108,9 @@ def plan(
     }
     if isinstance(echo, TooLarge):
         return found | {'hint': hint(step, echo.hbm_bytes, limit)}
-    cost = echo.cost
+    cost = echo.cost * updates
+    if scores_before(config):
+        cost += step.scoring_cost(chip) * config.batch.updates
     seconds = max(cost.seconds, cost.sent_bytes / chip.ici_bandwidth)
     found |= {
         'hardware_flops_per_step': len(devices) * cost.flops,
@@ -111,7 +123,7 @@ def plan(
         grpo = step.compile(0.0, chip)
         found['echo_over_grpo_hbm'] = echo.hbm_bytes / grpo.hbm_bytes
         if isinstance(grpo, Compiled):
-            found['echo_over_grpo_flops'] = cost.flops / grpo.cost.flops
+            found['echo_over_grpo_flops'] = echo.cost.flops / grpo.cost.flops
     return found
 
 

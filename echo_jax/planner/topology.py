@@ -23,6 +23,7 @@ from echo_jax.learner.sharding import batch_sharding
 from echo_jax.learner.step import ShardedModel
 from echo_jax.planner import hlo
 from echo_jax.planner.hlo import Chip
+from echo_jax.types import Batch
 
 # All of these have one device a chip. `Chip` names the pages with these numbers; they list the
 # interconnect as 1,600, 4,800 and 3,584 Gbps, of late also as twice that in both directions.
@@ -130,6 +131,7 @@ class PlannedStep:
         sharded = ShardedModel.of(config, devices)
         self.config, self.rows, self.mesh = config, rows, sharded.mesh
         self.step, self.state, _ = sharded.step(config.optimizer)
+        self.score = sharded.score_in_place(config.policy.temperature)
 
     @property
     def state_bytes(self) -> int:
@@ -143,11 +145,7 @@ class PlannedStep:
         """Compiles the step; `env_coef` 0 leaves ECHO's term out of it."""
         started = time.monotonic()
         reference = self.state.params if self.config.loss.kl_coef else None
-        zeros, place = padding(self.rows, self.config.batch.seq_len), batch_sharding(self.mesh)
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), zeros
-        )
-        traced = self.step.trace(self.state, batch, env_coef, reference)
+        traced = self.step.trace(self.state, self._batch(), env_coef, reference)
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
@@ -156,9 +154,9 @@ class PlannedStep:
                 return TooLarge(refused.used, time.monotonic() - started)
             raise
         seconds = time.monotonic() - started
-        memory, text = compiled.memory_analysis(), compiled.as_text()
-        if memory is None or text is None:
-            raise RuntimeError('the compiler shows neither memory nor text of what it has compiled')
+        memory = compiled.memory_analysis()
+        if memory is None:
+            raise RuntimeError('the compiler does not show the memory of what it has compiled')
         used = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -166,10 +164,30 @@ class PlannedStep:
             + memory.temp_size_in_bytes
             + memory.generated_code_size_in_bytes
         )
+        return Compiled(used, seconds, self._cost(traced, compiled, chip))
+
+    def scoring_cost(self, chip: Chip) -> hlo.Cost:
+        """The cost of the pass that finds the old log-probabilities of such a batch.
+
+        It takes less memory than the step, which has a forward pass too and gradients beside it.
+        """
+        traced = self.score.trace(self.state.params, self._batch())
+        return self._cost(traced, traced.lower().compile(), chip)
+
+    def _batch(self) -> Batch:
+        zeros, place = padding(self.rows, self.config.batch.seq_len), batch_sharding(self.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), zeros)
+
+    def _cost(
+        self, traced: jax.stages.Traced, compiled: jax.stages.Compiled, chip: Chip
+    ) -> hlo.Cost:
+        text = compiled.as_text()
+        if text is None:
+            raise RuntimeError('the compiler does not show the text of what it has compiled')
         micro_batches = self.rows // self.config.batch.micro_rows
         cost = hlo.module_cost(text, chip, devices=self.mesh.size, unknown_trips=micro_batches)
         kernels = kernel_flops(traced.jaxpr.jaxpr, micro_batches)
-        return Compiled(used, seconds, cost + hlo.Cost(kernels, seconds=kernels / chip.peak_flops))
+        return cost + hlo.Cost(kernels, seconds=kernels / chip.peak_flops)
 
 
 def kernel_flops(jaxpr: Jaxpr, unknown_trips: int, in_kernel: bool = False) -> float:

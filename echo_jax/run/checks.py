@@ -9,15 +9,23 @@ from collections.abc import Iterable
 import jax
 import ml_collections
 
+from echo_jax.learner import env_coef
+from echo_jax.learner.options import check_clashes, check_options
 from echo_jax.learner.step import ShardedModel
+from echo_jax.learner.updates import check_cut
 from echo_jax.model import huggingface
 from echo_jax.run.inert import check_inert, sandbox_kinds
 from echo_jax.run.workdir import read_tokenizer
+from echo_jax.types import ENV_TARGETS
 
+_SEEDS = 1 << 31  # Grain and NumPy take no negative ones, JAX no larger ones
 _AT_LEAST_1 = (
+    'num_epochs',
     'group_size',
     'batch.groups',
     'batch.micro_rows',
+    'batch.updates',
+    'batch.epochs',
     'policy.slots',
     'sandbox.at_once',
     'warm_start.rollouts',
@@ -32,7 +40,9 @@ _AT_LEAST_1 = (
 
 def check_config(config: ml_collections.ConfigDict, overrides: Iterable[str] = ()) -> None:
     """Refuses what the learner's program cannot do here, or would ignore; see `check_inert`."""
+    check_options(config.loss)  # first: a name that nobody knows is not called inert
     check_inert(config, overrides)
+    check_clashes(config.loss)
     _check_values(config)
     _check_learner(config)
 
@@ -45,10 +55,18 @@ def sandboxes_here(config: ml_collections.ConfigDict) -> set[str]:
 
 
 def _check_values(config: ml_collections.ConfigDict) -> None:
+    if not 0 <= config.seed < _SEEDS:
+        raise ValueError(f'seed is {config.seed}; expected 0 to {_SEEDS - 1}')
     for key in _AT_LEAST_1:
         value = operator.attrgetter(key)(config)
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
+    check_cut(config)
+    if config.loss.equal_groups == 'redraw' and config.loss.redraw_limit < 1:
+        raise ValueError(
+            f'loss.redraw_limit is {config.loss.redraw_limit}; expected at least 1, or '
+            "loss.equal_groups = 'keep'"
+        )
     if config.policy.backend not in ('jax', 'vllm'):
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")
     if config.max_staleness < 0:
@@ -73,6 +91,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
             f'warm_start.steps={config.warm_start.steps}'
         )
+    _check_env_term(config)
     if config.model.path:
         return
     sizes = huggingface.field_names(huggingface.own_family(config.model))
@@ -81,6 +100,36 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f'{", ".join(unknown)} is None and there is no model.path whose config.json would say '
             'it; set one of them'
+        )
+
+
+def _check_env_term(config: ml_collections.ConfigDict) -> None:
+    loss = config.loss
+    env_coef.check(loss)
+    if loss.env_adaptive.every and loss.env_schedule.name != 'constant':
+        raise ValueError(
+            f'loss.env_adaptive.every={loss.env_adaptive.every} and loss.env_schedule.name='
+            f'{loss.env_schedule.name!r} both move loss.env_coef; choose one of them'
+        )
+    if loss.targets not in ENV_TARGETS:
+        raise ValueError(f'loss.targets is {loss.targets!r}; expected one of {tuple(ENV_TARGETS)}')
+    if loss.max_env_tokens < 0:
+        raise ValueError(f'loss.max_env_tokens is {loss.max_env_tokens}; expected 0 or more')
+    shares = {f'env_filter.{name}': value for name, value in loss.env_filter.items()}
+    shares |= {f'drop_surprising.{name}': value for name, value in loss.drop_surprising.items()}
+    for key, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f'loss.{key} is {value}; expected a share from 0 to 1')
+    dropped = loss.drop_surprising
+    if dropped.top + dropped.bottom >= 1:
+        raise ValueError(
+            f'loss.drop_surprising.top={dropped.top} and bottom={dropped.bottom} leave no target; '
+            'expected less than 1 together'
+        )
+    if ':environment_only' in config.tasks.heldout:
+        raise ValueError(
+            f'tasks.heldout={config.tasks.heldout!r} marks tasks as environment_only, whose tests '
+            'are not run; held-out tasks are measured by them, leave the mark out'
         )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
+from echo_jax.run.inert import base_values
 from echo_jax.sandbox import SandboxError
 from echo_jax.store.kvstore import MissingError
 
@@ -24,6 +25,7 @@ EXPECTED = (ValueError, OSError, FloatingPointError, SandboxError, MissingError)
 # raises one of the last three.
 _FLAG_ERRORS = (flags.Error, ValueError, OSError, SyntaxError)
 _KEY_ERRORS = (AttributeError, LookupError, TypeError)
+_nones: list[str] = []  # keys that flags have set to None
 
 
 def run(main: Callable[[Sequence[str]], None], *expected: type[Exception]) -> None:
@@ -48,7 +50,7 @@ def printable(text: str) -> str:
 
 def overrides() -> list[str]:
     """The keys of the config that flags name, as 'batch.groups' of --config.batch.groups=8."""
-    return list(config_flags.get_override_values(flags.FLAGS['config']))
+    return [*config_flags.get_override_values(flags.FLAGS['config']), *_nones]
 
 
 def _let_recipes_import(argv: Sequence[str]) -> None:
@@ -64,7 +66,11 @@ def _let_recipes_import(argv: Sequence[str]) -> None:
 def _parse(argv: list[str]) -> list[str]:
     _let_recipes_import(argv)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(_without_nones(argv))
+        for key in _nones:
+            if flags.FLAGS['config'].value is None:
+                raise ValueError(f'--config.{key}=None changes a recipe; give its --config')
+            flags.FLAGS['config'].value.update_from_flattened_dict({key: None})
     except (*_FLAG_ERRORS, *_KEY_ERRORS) as error:
         if '--traceback' in argv:
             raise
@@ -78,6 +84,24 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f'error: {printable(reason)}')
     if len(rest) > 1:
         sys.exit(f'error: unexpected argument {rest[1]!r}; flags begin with --')
+    return rest
+
+
+def _without_nones(argv: Sequence[str]) -> list[str]:
+    """The arguments without those that set a key to None; puts the keys into _nones.
+
+    ml_collections would read 'None' as a number or a text. A key may be None if it is in
+    configs/base.py.
+    """
+    _nones.clear()
+    defaults, rest = base_values(), []
+    for argument in argv:
+        name, _, value = argument.partition('=')
+        key = name.lstrip('-').removeprefix('config.')
+        if value == 'None' and key in defaults and defaults[key] is None:
+            _nones.append(key)
+        else:
+            rest.append(argument)
     return rest
 
 

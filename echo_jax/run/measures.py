@@ -1,12 +1,13 @@
 """What a set of rollouts says of a policy: solve rate, pass@k, environment cross-entropy."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 import numpy as np
 
 from echo_jax.learner import batching
+from echo_jax.learner.targets import target_mask
 from echo_jax.types import ENV_TARGETS, SOLVED_REWARD, Rollout
 
 
@@ -40,14 +41,17 @@ def env_ce(
 
     `score(params, batch) -> [R, T]` is what `learner.step.make_score` makes. 'all' is the mean over
     the tokens of `loss.targets` in all rollouts; the other keys are the roles of these tokens in
-    lower case. A role that no rollout has is left out.
+    lower case. A role that no rollout has is left out. No limit, filter or rule takes any of them
+    out, so that runs which differ in these can be compared.
     """
     roles = ENV_TARGETS[config.loss.targets]
     sums = dict.fromkeys(roles, 0.0)
     counts = dict.fromkeys(roles, 0)
     size = config.batch.groups * config.group_size
     for start in range(0, len(rollouts), size):
-        batch = batching.make_supervised_batch(rollouts[start : start + size], config, roles)
+        part = rollouts[start : start + size]
+        masks = [target_mask(rollout, config.loss.targets) for rollout in part]
+        batch = batching.make_supervised_batch(part, config, masks=masks)
         logprobs = np.asarray(score(params, batch), np.float64)
         for role in roles:
             chosen = (batch.roles == role) & (batch.env_weight > 0)
@@ -68,3 +72,9 @@ def seconds_under_time(values: dict[str, float]) -> dict[str, float]:
         f'time/episode_{name.removeprefix(mark)}' if name.startswith(mark) else name: value
         for name, value in values.items()
     }
+
+
+def headline(values: Mapping[str, float]) -> dict[str, float]:
+    """The two metrics of a step that its progress line shows; NaN if a step has none."""
+    names = {'reward': 'rollout/reward', 'env_ce': 'train/env_ce'}
+    return {name: values.get(key, float('nan')) for name, key in names.items()}

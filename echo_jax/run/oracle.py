@@ -145,9 +145,8 @@ def faults(outcomes: Sequence[Outcome], agent: str) -> dict[str, str]:
         elif agent == 'oracle' and outcome.reward < SOLVED_REWARD:
             why = f'{outcome.status}: {outcome.reason}' if outcome.reason else outcome.status
             printed = ' | '.join(filter(None, outcome.output.split('\n')))[-_SHOWN_CHARS:]
-            wrong[outcome.task_id] = (
-                f'its solution earns {outcome.reward:g} ({why}); printed at the end: {printed or "-"}'
-            )
+            earned = f'its solution earns {outcome.reward:g} ({why})'
+            wrong[outcome.task_id] = f'{earned}; printed at the end: {printed or "nothing"}'
         elif agent == 'nop' and outcome.reward > 0:
             wrong[outcome.task_id] = f'doing nothing earns {outcome.reward:g}'
     return wrong

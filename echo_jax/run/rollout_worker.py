@@ -18,6 +18,7 @@ from echo_jax.agent.collect import collect
 from echo_jax.agent.protocol import Protocol
 from echo_jax.run.inert import check_inert
 from echo_jax.run.workdir import Workdir
+from echo_jax.sandbox import Sandbox
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.kvstore import MissingError
@@ -68,11 +69,12 @@ class RolloutWorker:
             await self.refresh()
         self._counts['drawing'] += 1
         try:
+            task, make_sandbox = self._find(due.split, dict(due.assignments)[group_id])
             await collect(
-                [(group_id, self._task(due.split, dict(due.assignments)[group_id]))],
+                [(group_id, task)],
                 RolloutStore(self._work.url('rollouts', due.store)),
                 config=self._work.config,
-                make_sandbox=self._make_sandbox,
+                make_sandbox=make_sandbox,
                 protocol=self._protocol,
                 policy_for=lambda task: self._policy,
                 group_size=due.group_size,
@@ -88,16 +90,28 @@ class RolloutWorker:
         self._counts['rollouts'] += len(group)
         self._counts['failed'] += sum(r.status == Status.INFRA_ERROR for r in group)
 
-    def _task(self, split: str, task_id: str) -> Task:
-        """A split is read when its first group is due: the learner has made the tasks by then."""
+    def _find(self, split: str, task_id: str) -> tuple[Task, Callable[[Task], Sandbox]]:
+        """The task, and what makes its sandboxes.
+
+        If this machine lacks the task (a file or a variable that only the learner has), none can
+        be made: its rollouts are an INFRA_ERROR with the reason, and the worker goes on. A split is
+        read when its first group is due: the learner has made the tasks by then.
+        """
         if split not in self._tasks:
             self._tasks[split] = {task.task_id: task for task in self._work.tasks(split)}
-        if task_id not in self._tasks[split]:
+        tasks = self._tasks[split]
+        if task_id in tasks:
+            return tasks[task_id], self._make_sandbox
+        reasons = dict(self._work.read_tasks(split).left_out)
+        reason = reasons.get(task_id, f'it is not among the {len(tasks)} tasks of {split} here')
+
+        def refuse(task: Task) -> Sandbox:
             raise ValueError(
-                f'there is no task {task_id} among the {len(self._tasks[split])} of {split} here; '
-                'give worker and learner the same tasks'
+                f'{task.task_id} cannot be run by worker {self.name}: {reason}; give worker and '
+                'learner the same tasks'
             )
-        return self._tasks[split][task_id]
+
+        return Task(task_id, self._work.path, instruction=''), refuse
 
     async def report(self) -> None:
         """Writes every few seconds how the worker is, until it is cancelled."""

@@ -251,6 +251,19 @@ def read_splits(work: Workdir, protocol: Protocol) -> dict[str, TaskSource]:
     return splits
 
 
+def count_steps(config: ml_collections.ConfigDict, tasks: int) -> int:
+    """The steps of a run with that many training tasks, by `num_steps` or by `num_epochs`."""
+    if config.num_epochs is None:
+        return config.num_steps
+    steps = config.num_epochs * (tasks // config.batch.groups)
+    if not steps:
+        raise ValueError(
+            f'{tasks} training tasks are no whole batch of batch.groups={config.batch.groups}, so '
+            f'num_epochs={config.num_epochs} has no step; lower batch.groups or set num_steps'
+        )
+    return steps
+
+
 def draw_heldout(
     source: Source,
     heldout: Sequence[Task],
@@ -273,14 +286,23 @@ def draw_heldout(
     return [rollout for group in source.wait(due) for rollout in group]
 
 
+def groups_of_step(config: ml_collections.ConfigDict) -> int:
+    """How many numbers of groups a step has: its tasks, and those that it may draw anew."""
+    redraws = config.loss.redraw_limit if config.loss.equal_groups == 'redraw' else 0
+    return config.batch.groups + redraws
+
+
 class GroupsAhead:
     """The groups of the next step, and of the `max_staleness` steps after it.
 
     They are posted ahead, so that workers draw them while the learner learns.
     """
 
-    def __init__(self, tasks: TaskIterator, source: Source, config: ml_collections.ConfigDict):
+    def __init__(
+        self, tasks: TaskIterator, source: Source, config: ml_collections.ConfigDict, num_steps: int
+    ):
         self._tasks, self._source, self._config = tasks, source, config
+        self._num_steps = num_steps
         # Of each step ahead: where the tasks stood before it, and its groups.
         self._posted: collections.deque[tuple[dict, DueGroups]] = collections.deque()
 
@@ -290,13 +312,13 @@ class GroupsAhead:
         Raises Stopped if a stop is requested.
         """
         config = self._config
-        last = min(done + config.max_staleness, config.num_steps - 1)
+        last = min(done + config.max_staleness, self._num_steps - 1)
         for number in range(done + len(self._posted), last + 1):
             position, drawn = self._tasks.get_state(), next(self._tasks)
             due = DueGroups(
                 store='train',
                 split='train',
-                first_group=number * config.batch.groups,
+                first_group=number * groups_of_step(config),
                 task_ids=tuple(task.task_id for task in drawn),
                 group_size=config.group_size,
                 temperature=config.policy.temperature,

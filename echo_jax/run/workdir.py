@@ -28,9 +28,9 @@ import transformers
 
 from echo_jax.agent.dialects import find_dialect
 from echo_jax.agent.tokenizer import build_tokenizer, chat_template, training_texts
+from echo_jax.run import tasksets
 from echo_jax.store.kvstore import inside, open_kvstore, write_once
 from echo_jax.tasks.generate import generate_tasks
-from echo_jax.tasks.sources import load_tasks
 from echo_jax.types import Task
 
 _WHOLE = '.whole'  # is written last when a folder is shared
@@ -46,6 +46,7 @@ class Workdir:
         Raises ValueError if it is of another config, or this machine may not write there.
         """
         self.config = config
+        self._read: dict[str, tasksets.Read] = {}
         self._root, self._bucket = _locate(place)
         ours = json.loads(config.to_json())
         document = json.dumps(ours, indent=1)
@@ -175,10 +176,22 @@ class Workdir:
         return self.path / 'model'
 
     def tasks(self, split: str) -> list[Task]:
-        """The tasks of 'train', 'heldout' or 'explore': the config's own folder, or generated."""
-        tasks = self.config.tasks
+        """The tasks of 'train', 'heldout' or 'explore': the config's own folder, or generated.
+
+        They are read once. What is left out then is named in a warning.
+        """
+        return self.read_tasks(split).tasks
+
+    def read_tasks(self, split: str) -> tasksets.Read:
+        """The same, with the tasks that were left out and why."""
+        if split not in self._read:
+            self._read[split] = self._read_tasks(split)
+        return self._read[split]
+
+    def _read_tasks(self, split: str) -> tasksets.Read:
+        tasks, cache = self.config.tasks, self.path / 'tasks' / 'unpacked'
         if tasks.get(split, ''):  # no recipe names tasks of 'explore'
-            return load_tasks(tasks[split], self.path / 'tasks' / 'unpacked')
+            return tasksets.read(tasks[split], self.config, cache)
         counts = {
             'train': tasks.train_count,
             'heldout': tasks.heldout_count,
@@ -186,7 +199,7 @@ class Workdir:
         }
         count, folder = counts[split], self.path / 'tasks' / split
         generate_tasks(folder, split=split, count=count, seed=self.config.seed)
-        return load_tasks(folder)
+        return tasksets.read(folder, self.config, cache)
 
     def tokenizer(self) -> transformers.PreTrainedTokenizerFast:
         """The model's own, or a small one trained on the training tasks, once."""
@@ -250,13 +263,19 @@ def unpacked(work: Workdir | None) -> Iterator[pathlib.Path]:
 def read_tokenizer(folder: str | os.PathLike) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face directory.
 
-    Raises ValueError if there is none, for which transformers would make up an empty one.
+    Raises ValueError if there is none, for which transformers would make up an empty one, and if it
+    cannot write a conversation.
     """
     if not any((pathlib.Path(folder) / file).exists() for file in ('tokenizer.json', 'vocab.json')):
         raise ValueError(f'{folder} has no tokenizer.json; copy the tokenizer of its model there')
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if not isinstance(tokenizer, transformers.PreTrainedTokenizerFast):
         raise ValueError(f'{folder} has no fast tokenizer; save it with its tokenizer.json')
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f'{folder} (model.path) has a tokenizer without a chat template; copy the '
+            'chat_template.jinja of its model there, or echo_jax/agent/chat_template.jinja'
+        )
     return tokenizer
 
 

@@ -1,12 +1,14 @@
 """What an episode needs of a sandbox (docs/design.md#policy-and-sandbox), and what backends share.
 
-The backends are `local/`, `docker/` and `harbor.py`; `make.py` chooses between them.
+The backends are `local/`, `docker/` and `harbor/`; `make.py` chooses between them.
 """
 
 import functools
 import importlib.resources
 import pathlib
 import re
+import types
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from echo_jax.types import Status
@@ -33,7 +35,8 @@ class Verdict(NamedTuple):
     status: Status  # OK, or VERIFIER_ERROR if there was no finite number in time
     reason: str = ''  # one line that explains a VERIFIER_ERROR
     output: str = ''  # the end of what the tests printed
-    rewards: dict[str, float] = {}  # every key of reward.json
+    # Every number of the reward file by its key; that of reward.txt is `reward`.
+    rewards: Mapping[str, float] = types.MappingProxyType({})
 
 
 class SandboxError(RuntimeError):

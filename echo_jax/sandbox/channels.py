@@ -55,9 +55,9 @@ def archive(
 ) -> bytes:
     """`path` as a tar archive under `name`; all in it is root's.
 
-    With `keep_modes` the modes are those of the files, else their owner may read and write all and
-    enter directories. The files named in `programs`, relative to `path`, can be executed by all. If
-    `only` is given, what it does not name is left out.
+    Modes are kept. Unless `keep_modes`, the owner, who may not be root inside, can besides read and
+    write all and enter directories. The files named in `programs`, relative to `path`, can be
+    executed by all. If `only` is given, what it does not name is left out.
 
     Raises ValueError for a link that leads outside `path`, or for a device, socket or FIFO.
     """
@@ -70,7 +70,7 @@ def archive(
         if only is not None and relative != '.' and relative not in only:
             return None
         if not keep_modes:
-            member.mode = member.mode & 0o755 | (0o755 if member.isdir() else 0o644)
+            member.mode |= 0o700 if member.isdir() else 0o600
         if relative in programs:
             member.mode |= 0o111
         member.uid, member.gid, member.uname, member.gname = 0, 0, '', ''

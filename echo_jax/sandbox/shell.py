@@ -38,9 +38,9 @@ class Ending(enum.Enum):
 class ShellSandbox(abc.ABC):
     """A sandbox (docs/design.md#policy-and-sandbox) but for what a backend does its own way.
 
-    `output_bytes` of each stream of a command are kept, from its start. `shell` is 'persistent', one
-    shell for all commands, so that `cd` and variables last, or 'fresh', a `bash -c` in the working
-    directory for each (docs/protocol.md#shell).
+    `output_bytes` of each stream of a command are kept, from its start. `shell` is 'persistent',
+    one shell for all commands, so that `cd` and variables last, or 'fresh', a `bash -c` in the
+    working directory for each (docs/protocol.md#shell).
     """
 
     startup_sec = 20.0  # for a shell to open, which takes milliseconds unless all is overloaded

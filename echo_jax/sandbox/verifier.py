@@ -7,20 +7,37 @@ share only how a reward is read.
 
 import json
 import math
-from typing import TYPE_CHECKING
+import pathlib
+from collections.abc import Mapping
+from typing import Protocol
 
-from echo_jax.sandbox import SandboxError, Verdict, read_script
-from echo_jax.types import Status
+from echo_jax.sandbox import CommandResult, SandboxError, Verdict, read_script
+from echo_jax.types import Status, Task
 
-if TYPE_CHECKING:
-    from echo_jax.sandbox.shell import ShellSandbox
-
-MAX_REWARD_BYTES = 1 << 20  # of a reward file; more is no reward
+# Of a reward file; more is no reward. With the tests' output it fits in the MiB of output that a
+# sandbox keeps of one command.
+MAX_REWARD_BYTES = 1_000_000
 OUTPUT_BYTES = 4_000  # of the tests' output, its end, that are kept
 _SETUP_SECONDS = 30.0
 
 
-async def verify(sandbox: 'ShellSandbox') -> Verdict:
+class OneAccount(Protocol):
+    """What `verify` needs of a sandbox; see shell.py, which imports this module."""
+
+    task: Task
+
+    async def reset(self) -> None: ...
+
+    async def restore_tests(self) -> None: ...
+
+    async def upload(self, path: pathlib.Path, target: str) -> None: ...
+
+    async def run_apart(
+        self, command: str, timeout: float, env: Mapping[str, str] | None = None
+    ) -> CommandResult: ...
+
+
+async def verify(sandbox: OneAccount) -> Verdict:
     """The reward of the task's tests, or 0 and why there is none.
 
     What the agent left behind (processes, files in the way, a reward of its own) is removed first.
@@ -38,7 +55,10 @@ async def verify(sandbox: 'ShellSandbox') -> Verdict:
         # INFRA_ERROR, or the agent could choose to have no reward instead of a bad one.
         await sandbox.run_apart('true', _SETUP_SECONDS)
         return no_reward(f'the tests cannot be put into the sandbox: {error}')
-    limit, env = sandbox.task.verifier_timeout_sec, sandbox.task.verifier_env
+    # No module of the agent's own: its site-packages would come before the system's, and Python
+    # runs usercustomize.py there as it starts.
+    env = {'PYTHONNOUSERSITE': '1'} | sandbox.task.verifier_env
+    limit = sandbox.task.verifier_timeout_sec
     tested = await sandbox.run_apart(read_script('verifier_run'), limit, env)
     # A command of its own, in a shell that is there whatever the tests killed.
     numbers = f'set -- {MAX_REWARD_BYTES} {OUTPUT_BYTES}\n'

@@ -1,8 +1,13 @@
-"""Looks at a set of tasks before a run does: counts, checks and packs it, and builds its images.
+"""Looks at sets of tasks before a run does: what can run where, checks, images, packing.
 
+    python -m echo_jax.tasks --tasks=DIR --output=tasks.json
     python -m echo_jax.tasks --config=configs/tiny.py --workdir=runs/tiny --check
     python -m echo_jax.tasks --config=RECIPE --workdir=RUN --tasks=DIR,FILE.parquet --build
     python -m echo_jax.tasks --tasks=DIR --parquet=FILE
+
+DIR may be a git checkout of a published set: tasks are found at any depth. What no sandbox can read
+is named and left out, and for each backend it says how many tasks it can run and why not the others
+(`--verbose` for every task; `--output` for a file of them).
 
 `--check` runs each task's own solution, which must earn the reward, and nothing at all, which must
 earn 0. `--build` makes every image that the Docker sandboxes of a run will want; an image that is
@@ -10,6 +15,7 @@ there is not built again, so run the same command again after a failure. The exi
 task failed. It needs no JAX.
 """
 
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,14 +25,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from echo_jax.agent.protocol import Protocol
-from echo_jax.run import entry
+from echo_jax.run import entry, survey
 from echo_jax.run.inert import check_inert
 from echo_jax.run.oracle import faults, run_agent, show_failures
 from echo_jax.run.report import CONSOLE, Progress
-from echo_jax.run.workdir import Workdir, read_tokenizer, unpacked
+from echo_jax.run.tasksets import choose
+from echo_jax.run.workdir import Workdir, read_tokenizer, unpacked, write_whole
 from echo_jax.sandbox.make import docker_images
 from echo_jax.tasks.drawing import TaskSource
-from echo_jax.tasks.sources import load_sources
+from echo_jax.tasks.sources import TaskSet, load_sources
 from echo_jax.types import Task
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
@@ -37,6 +44,8 @@ _TASKS = flags.DEFINE_string(
 _PARQUET = flags.DEFINE_string('parquet', '', 'File to pack the tasks into.')
 _BUILD = flags.DEFINE_bool('build', False, 'Build the images of the tasks.')
 _CHECK = flags.DEFINE_bool('check', False, 'Run oracle and nop.')
+_VERBOSE = flags.DEFINE_bool('verbose', False, 'Name every task that a backend cannot run.')
+_OUTPUT = flags.DEFINE_string('output', '', 'JSON file to write, with an object for every task.')
 
 
 def build_images(
@@ -81,18 +90,22 @@ def drop_long_prompts(
     return source.tasks
 
 
-def read_sets(work: Workdir | None, cache: pathlib.Path) -> list[Task]:
-    """The tasks that --tasks names, else those of the run; lists the sets."""
+def read_sets(work: Workdir | None, cache: pathlib.Path) -> list[TaskSet]:
+    """The sets that --tasks names, else those of the run; says what they are."""
     if _TASKS.value:
         sets = load_sources(_TASKS.value, cache)
     elif work:
-        sets = [(split, work.tasks(split)) for split in ('train', 'heldout')]
+        read = {split: work.read_tasks(split) for split in ('train', 'heldout')}
+        sets = [TaskSet(pathlib.Path(split), *one, {}) for split, one in read.items()]
     else:
         raise ValueError("no tasks named; give --tasks, or --config and --workdir for a run's own")
-    for name, tasks in sets:
-        mark = ', environment only' if tasks[0].environment_only else ''
-        CONSOLE.print(entry.printable(f'{name}: {len(tasks)} tasks{mark}'), markup=False)
-    return [task for _, tasks in sets for task in tasks]
+    table = survey.rows(sets)
+    for one in sets:
+        for line in survey.describe(one, table, _VERBOSE.value):
+            CONSOLE.print(entry.printable(line), markup=False, soft_wrap=True)
+    if _OUTPUT.value:
+        write_whole(pathlib.Path(_OUTPUT.value), json.dumps({'tasks': table}, indent=1))
+    return sets
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,14 +118,19 @@ def main(argv: Sequence[str]) -> None:
     work = Workdir(_WORKDIR.value, config) if _WORKDIR.value else None
     failed: dict[str, dict[str, str]] = {}
     with unpacked(work) as cache:
-        tasks = read_sets(work, cache)
+        sets = read_sets(work, cache)
+        tasks = [task for one in sets for task in one.tasks]
         if _PARQUET.value:
             from echo_jax.tasks.parquet import write_parquet  # here: directories need no pyarrow
 
             write_parquet(tasks, pathlib.Path(_PARQUET.value))
             CONSOLE.print(f'{len(tasks)} tasks packed into {_PARQUET.value}', markup=False)
         if config:
-            tasks = drop_long_prompts(tasks, config, work)
+            chosen = choose(sets, config)
+            if len(chosen.tasks) < len(tasks):
+                backend = config.sandbox.backend
+                CONSOLE.print(f'{len(tasks) - len(chosen.tasks)} tasks are not for {backend}')
+            tasks = drop_long_prompts(chosen.tasks, config, work)
         stop = entry.Stop()
         try:
             if _BUILD.value:

@@ -1,100 +1,89 @@
-"""Reads one Harbor task directory (docs/protocol.md#tasks). Runs nothing."""
+"""Reads one Harbor task directory (docs/protocol.md#tasks); schema.py has its keys."""
 
-import math
 import os
 import pathlib
 import re
-import tomllib
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
+from echo_jax.tasks.schema import read_toml
 from echo_jax.types import Task
 
 TASK_FILES = ('task.toml', 'instruction.md', 'tests/test.sh')
 
-
-# Section and key of task.toml, the field of Task that they fill, and the kind of value.
-_KEYS = (
-    ('agent', 'timeout_sec', 'agent_timeout_sec', 'number'),
-    ('verifier', 'timeout_sec', 'verifier_timeout_sec', 'number'),
-    ('environment', 'build_timeout_sec', 'build_timeout_sec', 'number'),
-    ('environment', 'docker_image', 'docker_image', 'text'),
-    ('environment', 'cpus', 'cpus', 'number'),
-    ('environment', 'memory_mb', 'memory_mb', 'count'),
-    ('environment', 'allow_internet', 'network', 'bool'),
-    ('environment', 'workdir', 'workdir', 'path'),
-    ('environment', 'env', 'env', 'texts'),
-)
-# type() and not isinstance(), since True is an int.
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    'number': (
-        'a finite number above 0',
-        lambda value: type(value) in (int, float) and 0 < value < math.inf,
-    ),
-    'count': ('a whole number above 0', lambda value: type(value) is int and value > 0),
-    'bool': ('true or false', lambda value: type(value) is bool),
-    'text': ('a text that is not empty', lambda value: isinstance(value, str) and value != ''),
-    'path': ('an absolute path', lambda value: isinstance(value, str) and value.startswith('/')),
-    'texts': (
-        'a table of texts',
-        lambda value: isinstance(value, dict) and all(isinstance(x, str) for x in value.values()),
-    ),
-}
+_CANARY = re.compile(r'<!--.*canary.*-->|#.*canary.*', re.IGNORECASE)
 
 
-def load_task(path: str | os.PathLike) -> Task:
-    """Reads one task directory, whose name is the task's id.
+class Reading(NamedTuple):
+    """A task, and the names in its task.toml that neither Harbor nor we know, and read past."""
 
-    Keys of task.toml that Task has no field for are left alone: Harbor's format has more of them
-    than we use. Raises ValueError, naming the file, if one is missing or malformed.
+    task: Task
+    ignored: tuple[str, ...]
+
+
+def load_task(path: str | os.PathLike, task_id: str = '') -> Task:
+    """The task of `read_task`."""
+    return read_task(path, task_id).task
+
+
+def read_task(path: str | os.PathLike, task_id: str = '') -> Reading:
+    """Reads one task directory; the task's id is the directory's name if none is given.
+
+    Raises ValueError in one line, naming the file, if one is missing or malformed, and if a
+    variable of a template is not set. The files in tests/ and solution/ are not looked at: what is
+    wrong with them is found when a sandbox gets them, and `--check` finds it beforehand.
     """
     path = pathlib.Path(path)
-    texts = {file: _read(path / file) for file in TASK_FILES}
-    fields = _fields(path / 'task.toml', texts['task.toml'])
-    workdir = _dockerfile_workdir(path)
-    if workdir:
-        fields.setdefault('workdir', workdir)
-    instruction = texts['instruction.md'].strip()
-    if not instruction:
-        raise ValueError(f'{path / "instruction.md"} is empty; write what the agent shall do')
-    return Task(task_id=path.name, path=path, instruction=instruction, **fields)
-
-
-def _fields(file: pathlib.Path, text: str) -> dict[str, Any]:
-    """What a task.toml says of Task's fields."""
+    toml = path / 'task.toml'
     try:
-        config = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f'{file} is not TOML ({error}); correct it') from error
-    fields = {}
-    for section, key, field, kind in _KEYS:
-        table = config.get(section, {})
-        if not isinstance(table, dict):
-            raise ValueError(f'{file}: {section} is {table!r}, expected a table; correct it')
-        if key in table:
-            expected, accepts = _KINDS[kind]
-            if not accepts(table[key]):
-                got = f'[{section}] {key} = {table[key]!r}'
-                raise ValueError(f'{file}: {got}, expected {expected}; correct it')
-            fields[field] = table[key]
-    return fields
+        said = read_toml(_read(toml))
+    except ValueError as error:
+        raise ValueError(f'{toml}: {str(error).removeprefix(f"{toml}: ")}') from error
+    folder = path / 'steps' / said.first_step if said.first_step else path
+    instruction = _instruction(folder / 'instruction.md')
+    test = path / 'tests' / 'test.sh'
+    if said.has_own_tests and not test.is_file():
+        raise ValueError(f'{test} is missing or no file; a task needs {", ".join(TASK_FILES)}')
+    task = Task(
+        task_id=task_id or path.name,
+        path=path,
+        instruction=instruction,
+        needs_harbor=(*_needs_of_files(path), *said.needs_harbor),
+        **said.fields,
+    )
+    return Reading(task, said.ignored)
+
+
+def _needs_of_files(path: pathlib.Path) -> list[str]:
+    """What a task asks for by the files that it has, and only Harbor provides."""
+    needs = []
+    if (path / 'environment' / 'docker-compose.yaml').exists():
+        needs.append('environment/docker-compose.yaml')
+    for folder in ('tests', 'solution'):  # says which files are not uploaded
+        if next((path / folder).rglob('.harborignore'), None):
+            needs.append(f'.harborignore in {folder}/')
+    if (path / 'trajectory.json').exists():  # turns that the agent is to go on from
+        needs.append('trajectory.json')
+    return needs
+
+
+def _instruction(file: pathlib.Path) -> str:
+    """The instruction without the marks that warn crawlers, which agents do not get to see."""
+    lines = _read(file).removeprefix('\ufeff').split('\n')
+    while lines and _CANARY.fullmatch(lines[0].strip()):
+        del lines[0]
+    instruction = '\n'.join(lines).strip()
+    if not instruction:
+        raise ValueError(f'{file} is empty; write what the agent shall do')
+    return instruction
 
 
 def _read(path: pathlib.Path) -> str:
     try:
         return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 ({error}); save it as UTF-8') from error
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         problem = f'{path} is missing or no file; a task needs {", ".join(TASK_FILES)}'
         raise ValueError(problem) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 ({error}); save it as UTF-8') from error
-
-
-def _dockerfile_workdir(path: pathlib.Path) -> str | None:
-    """The last absolute WORKDIR of the task's Dockerfile, in which a container's shell starts."""
-    dockerfile = path / 'environment' / 'Dockerfile'
-    if not dockerfile.is_file():
-        return None
-    text = dockerfile.read_text(encoding='utf-8', errors='replace')
-    found = re.findall(r'^\s*WORKDIR\s+["\']?(/[^\s"\']*)', text, re.MULTILINE | re.IGNORECASE)
-    return found[-1] if found else None
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read ({error.strerror or error})') from error

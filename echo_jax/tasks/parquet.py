@@ -4,19 +4,19 @@ Reads a file into task directories in a cache, where a second reader finds them,
 from task directories. Builds nothing and runs nothing.
 """
 
-import dataclasses
 import fcntl
 import hashlib
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from echo_jax.tasks import archives
-from echo_jax.tasks.harbor import load_task
+from echo_jax.tasks.harbor import Reading, read_task
 from echo_jax.types import Task
 
 _MESSAGE = pa.struct([('role', pa.string()), ('content', pa.string())])
@@ -28,42 +28,45 @@ _ROWS = 32  # how many are in memory at a time
 _TASK_PREFIX_END = '\n\nTask: '
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    where: str  # for errors: the file, the row's number and, once it is known, its id
-    task_id: str
-    instruction: str
-    archive: bytes
-
-
-def read_parquet(file: pathlib.Path, cache: pathlib.Path) -> list[Task]:
-    """The tasks of a file, sorted by id, with their files in `cache`.
+def read_parquet(
+    file: pathlib.Path, cache: pathlib.Path, left_out: dict[str, str]
+) -> list[Reading]:
+    """The tasks of a file, with their files in `cache`; puts into `left_out` why a row gave none.
 
     A task's id is its row's `path`, a plain name, since results, groups and images are named after
     it. Its instruction is the archive's instruction.md or, if the archive has none, the prompt's
     last user message from `Task: ` on. Its files lie in a folder of `cache` that is named by their
     content. A folder is there whole or not at all, so no reader ever writes it again.
 
-    Raises ValueError in one line, naming the row, the id and the member, for a file that is not
-    such a parquet, ids that are not plain names or differ in nothing but case, and every archive
-    that `archives.unpack` refuses. No row is skipped.
+    A row is left out, under its id or as 'row N', if its id is no plain name, if its archive is one
+    that `archives.unpack` refuses, and if what is in it is no task. Raises ValueError in one line
+    for a file that is not such a parquet, and for ids that differ in nothing but case: nobody could
+    say which of the two a result is of.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    tasks: dict[str, Task] = {}
+    readings: list[Reading] = []
+    owners: dict[str, str] = {}  # ids by what they are without case
     with open(cache / '.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if this process is killed
-        for row in _rows(file):
-            other = tasks.get(row.task_id.casefold())
-            if other is not None:
-                raise ValueError(f'{row.where}: its id is taken, by {other.task_id!r}; rename one')
+        for number, row in enumerate(_rows(file)):
+            task_id = row['path']
+            if not isinstance(task_id, str) or not _is_plain(task_id):
+                left_out[f'row {number}'] = (
+                    f'path is {_short(task_id)}, expected a plain name, the id'
+                )
+                continue
+            if task_id.casefold() in owners:
+                owner = owners[task_id.casefold()]
+                where = f'{file}, row {number}, {task_id!r}'
+                raise ValueError(f'{where}: its id is taken, by {owner!r}; rename one')
+            owners[task_id.casefold()] = task_id
             try:
-                task = load_task(_extract(row, cache))
+                readings.append(read_task(_extract(*_content(row), cache), task_id))
             except ValueError as error:
-                raise ValueError(f'{row.where}: {error}') from error
-            tasks[row.task_id.casefold()] = dataclasses.replace(task, task_id=row.task_id)
-    if not tasks:
+                left_out[task_id] = str(error)
+    if not readings and not left_out:
         raise ValueError(f'{file} has no rows; name a file with tasks')
-    return sorted(tasks.values(), key=lambda task: task.task_id)
+    return readings
 
 
 def write_parquet(tasks: Sequence[Task], file: pathlib.Path) -> None:
@@ -94,14 +97,13 @@ def _packed(task: Task) -> bytes:
         raise ValueError(f'{task.path}: {error}') from error
 
 
-def _rows(file: pathlib.Path) -> Iterator[_Row]:
+def _rows(file: pathlib.Path) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(file) as parquet:
             _check_columns(file, parquet.schema_arrow)
             batches = parquet.iter_batches(batch_size=_ROWS, columns=SCHEMA.names)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            for number, row in enumerate(rows):
-                yield _row(f'{file}, row {number}', row)
+            for batch in batches:
+                yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         reason = ' '.join(str(error).split())
         raise ValueError(f'{file} cannot be read, or is no parquet file ({reason})') from error
@@ -116,22 +118,19 @@ def _check_columns(file: pathlib.Path, schema: pa.Schema) -> None:
         )
 
 
-def _row(where: str, row: dict) -> _Row:
-    """Checks one row; raises ValueError if a value is not what its column should hold."""
-    task_id, archive, prompt = row['path'], row['task_binary'], row['prompt']
-    if not isinstance(task_id, str) or not _is_plain(task_id):
-        raise ValueError(f'{where}: path is {_short(task_id)}, expected a plain name, the id')
-    where = f'{where}, {task_id!r}'
+def _content(row: dict[str, Any]) -> tuple[str, bytes]:
+    """(instruction of the prompt, archive); ValueError if a value is not what it should be."""
+    archive, prompt = row['task_binary'], row['prompt']
     if not isinstance(archive, bytes):
-        raise ValueError(f'{where}: task_binary is {_short(archive)}, expected the bytes of a tar')
+        raise ValueError(f'task_binary is {_short(archive)}, expected the bytes of a tar')
     try:
         asked = [message['content'] for message in prompt if message['role'] == 'user']
         text = asked[-1]
         before, found, instruction = text.partition(_TASK_PREFIX_END)
     except (TypeError, KeyError, IndexError, AttributeError):
         expected = 'expected chat messages, {role, content}, one of them of the user'
-        raise ValueError(f'{where}: prompt is {_short(prompt)}, {expected}') from None
-    return _Row(where, task_id, instruction if found else before, archive)
+        raise ValueError(f'prompt is {_short(prompt)}, {expected}') from None
+    return (instruction if found else before), archive
 
 
 def _is_plain(name: str) -> bool:
@@ -150,19 +149,19 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f'{text[:60]}...'
 
 
-def _extract(row: _Row, cache: pathlib.Path) -> pathlib.Path:
-    """The folder with the row's files; the caller holds the cache's lock."""
-    digest = hashlib.sha256(row.archive)
-    digest.update(row.instruction.encode())  # it becomes a file if the archive has none
+def _extract(instruction: str, archive: bytes, cache: pathlib.Path) -> pathlib.Path:
+    """The folder with a row's files; the caller holds the cache's lock."""
+    digest = hashlib.sha256(archive)
+    digest.update(instruction.encode())  # it becomes a file if the archive has none
     folder = cache / digest.hexdigest()[:32]
     if folder.is_dir():
         return folder
     partial = cache / '.partial'
     shutil.rmtree(partial, ignore_errors=True)  # left by a reader that was killed
     partial.mkdir()
-    archives.unpack(row.archive, partial)
-    instruction = partial / 'instruction.md'
-    if not os.path.lexists(instruction):
-        instruction.write_text(row.instruction, encoding='utf-8')
+    archives.unpack(archive, partial)
+    own = partial / 'instruction.md'
+    if not os.path.lexists(own):
+        own.write_text(instruction, encoding='utf-8')
     partial.rename(folder)
     return folder

@@ -1,43 +1,70 @@
-"""Reads sets of tasks: directories of Harbor tasks, and .parquet files of them.
+"""Reads sets of tasks: folders with Harbor tasks in them, .parquet files, and Harbor's registries.
 
-Reading needs neither grain nor JAX. This module builds no sandbox and runs nothing.
+One odd task does not make a set unreadable: it is left out, with its reason. Reading needs neither
+grain nor JAX. This module builds no sandbox and runs nothing.
 """
 
+import collections
 import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from echo_jax.tasks.harbor import TASK_FILES, load_task
+from echo_jax.tasks import registry
+from echo_jax.tasks.harbor import TASK_FILES, read_task
 from echo_jax.types import Task
 
 log = logging.getLogger(__name__)
 
+SHOWN = 8  # names that a warning lists; it counts the others
 _MARK = ':environment_only'  # ends a source whose tasks train the environment term alone
 
 
+class LeftOut(NamedTuple):
+    """A task that takes no part, and why, in one line."""
+
+    task_id: str
+    reason: str
+
+
+class TaskSet(NamedTuple):
+    """What one source holds."""
+
+    path: pathlib.Path
+    tasks: list[Task]  # sorted by id; at least one
+    left_out: list[LeftOut]
+    ignored: Mapping[str, int]  # how many tasks have a name that Harbor reads past, by that name
+
+
 def load_tasks(sources: str | os.PathLike, cache: str | os.PathLike | None = None) -> list[Task]:
-    """The tasks of `load_sources`, in one list."""
-    return [task for _, tasks in load_sources(sources, cache) for task in tasks]
+    """The tasks of `load_sources`, in one list; warns of what is left out or read past."""
+    sets = load_sources(sources, cache)
+    for one in sets:
+        warn_left_out(str(one.path), one.left_out, len(one.tasks) + len(one.left_out))
+        warn_ignored(one)
+    return [task for one in sets for task in one.tasks]
 
 
 def load_sources(
     sources: str | os.PathLike, cache: str | os.PathLike | None = None
-) -> list[tuple[pathlib.Path, list[Task]]]:
-    """(path, its tasks sorted by id) of one source, or of several with commas between them.
+) -> list[TaskSet]:
+    """What one source holds, or several with commas between them.
 
-    A source is a directory of task directories or a .parquet file, whose rows are unpacked into
-    `cache` (parquet.py). `:environment_only` after it marks its tasks. If the whole text is a path
-    that exists, it is one source, even if it holds commas. Raises ValueError for a source without
-    tasks, a malformed task, and an id that two sources have.
+    A source is a task directory, a folder with task directories at any depth below it, a .parquet
+    file, whose rows are unpacked into `cache` (parquet.py), or a registry.json of Harbor's.
+    `:environment_only` after it marks its tasks. If the whole text is a path that exists, it is one
+    source, even if it holds commas.
+
+    A task that cannot be read is left out with its reason. Raises ValueError for a source of which
+    no task can be read, and for an id that two sources have.
     """
-    loaded: list[tuple[pathlib.Path, list[Task]]] = []
+    loaded: list[TaskSet] = []
     owners: dict[str, pathlib.Path] = {}
     for path, environment_only in _parse(sources):
-        tasks = [
-            dataclasses.replace(task, environment_only=environment_only)
-            for task in _load_source(path, cache)
-        ]
+        one = _load_source(path, cache)
+        tasks = [dataclasses.replace(t, environment_only=environment_only) for t in one.tasks]
         for task in tasks:
             owner = owners.setdefault(task.task_id, path)
             if owner is not path:
@@ -45,7 +72,7 @@ def load_sources(
                     f'{path} and {owner} both have a task {task.task_id!r}; results go by the id: '
                     'rename one, or leave one out'
                 )
-        loaded.append((path, tasks))
+        loaded.append(one._replace(tasks=tasks))
     return loaded
 
 
@@ -71,6 +98,26 @@ def with_limits(
     )
 
 
+def warn_ignored(one: TaskSet) -> None:
+    """Warns of the names in a set's task.toml that Harbor reads past, and in how many tasks."""
+    if one.ignored:
+        names = [f'{name} ({count})' for name, count in one.ignored.items()]
+        log.warning('%s: Harbor does not know, and reads past: %s', one.path, shortened(names))
+
+
+def warn_left_out(name: str, left_out: Sequence[LeftOut], total: int) -> None:
+    """Warns of the tasks that are left out of the `total` of `name`; says nothing if none are."""
+    if left_out:
+        reasons = shortened([f'{task_id} ({reason})' for task_id, reason in left_out], '; ')
+        log.warning('%s: %d of %d tasks left out: %s', name, len(left_out), total, reasons)
+
+
+def shortened(names: Sequence[str], between: str = ', ') -> str:
+    """The first names, and how many more there are."""
+    more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
+    return between.join(names[:SHOWN]) + more
+
+
 def _parse(sources: str | os.PathLike) -> list[tuple[pathlib.Path, bool]]:
     """(path, environment_only) of each source in 'DIR,FILE.parquet:environment_only'."""
     text = os.fspath(sources)
@@ -82,9 +129,28 @@ def _parse(sources: str | os.PathLike) -> list[tuple[pathlib.Path, bool]]:
     return [(pathlib.Path(item.removesuffix(_MARK)), item.endswith(_MARK)) for item in items]
 
 
-def _load_source(path: pathlib.Path, cache: str | os.PathLike | None) -> list[Task]:
-    if path.is_dir() or path.suffix != '.parquet':
-        return _load_directory(path)
+def _load_source(path: pathlib.Path, cache: str | os.PathLike | None) -> TaskSet:
+    if path.suffix == '.parquet' and not path.is_dir():
+        return _load_parquet(path, cache)
+    if path.suffix == '.json' and path.is_file():
+        return _read_all(path, *registry.read_registry(path))
+    if not path.is_dir():
+        raise ValueError(f'{path} is no directory; name one that holds task directories')
+    if (path / 'task.toml').exists():
+        return _read_all(path, {path.absolute().name: path}, {})
+    found, broken = _find(path)
+    if not found and not broken:
+        if (path / 'registry.json').is_file():
+            return _load_source(path / 'registry.json', cache)
+        if (path / 'dataset.toml').is_file():
+            raise registry.only_references(path / 'dataset.toml')
+        raise ValueError(f'{path} holds no tasks: a task is a folder with {", ".join(TASK_FILES)}')
+    ids = _ids(path, [*found, *broken])
+    missing = f'task.toml is missing; a task needs {", ".join(TASK_FILES)}'
+    return _read_all(path, {ids[p]: p for p in found}, {ids[p]: missing for p in broken})
+
+
+def _load_parquet(path: pathlib.Path, cache: str | os.PathLike | None) -> TaskSet:
     if not path.is_file():
         raise ValueError(f'{path} is not there; name a directory of tasks or a .parquet file')
     if cache is None:
@@ -92,24 +158,73 @@ def _load_source(path: pathlib.Path, cache: str | os.PathLike | None) -> list[Ta
     # Imported here because it imports pyarrow, which is slow to load and not needed otherwise.
     from echo_jax.tasks import parquet
 
-    return parquet.read_parquet(path, pathlib.Path(cache))
+    left_out: dict[str, str] = {}
+    readings = parquet.read_parquet(path, pathlib.Path(cache), left_out)
+    ignored = collections.Counter(name for reading in readings for name in reading.ignored)
+    return _checked(path, [reading.task for reading in readings], left_out, ignored)
 
 
-def _load_directory(directory: pathlib.Path) -> list[Task]:
-    """The tasks of a directory of task directories, sorted by id.
+def _read_all(
+    path: pathlib.Path, found: Mapping[str, pathlib.Path], left_out: Mapping[str, str]
+) -> TaskSet:
+    """The set of the task directories `found`, by id; `left_out` are those without one."""
+    tasks, reasons = [], dict(left_out)
+    ignored: collections.Counter[str] = collections.Counter()
+    for task_id, folder in found.items():
+        try:
+            reading = read_task(folder, task_id)
+        except ValueError as error:
+            reasons[task_id] = str(error)
+            continue
+        tasks.append(reading.task)
+        ignored.update(reading.ignored)
+    return _checked(path, tasks, reasons, ignored)
 
-    A folder that holds none of a task's files is left out, with a warning that names it. Hidden
-    folders are not read.
-    """
-    if not directory.is_dir():
-        raise ValueError(f'{directory} is no directory; name one that holds task directories')
-    paths = sorted(p for p in directory.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    others = [p.name for p in paths if not any((p / file).exists() for file in TASK_FILES)]
-    tasks = [load_task(p) for p in paths if p.name not in others]
-    shown = ', '.join(others[:8]) + (f' and {len(others) - 8} more' if len(others) > 8 else '')
+
+def _checked(
+    path: pathlib.Path, tasks: list[Task], left_out: Mapping[str, str], ignored: Mapping[str, int]
+) -> TaskSet:
     if not tasks:
-        found = f'its folders ({shown}) are none' if others else 'it has no folders'
-        raise ValueError(f'{directory} holds no tasks: {found}; a task holds {TASK_FILES}')
-    if others:
-        log.warning('%s: not tasks, left out: %s', directory, shown)
-    return tasks
+        reasons = shortened([f'{name} ({why})' for name, why in sorted(left_out.items())], '; ')
+        raise ValueError(f'{path}: none of {len(left_out)} tasks can be read: {reasons}')
+    ordered = sorted(tasks, key=lambda task: task.task_id)
+    return TaskSet(path, ordered, [LeftOut(*item) for item in sorted(left_out.items())], ignored)
+
+
+def _find(top: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+    """(task directories, folders with some files of a task but no task.toml) at any depth below.
+
+    A task directory is not searched for others. Hidden folders are not read, and a folder that
+    links lead to several times is read once.
+    """
+    found, broken, seen = [], [], set()
+
+    def visit(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+        real = os.path.realpath(folder)
+        if real in seen:
+            return
+        seen.add(real)
+        if folder != top and (folder / 'task.toml').exists():
+            found.append(folder)
+            return
+        if folder != top and any((folder / file).exists() for file in TASK_FILES):
+            broken.append(folder)
+        inner = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
+        # Links come last, so that a folder goes by its own name.
+        yield from sorted(inner, key=lambda path: (path.is_symlink(), path.name))
+
+    folders = collections.deque([top])
+    while folders:
+        folders.extend(visit(folders.popleft()))
+    return found, broken
+
+
+def _ids(top: pathlib.Path, folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
+    """The ids: a task directory's name, or its path below the set if others have the same name."""
+    counts = collections.Counter(folder.name for folder in folders)
+    return {
+        folder: folder.name
+        if counts[folder.name] == 1
+        else '__'.join(folder.relative_to(top).parts)
+        for folder in folders
+    }

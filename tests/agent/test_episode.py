@@ -8,7 +8,7 @@ import pytest
 
 from echo_jax.agent.protocol import format_reply
 from echo_jax.types import Role, Status
-from tests.support.episodes import DONE, assert_valid, bash
+from tests.support.episodes import CHECK, DONE, assert_valid, bash
 
 
 def test_an_episode_that_solves_its_task(make_task, episodes):
@@ -161,3 +161,61 @@ def test_agent_timeout_while_sampling(make_task, episodes):
     assert rollout.status == Status.AGENT_TIMEOUT and rollout.reward == 0
     assert len(rollout.turn_starts) == 0
     assert 0.4 < rollout.metrics['seconds_sampling'] < 5
+
+
+SOLVES = 'echo 42 > /app/answer.txt'
+
+
+def test_a_spent_total_is_discarded_without_a_test(make_task, episodes):
+    """As in the released code: reward 0, no verifier, and the tokens are kept to train on."""
+    task = make_task('touch /app/tested; ' + CHECK)
+    whole = episodes.run(task, [bash(f'{SOLVES}; seq 50'), DONE])
+    episodes.config.max_total_tokens = int(whole.turn_starts[1]) - 60
+    verified = episodes.run(task, [bash(f'{SOLVES}; seq 50'), DONE])
+    assert (verified.reward, verified.status) == (1.0, Status.TRUNCATED)
+    episodes.config.at_max_total_tokens = 'discard'
+    discarded = episodes.run(task, [bash(f'{SOLVES}; seq 50'), DONE])
+    assert (discarded.reward, discarded.status) == (0.0, Status.TRUNCATED)
+    assert 'no test was run' in discarded.reason and discarded.metrics['seconds_verifying'] == 0
+    np.testing.assert_array_equal(discarded.tokens, verified.tokens)
+    np.testing.assert_array_equal(discarded.roles, verified.roles)
+
+
+@pytest.mark.parametrize(
+    'test_sh, commands, delay',
+    [
+        (CHECK, [f'{SOLVES}; sleep 60'], 0.0),  # in a command
+        (CHECK, [SOLVES], 60.0),  # while it samples
+        ('sleep 60; ' + CHECK, [SOLVES], 0.0),  # in the tests, which count too
+    ],
+)
+def test_an_agent_that_is_late_is_discarded_whole(make_task, episodes, test_sh, commands, delay):
+    """As in the released code: reward 0 and nothing to train on, but a rollout that counts."""
+    episodes.config.at_agent_timeout = 'discard'
+    replies = [*(bash(command, 50) for command in commands), DONE]
+    started = time.monotonic()
+    rollout = episodes.run(make_task(test_sh, agent_timeout=3.0), replies, delay=delay)
+    assert time.monotonic() - started < 20
+    assert (rollout.reward, rollout.status) == (0.0, Status.AGENT_TIMEOUT)
+    assert (rollout.roles == Role.PROMPT).all() and len(rollout.turn_starts) == 0
+    assert rollout.metrics['stop/agent_timeout'] == 1 and 'discarded' in rollout.reason
+
+
+def test_the_starts_time_counts_only_if_a_late_episode_is_discarded(make_task, episodes):
+    task = make_task(agent_timeout=4.0)
+    (task.path / 'environment' / 'Dockerfile').write_text('FROM x\nRUN sleep 6\nWORKDIR /app\n')
+    assert episodes.run(task, [bash(SOLVES), DONE]).status == Status.OK
+    episodes.config.at_agent_timeout = 'discard'
+    assert episodes.run(task, [bash(SOLVES), DONE]).status == Status.AGENT_TIMEOUT
+
+
+def test_the_tests_of_an_environment_only_task_are_not_run(make_task, episodes):
+    script = [bash('echo 42 > /app/answer.txt'), DONE]
+    assert episodes.run(make_task(), script).reward == 1.0
+    marked = dataclasses.replace(make_task(), environment_only=True)
+    rollout = episodes.run(marked, script)
+    assert (rollout.reward, rollout.status, rollout.tests_output) == (0.0, Status.OK, '')
+    assert 'correct' not in rollout.metrics and rollout.metrics['seconds_verifying'] < 0.1
+    # How the agent's part ended is its status as ever.
+    episodes.config.max_turns = 1
+    assert episodes.run(marked, script).status == Status.TRUNCATED

@@ -75,10 +75,52 @@ def test_a_group_retries_and_then_records(make_task, tiny_tokenizer, protocol_co
             assert (rollout.reward, rollout.status, rollout.group_id) == (1.0, Status.OK, 9)
         else:
             assert rollout.status == Status.INFRA_ERROR and rollout.reward == 0
+            assert rollout.reason == 'no space left on the machine'
             assert rollout.tokens.tolist() == protocol.prompt_ids('Write 42 to /app/answer.txt.')
             assert (rollout.roles == Role.PROMPT).all() and len(rollout.turn_starts) == 0
     assert sandbox.most == 2 and not sandbox.alive
     assert sandbox.begun == len(sandbox.stopped) == {0: 4, 2: 6, 100: 12}[failures]
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        ValueError('COPY none: there is\nno such file'),
+        OSError('no such device'),
+        UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'invalid start byte'),
+        KeyError('x'),
+        RuntimeError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize('where', ['make', 'start', 'run', 'verify'])
+def test_whatever_a_task_or_its_sandbox_raises_is_an_infra_error(
+    make_task, tiny_tokenizer, protocol_config, error, where
+):
+    class Faulty(LocalSandbox):
+        pass
+
+    async def fail(self, *arguments):
+        raise error
+
+    def make(task):
+        if where == 'make':
+            raise error
+        return Faulty(task)
+
+    if where != 'make':
+        setattr(Faulty, where, fail)
+    protocol = Protocol(tiny_tokenizer, protocol_config)
+
+    async def run():
+        policy = ScriptedPolicy(tiny_tokenizer, [bash('true'), DONE])
+        return await group(make_task(), policy, protocol, make, size=2)
+
+    for rollout in asyncio.run(run()):
+        assert_valid(rollout)
+        assert (rollout.status, rollout.reward) == (Status.INFRA_ERROR, 0.0)
+        assert rollout.reason == (' '.join(str(error).split()) or 'RuntimeError')
+        assert rollout.metrics == {'infra_retries': 0.0}  # no other sandbox would do better
 
 
 def test_cancelling_stops_the_sandboxes(make_task, tiny_tokenizer, protocol_config):

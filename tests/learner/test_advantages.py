@@ -25,6 +25,23 @@ def test_by_hand():
     )
 
 
+def test_maxrl_by_hand():
+    rewards = np.array(
+        [
+            [1.0, 0.0, 0.0, 1.0],  # mean 1/2: (1 - 1/2) / (1/2) = 1
+            [1.0, 0.0, 0.0, 0.0],  # mean 1/4: 3, the largest that 4 rollouts can have
+            [0.5, 0.25, 0.0, 0.25],  # mean 1/4, of rewards that are neither 0 nor 1
+            [1.0, -1.0, 0.0, -0.5],  # as 1, 0, 0, 0; the mean of these would be -1/8
+            [-1.0, -0.5, 0.0, -2.0],  # as 0, 0, 0, 0: no success
+            [1e-320, 0.0, 0.0, 0.0],  # so small that dividing would lose it
+        ]
+    )
+    expected = [[1, -1, -1, 1], [3, -1, -1, -1], [1, 0, -1, 0], [3, -1, -1, -1], [0] * 4]
+    advantages = group_advantages(rewards, np.ones((6, 4), bool), 'maxrl')
+    np.testing.assert_allclose(advantages[:5], expected, rtol=1e-6)
+    assert np.isfinite(advantages).all() and (np.abs(advantages) <= 3.001).all()
+
+
 def test_invalid_samples_take_no_part():
     # The valid two are 3 and 1: mean 2. The 100 and the NaN are nobody's reward.
     rewards = np.array([[3.0, 100.0, 1.0, np.nan]])
@@ -75,5 +92,6 @@ def test_each_group_alone_and_centred(rewards, valid, estimator):
                 'grpo': lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-6),
                 'dr_grpo': lambda r: r - r.mean(),
                 'rloo': lambda r: np.array([r[i] - np.delete(r, i).mean() for i in range(len(r))]),
-            }[estimator](kept)
+                'maxrl': lambda r: r / r.mean() - 1 if r.any() else 0 * r,
+            }[estimator](np.maximum(kept, 0) if estimator == 'maxrl' else kept)
         np.testing.assert_allclose(values[mask], expected, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_jax.learner.batching import make_batch, make_supervised_batch, rollout_metrics
+from echo_jax.learner.batching import REDUCTIONS, make_batch, make_supervised_batch, rollout_metrics
 from echo_jax.types import OBSERVATION_ROLES, Role, Status
 from tests.support.random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 
@@ -60,6 +60,18 @@ def test_other_weights_by_hand(settings, policy, env):
             np.testing.assert_allclose(values.max(), value, rtol=1e-6)
 
 
+def test_every_group_has_the_same_share_by_prompt():
+    other = make_rollout('PAO', reward=1.0, group=7, sample=0, first_token=17)
+    empty = make_rollout('PP', reward=0.0, group=9, sample=0, first_token=21)
+    batch = make_batch([FIRST, SECOND, other, empty], small_config(reduction='prompt_mean'))
+    # Three groups, of 6, 1 and 0 actions: 1/(3*6), 1/(3*1). Targets are 4, 1 and 0.
+    for tokens, policy, env in ((range(1, 17), 1 / 18, 1 / 12), (range(17, 21), 1 / 3, 1 / 3)):
+        at = np.isin(batch.tokens, tokens)
+        assert set(np.unique(batch.policy_weight[at])) == {np.float32(0), np.float32(policy)}
+        assert set(np.unique(batch.env_weight[at])) == {np.float32(0), np.float32(env)}
+    np.testing.assert_allclose(batch.policy_weight.sum(), 2 / 3)
+
+
 def test_infra_error_is_nobodys_reward():
     broken = make_rollout('PAO', reward=1.0, sample=2, status=Status.INFRA_ERROR, first_token=17)
     alone = make_batch([FIRST, SECOND], small_config())
@@ -112,7 +124,7 @@ def test_environment_only_skips_a_rollout_with_an_invalid_call():
     assert batch_of(False).env_weight[batch.tokens == 5] == np.float32(1 / 4)
 
 
-@pytest.mark.parametrize('reduction', ['sequence_mean', 'token_mean', 'dr_grpo'])
+@pytest.mark.parametrize('reduction', REDUCTIONS)
 def test_nothing_to_train_on_is_an_ordinary_case(reduction):
     config = small_config(reduction=reduction)
     for rollouts in (

@@ -6,58 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_jax.learner.batching import make_batch, make_supervised_batch
+from echo_jax.learner.kl import KL_ESTIMATORS
 from echo_jax.learner.losses import Metric, echo_loss, finish_metrics, policy_term, total
+from echo_jax.learner.mismatch import CORRECTIONS
+from echo_jax.learner.policy_losses import SURROGATES, Bounds
 from echo_jax.types import Batch, Role
-from tests.support.objective import VOCABULARY, reference
+from tests.support.hand_losses import example, hand_batch, loss_and_gradient, tables, value_and_grad
+from tests.support.objective import reference
 from tests.support.random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
-
-
-def by_token(table, batch):
-    """[R, T] from a value for each token; padding is NaN, to see that it is masked."""
-    return jnp.where(batch.segment_ids > 0, jnp.asarray(table)[batch.tokens], jnp.nan)
-
-
-def tables(seed=0, scale=0.3):
-    """Log-probabilities of each token: learner, old policy, reference."""
-    rng = np.random.default_rng(seed)
-    current = -rng.uniform(0.1, 3, VOCABULARY)
-    return current, *(current + scale * rng.normal(size=(2, VOCABULARY)))
-
-
-def loss_of_table(table, batch, config, env_coef, old, frozen):
-    return echo_loss(
-        by_token(table, batch),
-        batch,
-        config,
-        env_coef,
-        old_logprobs=by_token(old, batch),
-        reference_logprobs=by_token(frozen, batch),
-        entropy=by_token(-table, batch),
-    )
-
-
-value_and_grad = jax.value_and_grad(loss_of_table, has_aux=True)
-
-
-loss_and_gradient = jax.value_and_grad(echo_loss, has_aux=True)
-
-
-def hand_batch():
-    """One rollout: prompt, two actions, a wrapper, an output; advantage 2, weights 1/2 and 1/4."""
-
-    def make(*values):
-        return np.array([values], np.float32)
-
-    return Batch(
-        tokens=np.array([[5, 6, 7, 8, 9, 0]], np.int32),
-        positions=np.array([[0, 1, 2, 3, 4, 0]], np.int32),
-        segment_ids=np.array([[1, 1, 1, 1, 1, 0]], np.int32),
-        roles=np.array([[0, 1, 1, 5, 6, 0]], np.uint8),
-        rollout_logprobs=make(0, -1.5, -1.0, 0, 0, 0),
-        advantages=make(0, 2, 2, 0, 0, 0),
-        policy_weight=make(0, 0.5, 0.5, 0, 0, 0),
-        env_weight=make(0, 0, 0, 0.25, 0.25, 0),
-    )
 
 
 def test_current_by_hand():
@@ -106,20 +62,30 @@ def test_rollout_as_old_is_clipped_by_hand():
 
 
 @pytest.mark.parametrize(
-    ('mismatch', 'weights'),
+    ('mismatch', 'cap', 'weights', 'masked'),
     [
-        ('token', (1.5, 0.367879)),  # min(exp(0.5), 1.5), exp(-1)
-        ('sequence', (0.606531, 0.606531)),  # exp(0.5 - 1)
-        ('mask', (0, 0)),  # 1.6487 > 1.5 and 0.3679 < 1/1.5
+        ('none', 1.5, (1, 1), None),
+        ('token', 1.5, (1.5, 0.367879), None),  # min(exp(0.5), 1.5), exp(-1)
+        ('sequence', 1.5, (0.606531, 0.606531), None),  # exp(0.5 - 1)
+        ('mask', 1.5, (0, 0), 1),  # 1.6487 > 1.5 and 0.3679 < 1/1.5
+        ('mask', 1.7, (1, 0), 0.5),  # 1.6487 < 1.7 and 0.3679 < 1/1.7
+        ('icepop', 1.7, (1.648721, 0), 0.5),  # the same, and exp(0.5) itself
+        ('icepop', 3.0, (1.648721, 0.367879), 0),  # 1/3 < exp(-1)
+        # The geometric mean is exp((0.5 - 1) / 2) = 0.7788: between 1/1.5 and 1.5, below 1/1.2.
+        ('geometric', 1.5, (1, 1), 0),
+        ('geometric', 1.2, (0, 0), 1),
     ],
 )
-def test_mismatch_by_hand(mismatch, weights):
+def test_mismatch_by_hand(mismatch, cap, weights, masked):
     logprobs = jnp.array([[0.0, -1.0, -2.0, -3.0, -0.5, 0.0]])
-    config = small_config(mismatch=mismatch, mismatch_cap=1.5)
+    config = small_config(mismatch=mismatch, mismatch_cap=cap)
     (_, metrics), gradient = loss_and_gradient(logprobs, hand_batch(), config, 0)
     # A constant, so the gradient is -w A/2 = -w.
     np.testing.assert_allclose(gradient[0, 1:3], np.negative(weights), rtol=1e-5)
-    assert finish_metrics(metrics)['mismatch_weight'] == pytest.approx(np.mean(weights), rel=1e-5)
+    metrics = finish_metrics(metrics)
+    assert metrics['mismatch_weight'] == pytest.approx(np.mean(weights), rel=1e-5)
+    assert metrics.get('mismatch_masked') == masked
+    assert metrics['logprob_gap'] == pytest.approx(0.75)  # (0.5 + 1)/2, corrected or not
 
 
 @pytest.mark.slow
@@ -147,25 +113,23 @@ def test_micro_batches_of_unequal_counts_add_up_to_one_mean():
 
 
 def test_another_policy_loss_is_one_function():
-    """CISPO's (arXiv 2506.13585, eq. 4): a clipped ratio, a constant, times A times log p."""
+    """r A without any bound (arXiv 1707.06347, eq. 6)."""
 
-    def cispo(ratio, advantages, clip_low, clip_high):
-        held = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-        return jax.lax.stop_gradient(held / ratio) * ratio * advantages, jnp.abs(held - ratio) > 0
+    def unclipped(tokens, bounds):
+        return tokens.ratio * tokens.advantages, {'above_one': tokens.ratio > 1.0}
 
     def loss(logprobs):
-        batch = hand_batch()
-        settings = {'clip_low': 0.2, 'clip_high': 0.28, 'mismatch': 'none', 'mismatch_cap': 2.0}
+        batch, bounds = hand_batch(), Bounds(0.2, 0.28, 3.0, 0.1)
+        settings = {'bounds': bounds, 'mismatch': 'none', 'mismatch_cap': 2.0}
         old = batch.rollout_logprobs
-        return policy_term(logprobs, old, batch, surrogate=cispo, **settings)
+        return policy_term(logprobs, old, batch, surrogate=unclipped, **settings)
 
     logprobs = jnp.array([[jnp.nan, -1.0, -2.0, -3.0, -0.5, jnp.inf]])
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(logprobs)
-    # Ratios exp(0.5) and exp(-1), held at 1.28 and 0.8; A 2, weights 1/2: -(1.28 + 0.8). Where the
-    # clip surrogate has no gradient, this one has: -1.28.
-    np.testing.assert_allclose(value, -2.08, rtol=1e-6)
-    np.testing.assert_allclose(gradient, [[0, -1.28, -0.8, 0, 0, 0]], rtol=1e-6)
-    assert finish_metrics(metrics)['clip_fraction'] == 1.0
+    # Ratios exp(0.5) and exp(-1); A 2, weights 1/2: -(1.648721 + 0.367879), r A's gradient is r A.
+    np.testing.assert_allclose(value, -2.0166, rtol=1e-5)
+    np.testing.assert_allclose(gradient, [[0, -1.648721, -0.367879, 0, 0, 0]], rtol=1e-5)
+    assert finish_metrics(metrics)['above_one'] == 0.5
 
 
 def test_temperature_one_and_entropy_are_reported():
@@ -182,17 +146,24 @@ def test_temperature_one_and_entropy_are_reported():
 
 variants = st.fixed_dictionaries(
     {
-        'mismatch': st.sampled_from(['none', 'token', 'sequence', 'mask']),
-        'mismatch_cap': st.just(1.3),
+        # So that with the tables' ratios every bound acts on some tokens and not on others.
+        'policy': st.sampled_from(list(SURROGATES)),
+        'clip_low': st.sampled_from([0.2, 0.05]),
+        'clip_high': st.sampled_from([0.28, 0.05]),
+        'dual_clip': st.just(1.2),
+        'dppo_tv': st.just(0.03),
+        'mismatch': st.sampled_from(list(CORRECTIONS)),
+        'mismatch_cap': st.sampled_from([1.3, 1.05]),
         'old_logprobs': st.sampled_from(['current', 'recomputed', 'rollout']),
         'kl_coef': st.sampled_from([0.0, 0.1]),
-        'clip_high': st.just(0.28),
+        'kl': st.sampled_from(list(KL_ESTIMATORS)),
+        'kl_in': st.sampled_from(['loss', 'reward']),
     }
 ).map(lambda v: v | {'mismatch': 'none'} if v['old_logprobs'] == 'rollout' else v)
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     rollouts=rollout_lists(),
     weights=loss_settings,
@@ -229,39 +200,6 @@ def test_equals_the_objective_however_it_is_packed(
         added = jax.tree.map(lambda *x: sum(x), *[p[0][1] for p in parts])
     assert finish_metrics(added) == pytest.approx(finish_metrics(metrics), rel=1e-5, abs=1e-9)
     assert all(np.isfinite(value) for value in finish_metrics(metrics).values())
-
-
-@pytest.mark.parametrize('old_logprobs', ['current', 'recomputed', 'rollout'])
-def test_gradient_is_the_finite_difference(old_logprobs):
-    rollouts = example()
-    current, old, frozen = tables(scale=0.1)
-    for r in rollouts:
-        r.rollout_logprobs = old[r.tokens].astype(np.float32)
-    config = small_config(old_logprobs=old_logprobs, kl_coef=0.2)
-    held = small_config(old_logprobs='recomputed', kl_coef=0.2)
-    with jax.enable_x64(True):
-        batch = make_batch(rollouts, config)
-        _, gradient = value_and_grad(current, batch, config, 0.05, old, frozen)
-        used = np.unique(batch.tokens[(batch.policy_weight > 0) | (batch.env_weight > 0)])
-        assert len(used) > 15 and np.count_nonzero(gradient) == len(used)
-        # 'current' has a constant ratio, so its difference is that of the old policy held at here.
-        before = current if old_logprobs == 'current' else old
-        probe = held if old_logprobs == 'current' else config
-        for token in used:
-            step = np.zeros(VOCABULARY)
-            step[token] = 1e-6
-            up, _ = loss_of_table(current + step, batch, probe, 0.05, before, frozen)
-            down, _ = loss_of_table(current - step, batch, probe, 0.05, before, frozen)
-            np.testing.assert_allclose(gradient[token], (up - down) / 2e-6, rtol=1e-5, atol=1e-9)
-
-
-def example():
-    return [
-        make_rollout('PPAAWROOSAAF', reward=1.0, sample=0),
-        make_rollout('PAAAROOO', reward=0.0, sample=1, first_token=20),
-        make_rollout('PPAFA', reward=0.0, sample=2, first_token=40),
-        make_rollout('PPPP', reward=0.5, group=1, sample=0, first_token=60),
-    ]
 
 
 @pytest.mark.parametrize('old_logprobs', ['current', 'rollout'])
@@ -327,6 +265,8 @@ def test_supervised_batch_is_plain_cross_entropy():
     [
         ({'old_logprobs': 'older'}, 'loss.old_logprobs'),
         ({'mismatch': 'both'}, 'loss.mismatch'),
+        ({'policy': 'ppo'}, 'loss.policy'),
+        ({'kl': 'k4'}, 'loss.kl is'),
         ({'mismatch': 'token', 'mismatch_cap': 0.5}, 'at least 1'),
         ({'mismatch': 'token', 'old_logprobs': 'rollout'}, 'corrects nothing'),
         ({'old_logprobs': 'recomputed'}, 'needs the old_logprobs'),

@@ -28,10 +28,15 @@ MESHES = [
 ]
 
 
-def start(output, sizes, dtype='float32', devices=8, **environment):
+def start(output, sizes, dtype='float32', devices=8, loss=None, **environment):
+    arguments = [output, json.dumps(sizes), dtype, json.dumps(loss or {})]
+    return run('mesh_step.py', *arguments, dtype=dtype, devices=devices, **environment)
+
+
+def run(program, *arguments, dtype, devices=8, **environment):
     flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
     return subprocess.Popen(
-        [sys.executable, ROOT / 'tests/support/mesh_step.py', output, json.dumps(sizes), dtype],
+        [sys.executable, ROOT / 'tests/support' / program, *arguments],
         env=os.environ
         | {
             'JAX_PLATFORMS': 'cpu',
@@ -61,9 +66,11 @@ def alone(tmp_path_factory):
     }
 
 
-def assert_same(found, expected, tolerance):
+def assert_same(found, expected, tolerance, least=1e-3):
     assert found.keys() == expected.keys()
     assert abs(expected['loss']) > 0.01
+    # The old log-probabilities are those of the same policy, scored by a pass of its own.
+    assert max(x['ratio_deviation'] / x['action_tokens'] for x in (found, expected)) < 1e-5
     assert expected['target_tokens'] == 7 + 5 + 5 + 6 + 0 + 0 + 1
     for name, value in expected.items():
         if name == 'held':
@@ -71,7 +78,7 @@ def assert_same(found, expected, tolerance):
         assert found[name].shape == value.shape
         scale = np.abs(value).max()
         if value.ndim:
-            assert scale > 1e-3, name  # a gradient of zeros would show nothing
+            assert scale > least, name  # a gradient of zeros would show nothing
         else:
             scale = max(scale, 1.0)  # the policy's loss is 0 but for rounding
         np.testing.assert_allclose(found[name], value, 0, tolerance * scale, err_msg=name)
@@ -84,6 +91,24 @@ def test_eight_devices_compute_what_one_does(alone, tmp_path, sizes, dtype, tole
     found = finish(output, start(output, sizes, dtype))
     assert found['held'] == pytest.approx(0.25 if 'data' in sizes else 0.125)
     assert_same(found, alone[dtype], tolerance)
+
+
+def test_ratios_of_rollouts_whose_tokens_are_on_several_devices(tmp_path):
+    """The model's gradients through sums over each rollout, beside all that is new per group."""
+    loss = {'policy': 'gspo', 'mismatch': 'geometric', 'mismatch_cap': 40.0}
+    loss |= {'reduction': 'prompt_mean', 'advantages': 'maxrl'}
+    outputs = [tmp_path / 'alone.npz', tmp_path / 'mesh.npz']
+    expected = finish(outputs[0], start(outputs[0], {}, devices=1, loss=loss))
+    assert 0 < expected['mismatch_masked'] < expected['mismatch_masked/count']
+    sizes = {'fsdp': 2, 'context': 2, 'tensor': 2}
+    found = finish(outputs[1], start(outputs[1], sizes, loss=loss))
+    assert_same(found, expected, 1e-5, least=1e-4)
+
+
+def test_every_loss_of_divided_arrays_is_that_of_whole_ones():
+    process = run('mesh_losses.py', '10', dtype='float64')
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-4000:]
 
 
 def test_two_processes_compute_what_one_does(alone, tmp_path):

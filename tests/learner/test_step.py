@@ -41,6 +41,9 @@ GRAPHDEF, SHAPES = nnx.split(nnx.eval_shape(lambda: Qwen3(MODEL, rngs=nnx.Rngs(0
 T = 24  # of a row, and the longest rollout
 CURRENT = {'old_logprobs': 'current', 'mismatch': 'token', 'mismatch_cap': 1.5}
 ROLLOUT = {'old_logprobs': 'rollout', 'clip_high': 0.3, 'kl_coef': 0.1, 'temperature': 0.7}
+# The rollout's ratio, with a narrower bound since it is nearer to 1, and each token's.
+GSPO = ROLLOUT | {'policy': 'gspo', 'clip_low': 0.02, 'clip_high': 0.02, 'kl': 'k2'}
+CISPO = ROLLOUT | {'policy': 'cispo', 'reduction': 'prompt_mean', 'advantages': 'maxrl'}
 RECOMPUTED = ROLLOUT | {'old_logprobs': 'recomputed', 'mismatch': 'sequence'}
 # Tiny modules are fast enough without LLVM's optimizations, which take half of their compilation.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -140,7 +143,11 @@ def assert_trees_close(actual, expected, rtol=1e-8, atol=1e-11):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [CURRENT, ROLLOUT, RECOMPUTED], ids=lambda o: o['old_logprobs'])
+@pytest.mark.parametrize(
+    'options',
+    [CURRENT, ROLLOUT, RECOMPUTED, GSPO, CISPO],
+    ids=['current', 'rollout', 'recomputed', 'gspo', 'cispo'],
+)
 def test_step_is_the_objective_of_every_rollout_alone(options):
     """Loss and every parameter's gradient: the reference's, pulled back through log_softmax."""
     params, frozen, rollouts = draw_params(0), draw_params(1), draw_rollouts()

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from configs import base, qwen3_8b, tiny
-from echo_jax.learner.batching import make_batch
+from echo_jax.learner.batching import REDUCTIONS, make_batch
 from echo_jax.learner.losses import echo_loss
+from echo_jax.learner.targets import choose_targets
 from echo_jax.model.families import FAMILIES
 from echo_jax.model.huggingface import recipe_config
 from echo_jax.run import rollout_worker
 from echo_jax.run.checks import check_config
-from echo_jax.run.inert import INERT, check_inert, flat, keys_of
-from echo_jax.run.workdir import Workdir
+from echo_jax.run.inert import INERT, check_inert, flat, inert_keys, keys_of
+from echo_jax.run.workdir import Workdir, read_tokenizer
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.tasks.generate import generate_tasks
 from tests.support.random_rollouts import make_rollout, small_config
@@ -25,12 +26,40 @@ from tests.support.small_run import ROOT
 
 # For each row of INERT, by its first key: a choice that makes its keys inert, one that does not.
 CHOICES = {
+    'batch.mini': ({'batch.updates': 1}, {'batch.updates': 4}),
+    'loss.old_logprobs': (
+        {'batch.updates': 1, 'batch.epochs': 1},
+        {'batch.updates': 1, 'batch.epochs': 2},
+    ),
+    'loss.policy': (
+        {'loss.old_logprobs': 'current', 'batch.updates': 4},
+        {'loss.old_logprobs': 'recomputed', 'batch.updates': 4},
+    ),
+    'loss.redraw_limit': ({'loss.equal_groups': 'drop'}, {'loss.equal_groups': 'redraw'}),
+    'loss.count_truncated': ({'loss.mask_truncated': False}, {'loss.mask_truncated': True}),
     'loss.env_normalization': (
         {'loss.reduction': 'token_mean'},
         {'loss.reduction': 'sequence_mean'},
     ),
+    'loss.clip_low': ({'loss.policy': 'dppo'}, {'loss.policy': 'clip'}),
+    'loss.dual_clip': ({'loss.policy': 'clip'}, {'loss.policy': 'dual_clip'}),
+    'loss.dppo_tv': ({'loss.policy': 'cispo'}, {'loss.policy': 'dppo'}),
+    'loss.env_schedule.end': (
+        {'loss.env_schedule.name': 'steps'},
+        {'loss.env_schedule.name': 'linear'},
+    ),
+    'loss.env_schedule.steps': (
+        {'loss.env_schedule.name': 'linear'},
+        {'loss.env_schedule.name': 'steps'},
+    ),
+    'loss.env_adaptive.target': ({'loss.env_adaptive.every': 0}, {'loss.env_adaptive.every': 5}),
+    'loss.count_dropped': (
+        {'loss.drop_unpredictable': False, 'loss.drop_surprising.top': 0.0},
+        {'loss.drop_unpredictable': False, 'loss.drop_surprising.top': 0.1},
+    ),
     'loss.mismatch': ({'loss.old_logprobs': 'rollout'}, {'loss.old_logprobs': 'current'}),
     'loss.mismatch_cap': ({'loss.mismatch': 'none'}, {'loss.mismatch': 'token'}),
+    'loss.kl': ({'loss.kl_coef': 0.0}, {'loss.kl_coef': 0.1}),
     'protocol.max_commands_per_turn': (
         {'protocol.command_selection': 'all'},
         {'protocol.command_selection': 'last'},
@@ -39,9 +68,15 @@ CHOICES = {
         {'protocol.length_penalty_coef': 0.0},
         {'protocol.length_penalty_coef': 0.1},
     ),
+    'optimizer.warmup_from': ({'optimizer.warmup_steps': 0}, {'optimizer.warmup_steps': 5}),
     'sharding.vocab': ({'mesh.tensor': 1}, {'mesh.tensor': -1}),
     'policy.tensor_parallel': ({'policy.backend': 'jax'}, {'policy.backend': 'vllm'}),
-    'sandbox.user': (
+    'sandbox.user': ({'sandbox.hardening': 'docker'}, {'sandbox.hardening': 'strict'}),
+    'verifier.kill_agent_processes': (
+        {'sandbox.hardening': 'strict'},
+        {'sandbox.hardening': 'docker'},
+    ),
+    'sandbox.hardening': (
         {'sandbox.backend': 'local', 'warm_start.steps': 3, 'warm_start.sandbox': 'local'},
         {'sandbox.backend': 'local', 'warm_start.steps': 3, 'warm_start.sandbox': 'docker'},
     ),
@@ -53,10 +88,18 @@ CHOICES = {
         {'sandbox.backend': 'harbor', 'warm_start.steps': 0},
         {'sandbox.backend': 'harbor', 'warm_start.steps': 3},
     ),
+    'num_steps': ({'num_epochs': 2}, {'num_epochs': None}),
     'tasks.train_count': ({'tasks.train': 'set'}, {'tasks.train': ''}),
     'tasks.heldout_count': ({'tasks.heldout': 'set'}, {'tasks.heldout': ''}),
     'warm_start.rollouts': ({'warm_start.steps': 0}, {'warm_start.steps': 3}),
+    'warm_start.demonstrations': (
+        {'warm_start.steps': 3, 'warm_start.explore_steps': 3},
+        {'warm_start.steps': 3, 'warm_start.explore_steps': 2},
+    ),
 }
+# Besides its choice, what it takes for a key to act: the ratio of the policy term must not be 1.
+RATIO = {'loss.old_logprobs': 'rollout'}
+CONTEXT = {'loss.clip_low': RATIO, 'loss.dual_clip': RATIO, 'loss.dppo_tv': RATIO}
 ROWS = pytest.mark.parametrize('row', INERT, ids=lambda row: row.keys[0])
 
 
@@ -75,7 +118,7 @@ def another(value):
         case int() | float():
             return value + 1
         case tuple():
-            return value[:1]
+            return value[:1] or (1,)
         case _:
             return 'another'
 
@@ -90,25 +133,46 @@ def test_every_row_has_its_choices():
 @ROWS
 def test_a_key_is_refused_only_if_it_is_inert(row):
     inert, acting = CHOICES[row.keys[0]]
+    context = CONTEXT.get(row.keys[0], {})
     defaults = flat(base.get_config())
     keys = keys_of(row, defaults)
     assert len(keys) >= len(row.keys)
-    check_inert(with_values(**inert), inert)
+    check_inert(with_values(**context, **inert), inert)
     for key in keys:
-        changed = {key: another(defaults[key])}
-        # By a flag, even to its default.
+        changed = {key: row.values[0] if row.values else another(defaults[key])}
+        # By a flag, even to its default, if that is not the value that acts.
+        given = changed if row.values else {key: defaults[key]}
         with pytest.raises(ValueError) as error:
-            check_inert(with_values(**inert), [key])
-        assert f'--config.{key}={defaults[key]} has no effect {row.reason}' in str(error.value)
+            check_inert(with_values(**context, **inert, **given), [key])
+        assert f'--config.{key}={given[key]} has no effect {row.reason}' in str(error.value)
         assert f'change {row.deciding[0]}' in str(error.value)
         # By a recipe.
         with pytest.raises(ValueError) as error:
-            check_inert(with_values(**inert, **changed))
+            check_inert(with_values(**context, **inert, **changed))
         assert f'{key} is {changed[key]!r} in the recipe' in str(error.value)
         assert f'leave it at {defaults[key]!r}' in str(error.value)
         # A flag that turns something off leaves the recipe as it is.
-        check_inert(with_values(**inert, **changed), inert)
-        check_inert(with_values(**acting, **changed), [*acting, key])
+        check_inert(with_values(**context, **inert, **changed), inert)
+        check_inert(with_values(**context, **acting, **changed), [*acting, key])
+
+
+def test_a_value_that_acts_is_not_refused():
+    check_inert(base.get_config(), ['loss.old_logprobs'])  # 'current'
+    check_inert(with_values(**{'loss.old_logprobs': 'rollout'}), ['loss.old_logprobs'])
+
+
+def test_all_that_cannot_act_is_named():
+    config = qwen3_8b.get_config()
+    found = inert_keys(config)
+    assert found == sorted(set(found))
+    assert {'loss.clip_low', 'loss.clip_high', 'batch.mini', 'warm_start.optimizer'} <= set(found)
+    assert config.loss.clip_high == 0.2  # the released value, though it cannot act
+    assert 'loss.old_logprobs' not in found  # 'current' acts, 'recomputed' would not
+    config.loss.old_logprobs = 'recomputed'
+    assert 'loss.old_logprobs' in inert_keys(config)
+    config.batch.epochs = 2
+    assert {'loss.clip_low', 'loss.old_logprobs'}.isdisjoint(inert_keys(config))
+    assert 'sharding.vocab' not in inert_keys(tiny.get_config())  # it has no such key
 
 
 def test_an_element_of_a_tuple_is_its_key():
@@ -163,8 +227,21 @@ def test_the_count_of_observations_is_read_only_by_sequences():
         return np.asarray(make_batch(rollouts, config).env_weight)
 
     counts = ['full_observation', 'selected']
-    for reduction, differ in {'sequence_mean': True, 'token_mean': False, 'dr_grpo': False}.items():
+    for reduction in REDUCTIONS:
+        differ = reduction == 'sequence_mean'
         one, two = (weights(reduction=reduction, env_normalization=count) for count in counts)
+        assert one.any() and (one != two).any() == differ
+
+
+def test_a_dropped_target_counts_in_no_denominator_of_dr_grpo():
+    def weights(**loss):
+        config = small_config(groups=1, group_size=2, drop_unpredictable=True, **loss)
+        rollouts = [make_rollout('PPAAOO', sample=i) for i in range(2)]
+        targets, _ = choose_targets(rollouts, config, lambda r: r.tokens == 5)
+        return np.asarray(make_batch(rollouts, config, targets).env_weight)
+
+    for reduction, differ in {'sequence_mean': True, 'token_mean': True, 'dr_grpo': False}.items():
+        one, two = (weights(reduction=reduction, count_dropped=count) for count in (True, False))
         assert one.any() and (one != two).any() == differ
 
 
@@ -196,12 +273,79 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
         ({'group_size': 0}, 'group_size is 0; expected at least 1'),
         ({'sandbox.at_once': 0}, 'sandbox.at_once is 0; expected at least 1'),
         ({'policy.backend': 'torch'}, "policy.backend is 'torch'; expected 'jax' or 'vllm'"),
+        ({'seed': -1}, 'seed is -1; expected 0 to 2147483647'),
+        ({'seed': 1 << 31}, 'seed is 2147483648; expected 0 to 2147483647'),
+        ({'batch.updates': 0}, 'batch.updates is 0; expected at least 1'),
+        ({'batch.updates': 3}, 'batch.updates=3 does not divide the 8 groups of a batch'),
+        (
+            {'batch.mini': 'rows', 'batch.updates': 2},
+            "batch.mini is 'rows'; expected one of ('groups', 'rollouts')",
+        ),
+        ({'loss.equal_groups': 'forget'}, "loss.equal_groups is 'forget'; expected one of"),
+        (
+            {'loss.equal_groups': 'redraw', 'loss.redraw_limit': 0},
+            'loss.redraw_limit is 0; expected at least 1',
+        ),
         ({'max_staleness': -1}, 'max_staleness is -1; expected 0 or more steps'),
         ({'max_staleness': 1}, 'max_staleness is 1; the embedded policy samples every step'),
+        (
+            {'loss.policy': 'ppo'},
+            "loss.policy is 'ppo'; expected one of ('clip', 'dual_clip', 'gspo'",
+        ),
+        ({'loss.dual_clip': 1.0}, 'loss.dual_clip is 1.0; expected more than 1'),
+        (
+            {
+                'loss.policy': 'gspo',
+                'loss.mismatch': 'token',
+                'loss.old_logprobs': 'recomputed',
+                'batch.updates': 2,
+            },
+            "loss.policy='gspo', loss.mismatch='token' make no sense together",
+        ),
         ({'batch.seq_len': 287}, 'batch.seq_len=287 cannot hold a rollout'),
         ({'policy.slots': 7}, 'policy.slots=7 cannot hold a group of 8 rollouts'),
         ({'eval.samples': 65}, 'policy.slots=64 cannot hold a group of 65 rollouts'),
         ({'warm_start.explore_steps': 211}, 'warm_start.explore_steps=211 is not among the'),
+        ({'loss.targets': 'all'}, "loss.targets is 'all'; expected one of"),
+        ({'loss.max_env_tokens': -1}, 'loss.max_env_tokens is -1; expected 0 or more'),
+        ({'loss.env_filter.min_clean': 1.5}, 'loss.env_filter.min_clean is 1.5; expected a share'),
+        ({'loss.drop_surprising.top': -0.1}, 'loss.drop_surprising.top is -0.1; expected a share'),
+        (
+            {'loss.drop_surprising.top': 0.5, 'loss.drop_surprising.bottom': 0.5},
+            'top=0.5 and bottom=0.5 leave no target',
+        ),
+        ({'loss.env_coef': -0.1}, 'loss.env_coef is -0.1; expected 0 or more'),
+        ({'loss.env_schedule.name': 'cosine'}, "loss.env_schedule.name is 'cosine'; expected one"),
+        ({'loss.env_schedule.name': 'steps'}, 'steps=() and coefs=(); expected as many coefs'),
+        (
+            {
+                'loss.env_schedule.name': 'steps',
+                'loss.env_schedule.steps': (5, 5),
+                'loss.env_schedule.coefs': (0.1, 0.0),
+            },
+            'loss.env_schedule.steps=(5, 5); expected steps that rise',
+        ),
+        ({'loss.env_adaptive.every': -1}, 'loss.env_adaptive.every is -1; expected 0 or more'),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_coef': 0.0},
+            'loss.env_adaptive.every=5 adapts a loss.env_coef of 0',
+        ),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_adaptive.smoothing': 1.0},
+            'expected a target above 0 and a smoothing of 0 or more, below 1',
+        ),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_adaptive.low': 0.06},
+            'loss.env_adaptive.low=0.06 and high=0.1 do not hold loss.env_coef=0.05',
+        ),
+        (
+            {'loss.env_adaptive.every': 5, 'loss.env_schedule.name': 'linear'},
+            "loss.env_adaptive.every=5 and loss.env_schedule.name='linear' both move",
+        ),
+        (
+            {'tasks.heldout': 'one,two:environment_only'},
+            "tasks.heldout='one,two:environment_only' marks tasks as environment_only",
+        ),
         ({'mesh.data': 2}, 'mesh data=2, fsdp=-1, context=1, tensor=1 does not fit'),
         ({'model.path': '/nowhere'}, '/nowhere/config.json is missing'),
     ],
@@ -213,6 +357,17 @@ def test_what_the_learner_cannot_do(values, says):
     with pytest.raises(ValueError) as error:
         check_config(config)
     assert says in str(error.value)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert read_tokenizer(tmp_path).chat_template
+    for file in (*tmp_path.glob('*.jinja'), tmp_path / 'tokenizer_config.json'):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match=r'\(model\.path\) has a tokenizer without a chat template'
+    ):
+        read_tokenizer(tmp_path)
 
 
 def test_sizes_are_given_or_found():

@@ -23,6 +23,8 @@ def main(argv):
     if raises.value:
         raise eval(raises.value)
     print(config.value.num_steps)
+    if entry.overrides() != ['num_steps']:
+        print(config.value.sandbox.memory_mb, entry.overrides())
 
 config = config_flags.DEFINE_config_file('config')
 raises = flags.DEFINE_string('raises', '', 'An error.')
@@ -47,6 +49,15 @@ def fails(*flags: str) -> str:
 def test_a_program_that_goes_well():
     done = run(CONFIG, '--config.num_steps=7')
     assert (done.returncode, done.stdout, done.stderr) == (0, '7\n', '')
+
+
+def test_a_key_may_be_none_again():
+    done = run(CONFIG, '--config.num_steps=7', '--config.sandbox.memory_mb=None')
+    assert done.stdout == "7\nNone ['num_steps', 'sandbox.memory_mb']\n", done.stderr
+    line = fails('--config.sandbox.memory_mb=None')
+    assert 'Flag --config must have a value' in line or 'give its --config' in line
+    # A key that is never None is not touched.
+    assert '--config.num_steps=None: invalid literal' in fails(CONFIG, '--config.num_steps=None')
 
 
 @pytest.mark.slow

@@ -10,8 +10,12 @@ from echo_jax.sandbox import CommandResult, docker, local
 from echo_jax.sandbox.docker import engine, images
 from echo_jax.sandbox.local import namespaces
 from tests.support import docker_engine
+from tests.support.episodes import episodes, make_task  # noqa: F401  pytest finds them here
 from tests.support.sandboxes import SEC, refusal, results
-from tests.support.tokenizers import protocol_config  # noqa: F401  pytest finds it by its name here
+from tests.support.tokenizers import (  # noqa: F401  pytest finds them by their names here
+    protocol_config,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture

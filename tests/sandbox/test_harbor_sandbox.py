@@ -1,92 +1,27 @@
-"""The shell that HarborSandbox makes of an environment which runs each command in a new one.
+"""The shells that HarborSandbox makes of an environment which runs each command in a new one.
 
 The environment of these tests is `Machine`: real processes in the namespaces of a local sandbox,
-behind Harbor's interface. Where Harbor is installed it is a subclass of Harbor's own and made by
-Harbor's factory; elsewhere only that part is left out.
+behind Harbor's interface. All else is Harbor's own.
 """
 
 import asyncio
 import pathlib
 import re
-import sys
-import tempfile
 
 import pytest
 
-from echo_jax.sandbox import CommandResult, SandboxError, harbor, local, shell
-from echo_jax.tasks.generate import FAMILIES, generate_tasks
-from echo_jax.tasks.sources import load_tasks
-from echo_jax.types import Status, Task
+pytest.importorskip('harbor', reason='Harbor needs Python 3.12: pip install harbor')
 
+from echo_jax.sandbox import CommandResult, SandboxError, local, shell
+from echo_jax.types import Task
+from tests.support.harbor_machine import Machine, machine, write_task
+from tests.support.sandboxes import opened
+
+# Harbor warns of old keys in tasks, and of its own code.
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')
 SEC = 30.0
 # A line for each `sleep` that runs; others end meanwhile.
 LEFT = 'for f in /proc/[0-9]*/comm; do [ "$(cat $f 2>&1)" = sleep ] && echo left; done; true'
-try:
-    from harbor.environments.base import BaseEnvironment, ExecResult
-    from harbor.environments.capabilities import EnvironmentCapabilities
-except ModuleNotFoundError:
-    BaseEnvironment = object
-
-
-class Machine(BaseEnvironment):
-    """`exec` is a new shell each time and keeps nothing but files and processes."""
-
-    def __init__(self, environment_dir, network_policy=None, **harbors):
-        if BaseEnvironment is not object:
-            super().__init__(environment_dir, network_policy=network_policy, **harbors)
-        self.sandbox = local.LocalSandbox(Task('machine', pathlib.Path(environment_dir).parent, ''))
-        self.calls = 0
-
-    @staticmethod
-    def type() -> str:
-        return 'machine'
-
-    @property
-    def capabilities(self):
-        return EnvironmentCapabilities(disable_internet=True)
-
-    def _validate_definition(self):
-        pass
-
-    async def start(self, force_build):
-        await self.sandbox.start()
-        with tempfile.TemporaryDirectory() as empty:  # the agent's user may not make these here
-            for folder in ('/tests', '/solution'):
-                await self.sandbox.upload(pathlib.Path(empty), folder)
-
-    async def stop(self, delete):
-        await self.sandbox.stop()
-
-    async def upload_file(self, source_path, target_path):
-        await self.sandbox.upload(pathlib.Path(source_path), target_path)
-
-    async def exec(self, command, cwd=None, env=None, timeout_sec=None, user=None):
-        self.calls += 1
-        result = await self.sandbox.run(f'({command})', timeout_sec)
-        if result.timed_out:
-            raise RuntimeError(f'Command timed out after {timeout_sec} seconds')
-        if BaseEnvironment is object:
-            return result
-        return ExecResult(stdout=result.stdout, stderr=result.stderr, return_code=result.exit_code)
-
-    async def upload_dir(self, source_dir, target_dir):
-        raise NotImplementedError
-
-    async def download_file(self, source_path, target_path):
-        raise NotImplementedError
-
-    async def download_dir(self, source_dir, target_dir):
-        raise NotImplementedError
-
-
-OWN = f'{__name__}:Machine'
-
-
-def create(task, environment, trial, **limits):
-    """Harbor's factory where there is one."""
-    if BaseEnvironment is not object:
-        return harbor.create_environment(task, environment, trial, **limits)
-    return Machine(task.path / 'environment')
 
 
 @pytest.fixture(autouse=True)
@@ -99,25 +34,20 @@ def sandboxes_work():
 
 @pytest.fixture
 def task(tmp_path) -> Task:
-    (tmp_path / 'task' / 'environment').mkdir(parents=True)
-    return Task('Task_1', tmp_path / 'task', 'do it', env={'NAME': "it's $HOME"})
+    return write_task(tmp_path / 'Task_1', '[environment.env]\nNAME = "it\'s $HOME"')
 
 
 @pytest.fixture
 def session(task):
     """session(commands..., timeout=): their results, then proof that the sandbox still works."""
 
-    def run(*commands: str, timeout: float = SEC) -> list[CommandResult]:
+    def run(*commands: str, timeout: float = SEC, mode: str = 'persistent') -> list[CommandResult]:
         async def main():
-            sandbox = harbor.HarborSandbox(task, environment=OWN, create=create)
-            await sandbox.start()
-            try:
+            async with opened(machine(task, shell=mode)) as sandbox:
                 results = [await sandbox.run(command, timeout) for command in commands]
                 alive = await sandbox.run('echo a*live', SEC)
                 assert alive.stdout.endswith('a*live\n'), alive
                 return results
-            finally:
-                await sandbox.stop()
 
         return asyncio.run(main())
 
@@ -191,83 +121,116 @@ def test_hostile_commands(session):
     assert results[5].exit_code == 126
 
 
-def test_upload_and_reset(task, tmp_path):
-    folder = tmp_path / 'tests'
+def test_fresh_shells(session):
+    """A new `bash -c` for each command: files and processes last, and nothing else does."""
+    results = session(
+        'cd /tmp; x=42; echo kept >/app/file; sleep 1000 & (setsid sleep 1000 &)',
+        'echo "$PWD [$x] $NAME $SHLVL"; env | grep ECHO_JAX; cat file; jobs; set -e; false',
+        f"printf 'no newline'; echo oops >&2; cat; {LEFT}; exit 3",
+        'trap "echo caught; exit 5" INT; kill -INT $$; sleep 1',
+        "cat <<'EOF'\n$x \nEOF\n\n",
+        'echo "unbalanced',
+        'kill -9 $$',
+        'echo a\0b',
+        'echo ' + 'x' * 100_000,
+        mode='fresh',
+    )
+    assert results[0] == CommandResult('', '', 0, False)
+    assert results[1] == CommandResult("/app [] it's $HOME 1\nkept\n", '', 1, False)
+    assert results[2] == CommandResult('no newlineleft\nleft\n', 'oops\n', 3, False)
+    assert results[3] == CommandResult('caught\n', '', 5, False)
+    assert results[4] == CommandResult('$x \n', '', 0, False)
+    assert results[5].exit_code == 2 and 'unexpected EOF' in results[5].stderr
+    assert results[6].exit_code == 137
+    assert results[7].exit_code == 2 and 'NUL' in results[7].stderr
+    assert results[8].exit_code == 126
+
+
+def test_a_fresh_shell_that_runs_out_of_time_ends_with_what_it_began(session):
+    results = session(
+        'sleep 1000 &',
+        '(setsid sleep 1001 &); sleep 1002 & echo begun; trap "" TERM; sleep 1003',
+        LEFT,
+        'kill -9 -1; echo not reached',
+        'cat',
+        mode='fresh',
+        timeout=3.0,
+    )
+    assert results[1] == CommandResult('begun\n', '', -1, True)
+    assert results[2].stdout == 'left\n'  # what an earlier command began
+    assert results[3].exit_code == 137
+    assert results[4] == CommandResult('', '', 0, False)
+
+
+def test_endless_output_of_a_fresh_shell_ends(session, monkeypatch):
+    monkeypatch.setattr(shell, 'DISCARD_BYTES', 1 << 20)
+    (result,) = session('yes | head -c 4000000; sleep 100', mode='fresh')
+    assert result == CommandResult('y\n' * (1 << 17), '', 137, False)
+
+
+def test_a_sandbox_from_start_to_stop(task, tmp_path):
+    folder = tmp_path / 'files'
     (folder / 'deep').mkdir(parents=True)
-    (folder / 'test.sh').write_text('echo here')
-    (folder / 'deep' / 'link').symlink_to('../test.sh')
-    (tmp_path / 'bad').mkdir()
-    (tmp_path / 'bad' / 'out').symlink_to('/etc/passwd')
+    (folder / 'deep' / 'a').write_text('echo here')
 
     async def main():
-        sandbox = harbor.HarborSandbox(task, environment=OWN, create=create, output_bytes=1000)
+        sandbox = machine(task, output_bytes=1000)
         with pytest.raises(SandboxError, match='not running'):
             await sandbox.run('true', SEC)
         await sandbox.start()
-        await sandbox.upload(folder, '/tests')
-        await sandbox.upload(folder / 'test.sh', '/app/a b/c')
-        seen = await sandbox.run('bash /tests/deep/link; cat "/app/a b/c"', SEC)
+        await sandbox.upload(folder, '/app/files')
+        await sandbox.upload(folder / 'deep' / 'a', '/app/b')
+        seen = await sandbox.run('bash files/deep/a; cat b', SEC)
         assert seen.stdout == 'here\necho here'
-        seen = await sandbox.run('cat /tests/test.sh; ln -s /app /tmp/way', SEC)
-        assert seen.stdout == 'echo here'
-        with pytest.raises(SandboxError, match='a link lies on the way'):
-            await sandbox.upload(folder, '/tmp/way/x')
-        with pytest.raises(ValueError, match='leads outside'):
-            await sandbox.upload(tmp_path / 'bad', '/tests')
-        await sandbox.run('cd /tmp; x=1; (setsid sleep 1000 &)', SEC)
-        await sandbox.reset()
-        left = await sandbox.run(f'echo "$PWD [$x]"; {LEFT}', SEC)
-        assert left.stdout == '/app []\n'
         # A command that nobody waits for any more is killed before the next.
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1):
                 await sandbox.run('sleep 1000', SEC)
-        left = await sandbox.run(LEFT, SEC)
-        assert left.stdout == ''
+        assert (await sandbox.run(LEFT, SEC)).stdout == ''
+        assert (await sandbox.verify()).reward == 1
+        with pytest.raises(SandboxError, match='not running'):
+            await sandbox.run('true', SEC)
         await sandbox.stop()
         await sandbox.stop()
         with pytest.raises(SandboxError, match='not running'):
-            await sandbox.run('true', SEC)
+            await sandbox.verify()
 
     asyncio.run(main())
 
 
-def test_an_environment_that_fails_is_a_sandbox_error(task, monkeypatch):
-    async def start(environment, force_build):
-        raise ConnectionError('the cloud\nis gone')
+@pytest.mark.parametrize('mode', shell.SHELLS)
+def test_an_episode_that_is_dropped_leaves_nothing(task, mode, monkeypatch):
+    """Whether while the environment starts, a command runs or the tests do."""
+    stopped = []
+    stop = Machine.stop
 
-    monkeypatch.setattr(Machine, 'start', start)
-    sandbox = harbor.HarborSandbox(task, environment=OWN, create=create)
-    with pytest.raises(SandboxError, match='Task_1: Harbor cannot start: the cloud is gone'):
-        asyncio.run(sandbox.start())
+    async def stop_and_note(environment, delete):
+        stopped.append(delete)
+        await stop(environment, delete)
 
+    monkeypatch.setattr(Machine, 'stop', stop_and_note)
+    (task.path / 'tests' / 'test.sh').write_text('sleep 1000')
 
-def test_tasks_are_solved_in_it(tmp_path):
-    """The verifier's own scripts, and what two families' solutions do."""
-    tasks = load_tasks(generate_tasks(tmp_path / 'set', split='train', count=len(FAMILIES)))[:2]
+    async def begin(sandbox, parts):
+        await sandbox.start()
+        if 'command' in parts:
+            await sandbox.run('sleep 1000', 1000)
+        if 'tests' in parts:
+            await sandbox.verify()
 
-    async def reward(task, solve):
-        sandbox = harbor.HarborSandbox(task, environment=OWN, create=create)
-        try:
-            await sandbox.start()
-            if solve:
-                await sandbox.upload(task.path / 'solution', '/solution')
-                await sandbox.run('bash /solution/solve.sh', SEC)
-            return await sandbox.verify()
-        finally:
+    async def main():
+        for seconds, parts in ((0.3, ''), (4, 'command'), (6, 'tests')):
+            sandbox = machine(task, shell=mode)
+            folder = None
+            try:
+                async with asyncio.timeout(seconds):
+                    await begin(sandbox, parts)
+            except TimeoutError:
+                pass
+            folder = sandbox.logs and pathlib.Path(sandbox.logs.name)
             await sandbox.stop()
+            assert stopped.pop() is True and stopped == []
+            assert folder is None or not folder.exists()
+        assert [t for t in asyncio.all_tasks() if t is not asyncio.current_task()] == []
 
-    for task in tasks:
-        assert asyncio.run(reward(task, True)) == (1.0, Status.OK)
-        assert asyncio.run(reward(task, False)) == (0.0, Status.OK)
-
-
-def test_what_is_missing_is_one_line():
-    if BaseEnvironment is object:
-        version = '.'.join(map(str, sys.version_info[:2]))
-        with pytest.raises(ValueError, match=rf'pip install harbor, .* this is {version}'):
-            harbor.check('docker')
-        return
-    with pytest.raises(ValueError, match=r"is 'dockr'; expected MODULE:CLASS or one of docker,"):
-        harbor.check('dockr')
-    harbor.check(OWN)
+    asyncio.run(main())

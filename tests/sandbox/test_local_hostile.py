@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pathlib
+import re
 import subprocess
 
 import pytest
@@ -220,7 +221,10 @@ def test_the_reward_is_a_regular_file(task, backend, trick):
             (task.path / 'tests' / 'test.sh').write_text(f'#!/bin/bash\necho 1 > {reward}\n')
             return tricked, await sandbox.verify()
 
-    assert asyncio.run(main()) == ((0.0, Status.VERIFIER_ERROR), (1.0, Status.OK))
+    tricked, honest = asyncio.run(main())
+    assert tricked[:2] == (0.0, Status.VERIFIER_ERROR)
+    assert re.search('no regular file|bytes', tricked.reason)
+    assert honest[:2] == (1.0, Status.OK)
 
 
 def test_links_do_not_lead_uploads_astray(task, backend, tmp_path):

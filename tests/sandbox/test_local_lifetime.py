@@ -20,57 +20,6 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Start and stop.
 
 
-def test_dockerfile_is_followed(task, backend):
-    environment = task.path / 'environment'
-    (environment / 'src').mkdir(parents=True)
-    (environment / 'src' / 'a.txt').write_text('A')
-    (environment / 'b.txt').write_text('B')
-    (environment / 'Dockerfile').write_text(
-        '# a comment\nFROM debian:bookworm\nWORKDIR /srv/box\nENV NAME=value OTHER="two words"\n'
-        'COPY src/ ./src\nCOPY b.txt $NAME.txt\n'
-        'RUN cat src/a.txt value.txt > made \\\n && echo $OTHER >> made && export LOST=1\n'
-        'RUN ["touch", "with space"]\n'
-    )
-
-    async def main():
-        async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
-            return await sandbox.run(
-                'pwd; ls -1; cat made; echo $NAME $LOST.; echo ok > w; cat w', SEC
-            )
-
-    expected = '/srv/box\nmade\nsrc\nvalue.txt\nwith space\nABtwo words\nvalue .\nok\n'
-    assert asyncio.run(main()) == CommandResult(expected, '', 0, False)
-
-
-@pytest.mark.parametrize(
-    'line, error, message',
-    [
-        ('ADD a /b', ValueError, 'ADD is not followed'),
-        ('USER root', ValueError, 'USER is not followed'),
-        ('COPY ../../x /app/', ValueError, 'leads outside'),
-        ('COPY link /app/', ValueError, 'leads outside'),
-        ('COPY nothing /app/', ValueError, 'no such file'),
-        ('COPY --from=other a /b', ValueError, 'no options'),
-        ('RUN false', SandboxError, "RUN 'false' ended with 1"),
-    ],
-)
-def test_dockerfile_refusals(task, backend, line, error, message):
-    environment = task.path / 'environment'
-    environment.mkdir()
-    (environment / 'Dockerfile').write_text(f'FROM x\n{line}\n')
-    (environment / 'link').symlink_to('/etc/hostname')
-    before = descendants(os.getpid())
-
-    async def main():
-        async with opened(local.LocalSandbox(task, backend=backend)):
-            pass
-
-    with pytest.raises(error, match=message) as caught:
-        asyncio.run(main())
-    assert '\n' not in str(caught.value)
-    assert soon(lambda: descendants(os.getpid()) <= before)
-
-
 def test_task_env_and_workdir(backend, tmp_path):
     task = types.Task('t', tmp_path, 'x', workdir='/data/in', env={'A': "it's\n2"})
 

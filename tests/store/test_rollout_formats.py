@@ -29,15 +29,15 @@ def damaged(data):
         flipped = bytearray(data)
         flipped[place] ^= 1 << (place % 8)
         yield f'bit of byte {place}', bytes(flipped)
-    yield 'the other format', data[:7] + (b'1' if data[7:8] == b'2' else b'2') + data[8:]
+    yield 'the other format', data[:7] + (b'1' if data[7:8] != b'1' else b'3') + data[8:]
     yield 'zeros', bytes(len(data))
 
 
-@pytest.mark.parametrize('form', ['echogrp1', 'echogrp2'])
+@pytest.mark.parametrize('form', ['echogrp1', 'echogrp2', 'echogrp3'])
 def test_damage_is_never_data(tmp_path, form):
     file = tmp_path / 'groups' / f'{12:012d}'
     store = RolloutStore(tmp_path)
-    if form == 'echogrp1':
+    if form != 'echogrp3':
         shutil.copytree(GOLDEN / form, tmp_path, dirs_exist_ok=True)
     else:
         store.write_group(make_group(12))
@@ -74,7 +74,7 @@ def forge(folder, payload, header_bytes, payload_bytes):
     array = open_array(open_kvstore('memory://'), size, 'uint8', size, [zstd])
     array.write(np.frombuffer(payload, np.uint8)).result()
     chunk = array.kvstore['c.0']
-    fields = (b'echogrp2', 6, payload_bytes, header_bytes, len(chunk), zlib.crc32(chunk))
+    fields = (b'echogrp3', 6, payload_bytes, header_bytes, len(chunk), zlib.crc32(chunk))
     prefix = struct.pack('<8sqQQQI', *fields)
     data = prefix + struct.pack('<I', zlib.crc32(prefix)) + chunk
     (folder / 'groups').mkdir(exist_ok=True)
@@ -87,6 +87,8 @@ GOOD = {
     'sample_id': [0],
     'environment_only': [False],
     'status': ['ok'],
+    'reason': [''],
+    'tests_output': [''],
     'tokens': [0],
     'turns': [0],
     'metrics': [[]],
@@ -107,6 +109,9 @@ CHANGES = [
     {'environment_only': [1]},
     {'metrics': [['a']]},
     {'metrics': None},
+    {'reason': []},
+    {'reason': [3]},
+    {'tests_output': [None]},
     {'task_id': 3},
 ]
 
@@ -144,19 +149,22 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     store = RolloutStore(tmp_path)
     store.write_group(make_group(6))
     file = tmp_path / 'groups' / f'{6:012d}'
-    file.write_bytes(b'echogrp3' + file.read_bytes()[8:])
-    with pytest.raises(ValueError, match='echogrp3; expected echogrp1 or echogrp2: upd') as caught:
+    file.write_bytes(b'echogrp4' + file.read_bytes()[8:])
+    with pytest.raises(ValueError, match=r'echogrp4; expected echogrp1 or .*: upd') as caught:
         store.read_groups([6])
     assert not isinstance(caught.value, CorruptError)  # nobody is told to remove it
     assert '\n' not in str(caught.value)
 
 
-def test_groups_of_format_1_are_read():
-    """Written by older code, which kept `environment_only` as a metric (golden/store)."""
-    store = RolloutStore(GOLDEN / 'echogrp1')
+@pytest.mark.parametrize('form', ['echogrp1', 'echogrp2'])
+def test_groups_of_older_formats_are_read(form):
+    """Format 1 kept `environment_only` as a metric; neither has reasons (golden/store)."""
+    store = RolloutStore(GOLDEN / form)
     assert store.groups() == [12, 13, 14]
+    kept = {12: {'environment_only': 1.0}, 13: {'environment_only': 0.0}, 14: {}}
     for group_id, group in zip(store.groups(), store.read_groups(store.groups())):
-        assert [r.environment_only for r in group] == [group_id == 12] * 2
+        is_metric = form == 'echogrp1'
+        assert [r.environment_only for r in group] == [is_metric and group_id == 12] * 2
         for sample_id, rollout in enumerate(group):
             place = 100 * group_id + 10 * sample_id
             np.testing.assert_array_equal(rollout.tokens, np.arange(place, place + 6))
@@ -169,9 +177,11 @@ def test_groups_of_format_1_are_read():
             assert rollout.status is [Status.OK, Status.INFRA_ERROR][sample_id]
             assert (rollout.task_id, rollout.group_id) == (f'task-{group_id}', group_id)
             assert rollout.sample_id == sample_id
-            # The metric has become the field; the others stay, in their order.
-            expected = [('turns', 1.0), ('seconds_sampling', 0.1 * group_id)]
-            assert list(rollout.metrics.items()) == expected
+            assert (rollout.reason, rollout.tests_output) == ('', '')
+            # In format 1 the metric has become the field; the others stay, in their order.
+            metrics = {'turns': 1.0} | ({} if is_metric else kept[group_id])
+            metrics['seconds_sampling'] = 0.1 * group_id
+            assert list(rollout.metrics.items()) == list(metrics.items())
     rewritten = RolloutStore('memory://')
     rewritten.write_group(group)
     assert_equal(rewritten.read_groups([14])[0], group)

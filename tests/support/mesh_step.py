@@ -1,10 +1,10 @@
 """Loss and gradients of one batch on some mesh, in a process of its own; test_mesh.py runs it.
 
-    mesh_step.py OUTPUT.npz '{"fsdp": 4, "tensor": 2}' [DTYPE]
+    mesh_step.py OUTPUT.npz '{"fsdp": 4, "tensor": 2}' [DTYPE] [LOSS]
 
-OUTPUT gets every gradient under its flat name, the sum and the count of every metric, and `held`,
-the largest share of a layer's matrix that one device holds. With several processes, process 0
-writes it.
+LOSS has keys of `loss`, as JSON. OUTPUT gets every gradient under its flat name, the sum and the
+count of every metric, and `held`, the largest share of a layer's matrix that one device holds. With
+several processes, process 0 writes it.
 """
 
 import json
@@ -59,11 +59,14 @@ def draw_batch(config):
     return make_batch(rollouts, config)
 
 
-def main(output, sizes, dtype='float32'):
+def main(output, sizes, dtype='float32', loss='{}'):
     distributed.start()
     config = small_config(groups=4, group_size=2, seq_len=16, micro_rows=8, pack=False)
+    config.loss.update(json.loads(loss))
     config.model.update(SIZES | {'dtype': dtype})
     config.policy.temperature = 0.7
+    # As in a step of several updates, so that the old log-probabilities go over the mesh too.
+    config.batch.updates, config.loss.old_logprobs = 2, 'recomputed'
     config.mesh.update({'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1} | sizes)
     with config.unlocked():
         config.sharding = SHARDING
@@ -83,7 +86,9 @@ def main(output, sizes, dtype='float32'):
             state, metrics = step(init_state(params, optimizer), batch, 0.3)
         return state.opt_state.trace, metrics
 
-    grads, metrics = gradients(params, sharding.put_batch(draw_batch(config), sharded.mesh))
+    batch = sharding.put_batch(draw_batch(config), sharded.mesh)
+    batch = sharded.with_old_logprobs()(params, batch)
+    grads, metrics = gradients(params, batch)
     held = max(
         x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(params) if x.ndim == 3
     )

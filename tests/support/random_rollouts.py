@@ -74,10 +74,10 @@ def rollout_lists(draw, max_rollouts=9, max_tokens=24) -> list[Rollout]:
 
 loss_settings = st.fixed_dictionaries(
     {
-        'reduction': st.sampled_from(['sequence_mean', 'token_mean', 'dr_grpo']),
+        'reduction': st.sampled_from(['sequence_mean', 'token_mean', 'prompt_mean', 'dr_grpo']),
         'env_normalization': st.sampled_from(['full_observation', 'selected']),
         'targets': st.sampled_from(['released', 'output']),
-        'advantages': st.sampled_from(['grpo', 'dr_grpo', 'rloo']),
+        'advantages': st.sampled_from(['grpo', 'dr_grpo', 'rloo', 'maxrl']),
         'count_infra_errors': st.booleans(),
     }
 )

@@ -20,8 +20,8 @@ ADDED = [
     '</think>',
 ]
 # Words, lone digits and the rest in runs; Qwen's rule, which joins `)` to a newline, ` ` to a word.
-_TINY = r'[A-Za-z]+|[0-9]|[^A-Za-z0-9]+'
-_QWEN = (
+TINY = r'[A-Za-z]+|[0-9]|[^A-Za-z0-9]+'
+QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
@@ -40,7 +40,7 @@ _TEXT = [
 @functools.cache
 def build(pattern: str) -> transformers.PreTrainedTokenizerFast:
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = tokenizers.normalizers.NFC() if pattern == _QWEN else None
+    tokenizer.normalizer = tokenizers.normalizers.NFC() if pattern == QWEN else None
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), 'isolated'),
@@ -64,19 +64,19 @@ def build(pattern: str) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(params=[_TINY, _QWEN], ids=['tiny', 'qwen'])
+@pytest.fixture(params=[TINY, QWEN], ids=['tiny', 'qwen'])
 def tokenizer(request):
     return build(request.param)
 
 
 @pytest.fixture
 def tiny_tokenizer():
-    return build(_TINY)
+    return build(TINY)
 
 
 @pytest.fixture
 def qwen_tokenizer():
-    return build(_QWEN)
+    return build(QWEN)
 
 
 @pytest.fixture
@@ -99,5 +99,7 @@ def protocol_config():
             parse_after_think=False,
             length_penalty_coef=0.0,
             length_penalty_start=0,
+            at_max_total_tokens='verify',
+            at_agent_timeout='verify',
         )
     )

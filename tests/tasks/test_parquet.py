@@ -11,7 +11,7 @@ import pytest
 
 from echo_jax.tasks import archives, parquet
 from echo_jax.tasks.generate import generate_tasks
-from echo_jax.tasks.sources import load_tasks
+from echo_jax.tasks.sources import load_sources, load_tasks
 
 FILES = {
     'task.toml': '[agent]\ntimeout_sec = 9\n',
@@ -144,34 +144,50 @@ def evil(name='../../out') -> bytes:
 
 
 @pytest.mark.parametrize(
+    ('bad', 'name', 'message'),
+    [
+        (row('b', evil()), 'b', "'../../out' leads outside the task directory"),
+        (row('b', evil('/etc/x')), 'b', "'/etc/x' leads outside"),
+        (row('b', b'no tar'), 'b', 'the archive is damaged or no tar'),
+        (row('b', b''), 'b', 'the archive is damaged or no tar'),
+        (row('../a'), 'row 1', "path is '../a', expected a plain name"),
+        (row('..'), 'row 1', "path is '..'"),
+        (row('a/b'), 'row 1', "path is 'a/b'"),
+        (row(''), 'row 1', "path is ''"),
+        (row('a\nb'), 'row 1', r"path is 'a\nb'"),
+        (row('x' * 300), 'row 1', 'path is '),
+        (row('b', prompt=[]), 'b', 'prompt is [], expected chat messages'),
+        (row('b', prompt=[{'role': 'system', 'content': 'x'}]), 'b', 'prompt is [{'),
+        (row('b', packed({'task.toml': ''})), 'b', 'tests/test.sh is missing or no file'),
+        (row('b', packed({**FILES, 'task.toml': '['})), 'b', 'is not TOML'),
+    ],
+)
+def test_a_bad_row_is_left_out_and_named(tmp_path, bad, name, message):
+    file = write(tmp_path / 'set.parquet', row('good'), bad)
+    (found,) = load_sources(file, tmp_path / 'cache')
+    assert [task.task_id for task in found.tasks] == ['good']
+    ((task_id, reason),) = found.left_out
+    assert task_id == name and message in reason and '\n' not in reason
+    assert not (tmp_path / 'out').exists()
+    with pytest.raises(ValueError, match='none of 1 tasks can be read') as error:
+        load_sources(write(file, bad), tmp_path / 'cache')
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
     ('rows', 'message'),
     [
-        ([row('a'), row('b', evil())], "row 1, 'b': '../../out' leads outside the task directory"),
-        ([row('a', evil('/etc/x'))], "row 0, 'a': '/etc/x' leads outside"),
-        ([row('a', b'no tar')], "row 0, 'a': the archive is damaged or no tar"),
-        ([row('a', b'')], "row 0, 'a': the archive is damaged or no tar"),
         ([row('a'), row('a')], "row 1, 'a': its id is taken, by 'a'"),
         ([row('a'), row('A')], "row 1, 'A': its id is taken, by 'a'"),
-        ([row('../a')], "row 0: path is '../a', expected a plain name"),
-        ([row('..')], "row 0: path is '..'"),
-        ([row('a/b')], "row 0: path is 'a/b'"),
-        ([row('')], "row 0: path is ''"),
-        ([row('a\nb')], r"row 0: path is 'a\nb'"),
-        ([row('x' * 300)], 'row 0: path is '),
-        ([row('a', prompt=[])], "row 0, 'a': prompt is [], expected chat messages"),
-        ([row('a', prompt=[{'role': 'system', 'content': 'x'}])], "'a': prompt is [{"),
-        ([row('a', packed({'task.toml': ''}))], 'tests/test.sh is missing or no file'),
-        ([row('a', packed({**FILES, 'task.toml': '['}))], 'task.toml is not TOML'),
         ([], 'has no rows'),
     ],
-)  # fmt: skip
-def test_a_bad_row_is_one_line_and_nothing_is_skipped(tmp_path, rows, message):
+)
+def test_ids_that_clash_are_one_line(tmp_path, rows, message):
     file = write(tmp_path / 'set.parquet', *rows)
     with pytest.raises(ValueError) as error:
         load_tasks(file, tmp_path / 'cache')
     said = str(error.value)
     assert message in said and str(file) in said and '\n' not in said
-    assert not (tmp_path / 'out').exists()
 
 
 def test_columns_that_are_missing_or_of_another_kind(tmp_path):
@@ -194,7 +210,7 @@ def test_columns_that_are_missing_or_of_another_kind(tmp_path):
         write(file, {**row(), column: value}, schema=schema)
         with pytest.raises(ValueError) as error:
             load_tasks(file, tmp_path / 'cache')
-        assert f'{file}, row 0' in str(error.value) and expected in str(error.value)
+        assert str(file) in str(error.value) and expected in str(error.value)
 
 
 def test_files_that_are_no_parquet(tmp_path):

@@ -15,99 +15,25 @@ from echo_jax.tasks.harbor import load_task
 from echo_jax.tasks.parquet import write_parquet
 from echo_jax.tasks.sources import load_sources, load_tasks
 from echo_jax.types import Task
-
-TOML = """
-version = "1.0"
-[metadata]
-difficulty = "easy"
-[agent]
-timeout_sec = 90.5
-[verifier]
-timeout_sec = 30
-[environment]
-build_timeout_sec = 45.0
-docker_image = "debian:bookworm-slim"
-cpus = 2
-memory_mb = 512
-allow_internet = true
-workdir = "/srv/work"
-[environment.env]
-NAME = "value"
-"""
-
-
-def write(path, toml=TOML, instruction='Say  hello.\n'):
-    (path / 'tests').mkdir(parents=True)
-    (path / 'tests' / 'test.sh').write_text('echo 1 > /logs/verifier/reward.txt\n')
-    (path / 'task.toml').write_text(toml)
-    (path / 'instruction.md').write_text(instruction)
-    return path
+from tests.support.task_folders import write
 
 
 def numbered(count):
     return [Task(task_id=f't{n:03d}', path=None, instruction=f'do {n}') for n in range(count)]
 
 
-def test_every_field_is_read(tmp_path):
-    path = write(tmp_path / 'hello')
-    assert load_task(path) == Task(
-        task_id='hello',
-        path=path,
-        instruction='Say  hello.',
-        agent_timeout_sec=90.5,
-        verifier_timeout_sec=30,
-        build_timeout_sec=45.0,
-        docker_image='debian:bookworm-slim',
-        cpus=2,
-        memory_mb=512,
-        allow_internet=True,
-        workdir='/srv/work',
-        env={'NAME': 'value'},
-    )
-
-
-def test_defaults_and_the_dockerfiles_workdir(tmp_path):
-    path = write(tmp_path / 'bare', toml='')
-    assert load_task(path) == Task(task_id='bare', path=path, instruction='Say  hello.')
-    (path / 'environment').mkdir()
-    (path / 'environment' / 'Dockerfile').write_text('FROM x\nWORKDIR /a\nworkdir "/b"\nRUN y\n')
-    assert load_task(path).workdir == '/b'
-
-
-@pytest.mark.parametrize(
-    ('toml', 'message'),
-    [
-        ('[agent', 'task.toml is not TOML'),
-        ('agent = 3', 'agent is 3, expected a table'),
-        ('[agent]\ntimeout_sec = "60"', "timeout_sec = '60', expected a finite number above 0"),
-        ('[agent]\ntimeout_sec = true', 'timeout_sec = True, expected a finite number above 0'),
-        ('[verifier]\ntimeout_sec = inf', 'timeout_sec = inf, expected a finite number above 0'),
-        ('[verifier]\ntimeout_sec = nan', 'timeout_sec = nan, expected a finite number above 0'),
-        ('[environment]\nmemory_mb = 1.5', 'memory_mb = 1.5, expected a whole number above 0'),
-        ('[environment]\ncpus = -1', 'cpus = -1, expected a finite number above 0'),
-        ('[environment]\nallow_internet = "no"', "allow_internet = 'no', expected true or false"),
-        ('[environment]\nworkdir = "app"', "workdir = 'app', expected an absolute path"),
-        ('[environment]\nenv = {A = 1}', "env = {'A': 1}, expected a table of texts"),
-        ('[environment]\ndocker_image = ""', "docker_image = '', expected a text"),
-    ],
-)
-def test_malformed_configuration_is_one_clear_line(tmp_path, toml, message):
-    path = write(tmp_path / 'bad', toml=toml)
-    with pytest.raises(ValueError) as error:
-        load_task(path)
-    assert message in str(error.value) and str(path / 'task.toml') in str(error.value)
-    assert '\n' not in str(error.value)
-
-
 @pytest.mark.parametrize('file', ['task.toml', 'instruction.md', 'tests/test.sh'])
 def test_missing_and_unreadable_files_are_named(tmp_path, file):
     path = write(tmp_path / 'bad')
     (path / file).write_bytes(b'\xff\xfe')
-    with pytest.raises(ValueError, match=rf'{file} is not UTF-8'):
-        load_task(path)
+    if file == 'tests/test.sh':  # it may be in any encoding
+        assert load_task(path).task_id == 'bad'
+    else:
+        with pytest.raises(ValueError, match=rf'{file} is not UTF-8'):
+            load_task(path)
     (path / file).unlink()
     with pytest.raises(ValueError, match=rf'{file} is missing'):
-        load_tasks(tmp_path)  # a broken task is not a folder to be left out
+        load_task(path)
     (path / file).mkdir()
     with pytest.raises(ValueError, match=rf'{file} is missing or no file'):
         load_task(path)
@@ -118,25 +44,109 @@ def test_an_empty_instruction_is_refused(tmp_path):
         load_task(write(tmp_path / 'bad', instruction=' \n'))
 
 
-def test_a_folder_of_tasks_is_sorted_and_others_are_named(tmp_path, caplog):
-    for name in ('b', 'a', 'c'):
+# ------------------------------------------------------------------------------ sets of tasks
+
+
+def test_tasks_are_found_at_any_depth(tmp_path):
+    for name in ('b', 'group/a', 'group/deep/c', 'b/environment/inner', '.git/no'):
+        write(tmp_path / 'set' / name)
+    (tmp_path / 'set' / 'docs').mkdir()
+    (tmp_path / 'set' / 'README.md').write_text('tasks')
+    (tmp_path / 'set' / 'again').symlink_to('group')
+    (tmp_path / 'set' / 'loop').symlink_to('.')
+    (found,) = load_sources(tmp_path / 'set')
+    assert [(t.task_id, str(t.path.relative_to(found.path))) for t in found.tasks] == [
+        ('a', 'group/a'),
+        ('b', 'b'),
+        ('c', 'group/deep/c'),
+    ]
+    assert found.left_out == [] and found.ignored == {}
+    assert [t.task_id for t in load_tasks(tmp_path / 'set' / 'group' / 'a')] == ['a']
+
+
+def test_names_that_two_folders_have_become_paths(tmp_path):
+    for name in ('one/a', 'two/a', 'two/b'):
         write(tmp_path / name)
-    (tmp_path / 'scripts').mkdir()
-    (tmp_path / '.git').mkdir()
-    (tmp_path / 'README.md').write_text('tasks')
+    assert [t.task_id for t in load_tasks(tmp_path)] == ['b', 'one__a', 'two__a']
+
+
+def test_an_odd_task_is_left_out_and_named(tmp_path, caplog):
+    for name in ('a', 'b', *(f'odd{n}' for n in range(10))):
+        write(tmp_path / name, '[environment]\nnew_key = 1\n')
+    (tmp_path / 'odd0' / 'task.toml').unlink()
+    (tmp_path / 'odd1' / 'instruction.md').write_bytes(b'\xff')
+    for n in range(2, 10):
+        (tmp_path / f'odd{n}' / 'tests' / 'test.sh').unlink()
     with caplog.at_level(logging.WARNING):
-        assert [t.task_id for t in load_tasks(tmp_path)] == ['a', 'b', 'c']
-    assert 'not tasks, left out: scripts' in caplog.text and '.git' not in caplog.text
+        assert [t.task_id for t in load_tasks(tmp_path)] == ['a', 'b']
+    one, two = (record.getMessage() for record in caplog.records)
+    assert f'{tmp_path}: 10 of 12 tasks left out: odd0 (task.toml is missing; ' in one
+    assert 'odd1 (' in one and 'is not UTF-8' in one and 'odd2 (' in one
+    assert one.endswith(' and 2 more') and 'odd8' not in one
+    assert two == f'{tmp_path}: Harbor does not know, and reads past: [environment] new_key (2)'
+    (found,) = load_sources(tmp_path)
+    assert [one.task_id for one in found.left_out] == [f'odd{n}' for n in range(10)]
 
 
 def test_a_folder_without_tasks_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='holds no tasks: it has no folders'):
-        load_tasks(tmp_path)
-    (tmp_path / 'scripts').mkdir()
-    with pytest.raises(ValueError, match=r'its folders \(scripts\) are none'):
+    with pytest.raises(ValueError, match=r'holds no tasks: a task is a folder with task.toml'):
         load_tasks(tmp_path)
     with pytest.raises(ValueError, match='is no directory'):
         load_tasks(tmp_path / 'none')
+    write(tmp_path / 'bad', instruction='')
+    with pytest.raises(ValueError, match=r'none of 1 tasks can be read: bad \(.*is empty'):
+        load_tasks(tmp_path)
+
+
+# --------------------------------------------------------------------------- Harbor's registries
+
+
+def registered(tmp_path, *tasks, version='1.0'):
+    listed = [{'name': 'set', 'version': version, 'description': '', 'tasks': list(tasks)}]
+    (tmp_path / 'registry.json').write_text(json.dumps(listed))
+    return tmp_path / 'registry.json'
+
+
+def test_a_registry_leads_to_tasks_on_this_machine(tmp_path):
+    write(tmp_path / 'clone' / 'tasks' / 'a')
+    write(tmp_path / 'elsewhere' / 'b')
+    away = {'git_url': 'https://example.org/r.git', 'git_commit_id': 'HEAD'}
+    file = registered(
+        tmp_path / 'clone',
+        {'name': 'a', 'path': 'tasks/a', **away},  # the registry lies in its own repository
+        {'name': 'org/b', 'path': str(tmp_path / 'elsewhere' / 'b')},
+        {'name': 'c', 'path': 'tasks/c', **away},
+        {'name': 'd', 'path': 'tasks/d'},
+    )
+    (found,) = load_sources(file)
+    assert [task.task_id for task in found.tasks] == ['a', 'org__b']
+    reasons = dict(found.left_out)
+    assert reasons['c'] == 'tasks/c is in a repository; git clone https://example.org/r.git'
+    assert 'tasks/d is not there' in reasons['d']
+    # A folder without tasks of its own is read by its registry.
+    (file.parent / 'tasks').rename(tmp_path / 'tasks')
+    with pytest.raises(ValueError, match=r'tasks in 1 repositories|can be read'):
+        load_tasks(registered(tmp_path / 'clone', {'name': 'a', 'path': 'tasks/a', **away}).parent)
+
+
+def test_a_registry_of_other_machines_says_how_to_get_them(tmp_path):
+    url = 'https://example.org/r.git'
+    file = registered(tmp_path, {'name': 'a', 'path': 'a', 'git_url': url})
+    with pytest.raises(ValueError, match=rf'none is here; git clone {url}, and give --tasks'):
+        load_tasks(file)
+    file.write_text('{"not": "a registry"}')
+    with pytest.raises(ValueError, match='is no registry of Harbor, a list of'):
+        load_tasks(file)
+    file.unlink()
+    digest = 'sha256:' + 'a' * 64
+    (tmp_path / 'dataset.toml').write_text(
+        f'[dataset]\nname = "org/set"\n[[tasks]]\nname = "org/a"\ndigest = "{digest}"\n'
+    )
+    with pytest.raises(ValueError, match=r'names 1 tasks .*; harbor download org/set, and give'):
+        load_tasks(tmp_path)
+
+
+# ------------------------------------------------------------------------------ several sources
 
 
 def test_several_sources_and_their_marks(tmp_path):
@@ -145,8 +155,8 @@ def test_several_sources_and_their_marks(tmp_path):
     write_parquet(load_tasks(tmp_path / 'three'), tmp_path / 'd.parquet')
     sources = f'{tmp_path}/one:environment_only, {tmp_path}/two,{tmp_path}/d.parquet'
     loaded = load_sources(sources, tmp_path / 'cache')
-    assert [path.name for path, _ in loaded] == ['one', 'two', 'd.parquet']
-    got = [(t.task_id, t.environment_only) for _, tasks in loaded for t in tasks]
+    assert [one.path.name for one in loaded] == ['one', 'two', 'd.parquet']
+    got = [(t.task_id, t.environment_only) for one in loaded for t in one.tasks]
     assert got == [('a', True), ('b', True), ('c', False), ('d', False)]
     assert [t.task_id for t in load_tasks(sources, tmp_path / 'cache')] == ['a', 'b', 'c', 'd']
     marked = load_tasks(f'{tmp_path}/d.parquet:environment_only', tmp_path / 'cache')

@@ -62,14 +62,14 @@ def build(
             response.raise_for_status()
         except requests.HTTPError as error:
             raise docker.errors.create_api_error_from_http_exception(error) from error
-        log = _Log()
+        log = Log()
         for line in response.iter_lines():
             log.add(json.loads(line) if line.strip() else {})
             if time.monotonic() > deadline:
                 raise SandboxError(f'the build took over {timeout_sec:g} seconds')
 
 
-class _Log:
+class Log:
     """What a build printed: the classic builder in lines, BuildKit in a trace of its steps."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class _Log:
     def add(self, event: dict) -> None:
         """Raises SandboxError if the event is a failure."""
         if event.get('id') == 'moby.buildkit.trace':
-            self._follow(base64.b64decode(event['aux']))
+            self.follow(base64.b64decode(event['aux']))
         self._keep(b'', event.get('stream', ''))
         if 'error' in event:
             kept = self._lines.get(self._failed, ())
@@ -92,7 +92,7 @@ class _Log:
         lines = self._lines.setdefault(step, collections.deque(maxlen=_KEPT_LINES))
         lines.extend(text.splitlines())
 
-    def _follow(self, status: bytes) -> None:
+    def follow(self, status: bytes) -> None:
         """Reads a moby.buildkit.v1.StatusResponse: field 1 is a vertex, a step, with its digest
         (1) and error (7); field 3 is a piece of a vertex's log, with its digest (1) and text (4).
         """

@@ -13,6 +13,7 @@ import pathlib
 import socket
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import docker
 import requests
@@ -33,7 +34,7 @@ class Engine:
     """
 
     def __init__(
-        self, url: str | None = None, *, run: str = '', worker: str = '', timeout: float = 60.0
+        self, url: str | None = None, *, run: str = '', worker: str = '', timeout: int = 60
     ):
         """Raises SandboxError if no engine answers. `timeout` bounds a call, in seconds."""
         self.url = url or os.environ.get('DOCKER_HOST') or 'unix:///var/run/docker.sock'
@@ -77,7 +78,7 @@ class Engine:
         """`blocking` in a thread. It runs to its end even if the caller is cancelled."""
         return await wait_for(self.submit(function, *arguments, **keywords))
 
-    def hijack(self, path: str, body: object = None) -> socket.socket:
+    def hijack(self, path: str, body: Any = None) -> socket.socket:
         """POSTs a request whose connection the engine then hands over; the socket, ours alone.
 
         Not by the SDK's `attach_socket` and `exec_start`: what these return keeps the connection

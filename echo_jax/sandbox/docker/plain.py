@@ -105,7 +105,9 @@ class PlainSandbox(ContainerSandbox):
                     pids_limit=self.processes,
                     **containers.limits(task, used),
                     oom_score_adj=1000,  # the first that an out-of-memory kernel kills
-                    log_config={'type': 'none'},  # what is printed goes to us, not to a disk
+                    log_config=docker.types.LogConfig(
+                        type='none'
+                    ),  # what is printed goes to us, not to a disk
                     runtime=self._runtime,
                 ),
                 lay=self._lay,
@@ -295,7 +297,7 @@ class PlainSandbox(ContainerSandbox):
                 pid_mode=f'container:{self.container_name}',
                 pids_limit=16,
                 mem_limit='256m',
-                log_config={'type': 'none'},
+                log_config=docker.types.LogConfig(type='none'),
                 runtime=self._runtime,
             ),
         )

@@ -162,7 +162,9 @@ def _host_config(
             docker.types.Ulimit(name='nofile', soft=limits.open_files, hard=limits.open_files),
             docker.types.Ulimit(name='core', soft=0, hard=0),
         ],
-        log_config={'type': 'none'},  # process 1 writes to us alone, not to the host's disk
+        log_config=docker.types.LogConfig(
+            type='none'
+        ),  # process 1 writes to us alone, not to the host's disk
         init=False,
         runtime=runtime,
     )

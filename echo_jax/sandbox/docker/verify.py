@@ -24,15 +24,15 @@ import contextlib
 import json
 import logging
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import docker
 
 from echo_jax.sandbox import PATH, SandboxError, Verdict, channels, read_script
 from echo_jax.sandbox.docker import containers, engine
-from echo_jax.sandbox.docker.images import TOOLS, Images
+from echo_jax.sandbox.docker.images import TOOLS, Image, Images
 from echo_jax.sandbox.verifier import MAX_REWARD_BYTES, OUTPUT_BYTES, no_reward, read_verdict
-
-if TYPE_CHECKING:
-    from echo_jax.sandbox.docker.plain import PlainSandbox
+from echo_jax.types import Task
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +69,37 @@ _SECCOMP = {
 }
 
 
+class Running(Protocol):
+    """What `verify` needs of a container; see plain.py, which imports this module."""
+
+    task: Task
+    image: Image
+    engine: engine.Engine
+    container_name: str
+    processes: int
+
+    async def describe(self) -> dict: ...
+
+    async def is_alive(self) -> bool: ...
+
+    async def execute(
+        self, command: list[str], timeout: float, **how: object
+    ) -> tuple[int | None, str]: ...
+
+    async def end_agent(self) -> None: ...
+
+    async def watch_disk(self) -> None: ...
+
+    async def put_archive(self, directory: str, content: bytes) -> None: ...
+
+    async def restore_tests(self) -> None: ...
+
+
 class Unprotected(Exception):
     """Why the tests cannot run out of the agent's reach."""
 
 
-async def verify(sandbox: 'PlainSandbox', images: Images, runtime: str | None) -> Verdict:
+async def verify(sandbox: Running, images: Images, runtime: str | None) -> Verdict:
     """The reward of the task's tests, or 0 and why there is none."""
     try:
         tests = channels.archive(
@@ -94,7 +120,7 @@ async def verify(sandbox: 'PlainSandbox', images: Images, runtime: str | None) -
 
 
 async def _beside(
-    sandbox: 'PlainSandbox', images: Images, runtime: str | None, described: dict, tests: bytes
+    sandbox: Running, images: Images, runtime: str | None, described: dict, tests: bytes
 ) -> Verdict:
     """In a container of their own. Unprotected if there can be none."""
     root = _root(images.engine, described)
@@ -181,7 +207,7 @@ def _script() -> str:
     return read_script('docker_verify') + numbers + read_script('verifier_read')
 
 
-def _command(sandbox: 'PlainSandbox', described: dict, archives: tuple[bytes, ...]) -> list[str]:
+def _command(sandbox: Running, described: dict, archives: tuple[bytes, ...]) -> list[str]:
     """The arguments of scripts/docker_verify.sh."""
     task, image = sandbox.task, sandbox.image
     user = image.config.get('User') if task.verifier_user is None else str(task.verifier_user)
@@ -209,7 +235,7 @@ def _root(used: engine.Engine, described: dict) -> str:
 
 
 def _host_config(
-    sandbox: 'PlainSandbox', described: dict, runtime: str | None, root: str, size: int
+    sandbox: Running, described: dict, runtime: str | None, root: str, size: int
 ) -> dict:
     api = sandbox.engine.client.api
     shared = f'container:{described["Id"]}'
@@ -238,12 +264,12 @@ def _host_config(
         pids_limit=sandbox.processes,
         **containers.limits(sandbox.task, sandbox.engine, extra_mb),
         oom_score_adj=1000,
-        log_config={'type': 'none'},
+        log_config=docker.types.LogConfig(type='none'),
         runtime=runtime,
     )
 
 
-async def _inside(sandbox: 'PlainSandbox', tests: bytes) -> Verdict:
+async def _inside(sandbox: Running, tests: bytes) -> Verdict:
     """In the agent's container, as in Harbor."""
     task = sandbox.task
     user = {} if task.verifier_user is None else {'user': str(task.verifier_user)}

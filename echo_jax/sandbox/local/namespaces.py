@@ -190,6 +190,11 @@ def _system() -> tuple[list[str], dict[str, str]]:
     return [path for path in paths if os.path.isdir(path) and path not in links], links
 
 
+def links() -> dict[str, str]:
+    """The links in a sandbox to other directories, by their paths: /bin on a merged system."""
+    return _system()[1] | {'/var/tmp': _LINKS['/var/tmp']}
+
+
 @functools.cache
 def _etc() -> tuple[str, ...]:
     """The paths of `_ETC` that are on this host and that everybody may read."""

@@ -3,7 +3,7 @@
 The host system, read-only, is the image; what a task adds lies in memory (tmpfs) and goes with
 the sandbox. It keeps honest work apart and dishonest work inside, on one kernel: if tasks come from
 strangers, use the Docker sandbox with a hardened runtime. There is never a network, whatever
-`Task.allow_internet` says.
+`Task.network` says.
 
 The shell. One bash runs every command, so `cd`, variables and functions last. It reads the command
 as one quoted line and reports the exit code on a socket that tells us the sender's process id,
@@ -23,13 +23,16 @@ import functools
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
+from collections.abc import Iterable
 
 from echo_jax import types
-from echo_jax.sandbox import SandboxError, channels
+from echo_jax.sandbox import SandboxError, channels, healthcheck
 from echo_jax.sandbox import shell as shells
 from echo_jax.sandbox.local import dockerfile, namespaces
+from echo_jax.sandbox.local.context import Context
 from echo_jax.sandbox.shell import Ending
 
 _STARTUP_SEC = 20.0  # for what takes milliseconds, on a machine that may be overloaded
@@ -59,6 +62,12 @@ class LocalSandbox(shells.ShellSandbox):
         if backend not in ('auto', *namespaces.BACKENDS):
             raise ValueError(f"backend is {backend!r}; expected 'auto', 'bubblewrap' or 'unshare'")
         super().__init__(task, output_bytes, shell)
+        if (task.agent_user, task.verifier_user) != (None, None):
+            named = task.agent_user if task.agent_user is not None else task.verifier_user
+            raise ValueError(
+                f'{task.task_id} names the user {named!r}, but the local sandbox has one account; '
+                "set sandbox.backend to 'docker'"
+            )
         self._backend = backend
         limits.setdefault('memory_mb', task.memory_mb or _MEMORY_MB)
         if task.storage_mb is not None:
@@ -73,40 +82,35 @@ class LocalSandbox(shells.ShellSandbox):
         self._seen = self._strays = 0  # bytes and foreign reports of the last command
 
     async def start(self) -> None:
-        """Opens the sandbox and follows the task's environment/Dockerfile.
+        """Opens the sandbox, follows the task's environment/Dockerfile, waits for its healthcheck.
 
-        Raises SandboxError if namespaces are refused or a RUN fails; ValueError for a Dockerfile
-        that a local sandbox cannot follow.
+        Raises SandboxError if namespaces are refused; ValueError for a Dockerfile that a local
+        sandbox cannot follow, or of which a RUN fails.
         """
         environment = self.task.path / 'environment'
-        read = dockerfile.Dockerfile((), None, self._env)
+        read, context = dockerfile.Dockerfile((), '/app', {}), None
         if (environment / 'Dockerfile').exists():
-            read = dockerfile.read_dockerfile(
-                environment / 'Dockerfile', self._workdir, self.task.env
-            )
-        if read.workdir and self.task.workdir is None:
-            self._workdir = read.workdir
+            read = dockerfile.read_dockerfile(environment / 'Dockerfile')
+            context = Context(environment)
+            for step in read.steps:  # all are looked up before anything is opened
+                if isinstance(step, dockerfile.Copy):
+                    context.find(step)
+        self._workdir = self.task.workdir or read.workdir
         self._env = read.env | self.task.env
         for name in self._env:
             if not re.fullmatch(r'[A-Za-z_]\w*', name, re.ASCII):
                 raise ValueError(
                     f'{self.task.task_id}: {name!r} is no name for a variable; see env'
                 )
-        copies = {  # all are looked up before anything is opened
-            index: dockerfile.copy_sources(instruction, environment)
-            for index, instruction in enumerate(read.instructions)
-            if instruction.name == 'COPY'
-        }
         try:
             await self._open()
-            if self._workdir != '/app':  # which is there
-                await self._make_directory(self._workdir)
-            for index, instruction in enumerate(read.instructions):
-                if instruction.name == 'RUN':
-                    await self._build(instruction)
-                for path, target in copies.get(index, ()):
-                    await self.upload(path, target)
+            if context:
+                await self._follow(read, context)
+            await self._make_directory(self._workdir)
+            if self.task.docker_image and not context and environment.is_dir():
+                await self.upload(environment, self._workdir)  # as Harbor does
             await self.reset()
+            await healthcheck.wait(self.task, self.run_apart)
         except BaseException:  # cancelled or failed: nothing may stay behind
             await self.stop()
             raise
@@ -189,32 +193,85 @@ class LocalSandbox(shells.ShellSandbox):
         # The first that an out-of-memory kernel kills. With CAP_SYS_RESOURCE here, that is final.
         pathlib.Path(f'/proc/{pid}/oom_score_adj').write_text('1000')
 
-    async def _build(self, instruction: dockerfile.Instruction) -> None:
-        """Follows one RUN of the Dockerfile, in a shell of its own."""
-        (command,) = instruction.arguments
-        self._env, env = instruction.env, self._env
-        self._cwd = channels.quote(instruction.workdir)
-        await self._make_directory(instruction.workdir)
+    async def _follow(self, read: dockerfile.Dockerfile, context: Context) -> None:
+        """Does what the Dockerfile asks for, in the task's time for a build."""
+        steps, loop = read.steps, asyncio.get_running_loop()
+        deadline = loop.time() + self.task.build_timeout_sec
+        directories = [step.path for step in steps if isinstance(step, dockerfile.Directory)]
+        in_usr = any(path.startswith('/usr/') for path in (*directories, self._workdir))
+        if len(directories) == len(steps) and not in_usr:  # no root that can be written is needed
+            for path in directories:
+                await self._make_directory(path)
+            return
+        await self._request('build_begin', '\n'.join(_system_directories(steps, self._workdir)))
+        for step in steps:
+            if isinstance(step, dockerfile.Run):
+                await self._build(step, deadline - loop.time())
+            elif isinstance(step, dockerfile.Copy):
+                await self._copy(step, context)
+            else:
+                await self._make_directory(step.path)
+        await self._make_directory(self._workdir)
+        await self._request('build_end', self._workdir)
+
+    async def _build(self, run: dockerfile.Run, timeout: float) -> None:
+        """Follows one RUN, in a shell of its own."""
+        for directory in run.empty:
+            await self._request('mount_empty', directory)
         async with self._lock:
             await self._kill()
-        result = await self.run(command, self.task.build_timeout_sec)
+        exports = ''.join(f'export {k}={channels.quote(v)};' for k, v in run.env.items())
+        words = ' '.join(map(channels.quote, run.argv))
+        command = f'cd -- {channels.quote(run.workdir)} && {{ {exports}exec {words}; }}'
+        env, self._env = self._env, {}
+        result = await self._run(f'({command})', max(timeout, 0.0))
+        async with self._lock:
+            await self._kill()
         self._env, self._cwd = env, ''
+        for directory in run.empty:
+            await self._request('unmount_empty', directory)
+        if result.timed_out:
+            seconds = self.task.build_timeout_sec
+            raise SandboxError(f'{run.where}: RUN did not end in the {seconds:g} s of the build')
         if result.exit_code != 0:
-            tail = (result.stderr or result.stdout).strip().replace('\n', '; ')[-500:]
-            raise SandboxError(
-                f'{self.task.task_id}: RUN {command!r} ended with {result.exit_code} in '
-                f'the local sandbox (no network, read-only system): {tail}'
+            tail = '; '.join((result.stderr or result.stdout).strip().splitlines())[-500:]
+            raise ValueError(
+                f'{run.where}: RUN {shlex.join(run.argv)[-200:]!r} ended with {result.exit_code} '
+                f'in the local sandbox (no root, no network, the system of this machine): {tail}'
             )
 
-    async def _make_directory(self, path: str) -> None:
+    async def _copy(self, copy: dockerfile.Copy, context: Context) -> None:
+        target = _real(copy.target)
+        into = target.endswith('/') or (await self._ask('is_directory', target) == 'done')
+        content = context.archive(copy._replace(target=target), into)
         async with self._lock:
-            await self._put(path, channels.EMPTY_ARCHIVE)
+            reply = await self._requests.ask(f'copy {len(content)}', content)
+        if reply != 'done':
+            reason = reply.removeprefix('error ')
+            raise ValueError(f'{copy.where}: cannot copy to {copy.target}: {reason}')
+
+    async def _ask(self, request: str, path: str) -> str:
+        async with self._lock:
+            return await self._requests.ask(f'{request} 0 {channels.escape(path)}')
+
+    async def _request(self, request: str, path: str) -> None:
+        reply = await self._ask(request, path)
+        if reply != 'done':
+            raise SandboxError(f'{self.task.task_id}: {reply.removeprefix("error ")}')
+
+    async def _make_directory(self, path: str) -> None:
+        if path == '/app':  # which is there
+            return
+        async with self._lock:
+            reply = await self._put(_real(path), channels.EMPTY_ARCHIVE)
+        if reply != 'done':
+            raise ValueError(f'cannot make the directory {path}: {reply.removeprefix("error ")}')
 
     def _running(self) -> bool:
         return self._is_open
 
     async def restore_tests(self) -> None:
-        pass
+        await self._request('restore_tests', '/tests')
 
     async def _put(self, directory: str, content: bytes) -> str:
         return await self._requests.put(directory, content)
@@ -292,6 +349,34 @@ class LocalSandbox(shells.ShellSandbox):
         self._out += channels.available(self._stdout)
         self._err += channels.available(self._stderr)
         return bytes(self._out), bytes(self._err)
+
+
+# Directories of /usr that a RUN may write to, as far as the host has them.
+_OPEN_IN_USR = [
+    f'/usr/{name}' for name in ('bin', 'include', 'lib', 'local', 'sbin', 'share', 'src')
+]
+_OPEN_IN_USR += [f'/usr/local/{name}' for name in ('bin', 'etc', 'include', 'lib', 'sbin', 'share')]
+
+
+def _system_directories(steps: Iterable[dockerfile.Step], workdir: str) -> list[str]:
+    """The directories of /usr that must be open while the Dockerfile is followed."""
+    targets = [step.target for step in steps if isinstance(step, dockerfile.Copy)]
+    targets += [step.path for step in steps if isinstance(step, dockerfile.Directory)]
+    found = set(_OPEN_IN_USR)
+    for target in map(_real, (*targets, workdir)):
+        inside = [
+            str(p) for p in (pathlib.PurePosixPath(target), *pathlib.PurePosixPath(target).parents)
+        ]
+        found |= {path for path in inside if path.startswith('/usr/')}
+    return sorted(found)
+
+
+def _real(path: str) -> str:
+    """`path`, which is absolute, with the sandbox's own links resolved, such as /bin."""
+    for link, target in namespaces.links().items():
+        if path == link or path.startswith(link + '/'):
+            return '/' + target.lstrip('/') + path[len(link) :]
+    return path
 
 
 @functools.cache

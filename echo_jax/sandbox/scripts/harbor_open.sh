@@ -11,6 +11,7 @@ folder=$1 mark=$2 line=$3
 # make everything in it ignore SIGINT.
 setsid --fork bash -c '
   exec 5<>in 3<>done
+  unset SHLVL
   bash --norc --noprofile -s <&5 >done 8>>out 9>>err 2>&9 3<&- 5<&-
   echo "dead $?" >&3' </dev/null >/dev/null 2>&1 3<&- 4<&-
 printf %s "$line" | base64 -d >&4

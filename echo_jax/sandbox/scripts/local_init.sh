@@ -30,7 +30,9 @@ printf 'sandbox\n' >/etc/hostname
 for d in $WRITABLE; do echo "$d $d none bind,nosuid,nodev"; done >/etc/fstab
 { mount -a -T /etc/fstab && : >/etc/fstab; } || die 'cannot mount'
 export -n S T O SHELL_STAGE LIMITS
-unset SCRIPT INSIDE_PATH SKELETON FSTAB WRITABLE SIZE INODES ID OLDPWD
+export -n SIZE INODES
+unset SCRIPT INSIDE_PATH SKELETON FSTAB WRITABLE ID OLDPWD
+root=ro overlaid='' tests=''
 exec 9>&2 2>/dev/null
 
 # The shell sees `/` read-only. A mount made here appears there too, and can be written.
@@ -39,6 +41,46 @@ place() {
   top=/${top%%/*}
   [[ -e $top ]] || { mkdir "$top" && mount --bind "$top" "$top"; }
 }
+
+# While the task's Dockerfile is followed, `/` can be written. So can those directories of /usr that
+# are named, one a line: an overlay lays them over the host's own. Only a directory that lies in the
+# overlay from the start can, since no file of the host's root can be copied up to it.
+build_begin() {
+  root=rw
+  mkdir /.usr && mount -t tmpfs -o "mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs /.usr || return
+  mkdir -p /.usr/upper /.usr/work
+  local d
+  while IFS= read -r d; do [[ -d $d ]] && mkdir -p "/.usr/upper/${d#/usr}"; done <<<"$1"
+  d=lowerdir=/usr,upperdir=/.usr/upper,workdir=/.usr/work,userxattr
+  mount -t overlay -o "$d" overlay /usr && overlaid=1 # else a RUN finds /usr read-only, and says so
+  umount -l /.usr
+  rmdir /.usr
+}
+
+# Then `/` and /usr are read-only again, but for the new directories at the top and the working
+# directory $1. What there is in /tests is kept, in a file that only this process can reach.
+build_end() {
+  local d of_root
+  root=ro
+  of_root=$(stat -c %d /)
+  for d in /*; do
+    case $d in /etc | /dev | /proc | /usr) continue ;; esac
+    [[ -d $d && ! -L $d && $(stat -c %d "$d") == "$of_root" ]] && mount --bind "$d" "$d"
+  done
+  if [[ $overlaid ]]; then
+    [[ $1 != /usr/* ]] || mount --bind "$1" "$1"
+    mount -o remount,bind,ro /usr || return
+  fi
+  if [[ -d /tests && ! -L /tests ]]; then
+    tar -C /tests -cf /.tests . && exec {tests}</.tests
+    rm -f /.tests
+  fi
+}
+
+restore_tests() { [[ ! $tests ]] || tar -C /tests -xpf "/dev/fd/$tests" --no-same-owner; }
+is_directory() { [[ -d $1 ]]; }
+mount_empty() { mkdir -p "$1" && mount -t tmpfs -o "mode=0755,size=$SIZE" tmpfs "$1"; }
+unmount_empty() { umount -l "$1"; }
 
 set -m # or what begins with `&`, the agent's shell, would ignore SIGINT
 shell=
@@ -51,8 +93,9 @@ while IFS=' ' read -r request size escaped; do
         export SHLVL=0
         exec <&"$S" >&"$T" 8>&"$O"
         exec {S}<&- {T}>&- {O}>&-
+        [[ ! $tests ]] || exec {tests}<&-
         # shellcheck disable=SC2086  # LIMITS are five arguments
-        exec unshare --mount --propagation slave -- bash -c "$SHELL_STAGE" shell $LIMITS
+        exec unshare --mount --propagation slave -- bash -c "$SHELL_STAGE" shell "$root" $LIMITS
       ) &
       shell=$! ;;
     wait) wait "$shell"; echo $? ;;
@@ -62,5 +105,8 @@ while IFS=' ' read -r request size escaped; do
       while read -t 0 -u "$S" && read -r -t .01 -N 65536 -u "$S"; do :; done
       wait; echo 'done' ;;
     put) put "$size" "$path" ;;
+    copy) put "$size" / --no-overwrite-dir --keep-directory-symlink ;;
+    is_directory | build_begin | build_end | mount_empty | unmount_empty | restore_tests)
+      if "$request" "$path"; then echo 'done'; else echo "error $request failed"; fi ;;
   esac
 done

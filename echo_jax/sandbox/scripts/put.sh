@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# put SIZE DIRECTORY: unpacks the tar archive that is the next SIZE bytes of standard input into
+# put SIZE DIRECTORY [OPTION OF TAR...]: unpacks the tar archive that is the next SIZE bytes of standard input into
 # DIRECTORY, and prints one line: `done`, or `error` and the reason. DIRECTORY is absolute and has
 # no `..`. No link is followed on the way to it. Whatever happens, exactly SIZE bytes are read.
 #
@@ -16,7 +16,7 @@ put() {
             { echo 'a link lies on the way'; false; }
         } && mkdir -p -- "$directory" && cd -- "$directory"
       }
-    } && tar -xpf - --no-same-owner
+    } && tar -xpf - --no-same-owner "${@:3}"
     status=$?
     # What tar did not want is read too; the next request begins after it.
     if [[ $status != 0 ]] || read -r -N 1; then cat >/dev/null; fi

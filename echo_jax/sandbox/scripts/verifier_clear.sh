@@ -15,5 +15,8 @@ fi
 left=(/logs/verifier/* /tests/*)
 [ ${#left[@]} = 0 ] && exit
 find /logs/verifier -type d -exec chmod u+rwx {} \;
-rm -rf /logs/verifier/reward.*
-[ -z "$(find /logs/verifier -name 'reward.*' -print; find /tests -mindepth 1 2>/dev/null)" ]
+rm -rf /logs/verifier/reward.* /logs/verifier/test-stdout.txt
+[ -z "$(
+  find /logs/verifier \( -name 'reward.*' -o -name test-stdout.txt \) -print
+  find /tests -mindepth 1 2>/dev/null
+)" ]

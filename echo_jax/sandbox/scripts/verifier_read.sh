@@ -1,14 +1,14 @@
 # shellcheck shell=bash
 # Prints what the task's tests left: the suffix of the reward's file, a newline, the file's first
-# bytes, a line `output`, and the end of what the tests printed. Harbor reads reward.json first. A file
-# that is not a regular one is only named, with the word `odd`: a pipe would block the reader, and a
-# link could lead anywhere.
+# bytes, a line `output`, and the end of what the tests printed. Harbor reads reward.json first. A
+# file that is not a regular one is only named, with the word `odd`: a pipe would block the reader,
+# and a link could lead anywhere.
 # Arguments: the most bytes of a reward file, the bytes of the tests' output.
 kind=
 for f in /logs/verifier/reward.json /logs/verifier/reward.txt; do
   if [ -L "$f" ] || [ -e "$f" ]; then
     kind=${f##*.}
-    [ -f "$f" ] && [ ! -L "$f" ] || { kind="$kind odd"; f=/dev/null; }
+    if [ -L "$f" ] || [ ! -f "$f" ]; then kind="$kind odd"; f=/dev/null; fi
     break
   fi
   f=/dev/null

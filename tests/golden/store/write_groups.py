@@ -1,15 +1,17 @@
-"""Writes the rollout groups beside it with whatever code is on the path: `python write_groups.py`.
+"""Writes rollout groups beside it with whatever code is on the path.
 
-The folder `echogrp1` was written so by the code at commit e4a4c7a, the last that wrote format 1:
+The folder `echogrp1` was written so by the code at commit e4a4c7a, the last that wrote format 1,
+and `echogrp2` by the code at commit e7dab4b, the last that wrote format 2:
 
     git worktree add ../old e4a4c7a
-    PYTHONPATH=../old python tests/golden/store/write_groups.py
+    PYTHONPATH=../old python tests/golden/store/write_groups.py echogrp1
 
-In that format `environment_only` was a metric. Group 12 has it set, group 13 has it at 0, and group
-14 was written by code that did not know it.
+In format 1 `environment_only` was a metric. Group 12 has it set, group 13 has it at 0, and group 14
+was written by code that did not know it. In format 2 it is a field, and these are plain metrics.
 """
 
 import pathlib
+import sys
 
 import numpy as np
 
@@ -37,6 +39,6 @@ def make_rollout(group_id: int, sample_id: int) -> Rollout:
 
 
 if __name__ == '__main__':
-    store = RolloutStore(pathlib.Path(__file__).parent / 'echogrp1')
+    store = RolloutStore(pathlib.Path(__file__).parent / sys.argv[1])
     for group_id in METRICS:
         store.write_group([make_rollout(group_id, sample_id) for sample_id in (0, 1)])

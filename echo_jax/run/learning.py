@@ -1,0 +1,54 @@
+"""The updates of one step: its rollouts as batches on the mesh, and the optimizer's steps on them.
+
+A step has one batch and, with `batch.updates` and `batch.epochs`, several updates on it
+(docs/design.md#updates). What a batch holds is the learner's business; this brings the parts
+together that need the mesh, the tokenizer and the parameters.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+from flax import nnx
+
+from echo_jax.learner import batching, eligibility, sharding, updates
+from echo_jax.learner.step import ShardedModel, TrainState
+from echo_jax.run.env_term import EnvTerm
+from echo_jax.run.measures import seconds_under_time
+from echo_jax.types import Rollout
+
+
+class Learner:
+    """Learns the rollouts of a step. Every host of a learner has one, and all do the same."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        model: ShardedModel,
+        step: Callable[..., tuple[TrainState, Any]],
+        env_term: EnvTerm,
+        reference: nnx.State | None,
+    ):
+        """step: of `ShardedModel.step`. reference: the frozen parameters of `loss.kl_coef`."""
+        self._config, self._model, self._step = config, model, step
+        self._env_term, self._reference = env_term, reference
+        self._with_old_logprobs = model.with_old_logprobs()
+
+    def learn(
+        self, state: TrainState, rollouts: Sequence[Rollout], done: int
+    ) -> tuple[TrainState, dict[str, float]]:
+        """The state after the step that follows the first `done`, and the step's metrics."""
+        config, term = self._config, self._env_term
+        targets, values = term.targets(rollouts, state.params)
+        batches = [
+            self._with_old_logprobs(state.params, sharding.put_batch(batch, self._model.mesh))
+            for batch in updates.mini_batches(rollouts, config, done, targets)
+        ]
+        values |= term.adapt(done, state.params, batches[0], self._reference)
+        sums = []
+        for number in updates.order(config, done):
+            state, added = self._step(state, batches[number], term.coef(done), self._reference)
+            sums.append(added)
+        values |= {f'train/{name}': v for name, v in updates.finish_updates(sums).items()}
+        values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
+        return state, values | eligibility.eligibility_metrics(rollouts, config.loss)

@@ -1,0 +1,3 @@
+"""Fixtures of others that the tests of run/ use."""
+
+from tests.support.tokenizers import tiny_tokenizer  # noqa: F401  pytest finds it here

@@ -1,0 +1,158 @@
+"""The environment term in the learner's program: targets, coefficient, and the two gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from echo_jax.learner.batching import make_batch
+from echo_jax.learner.losses import finish_metrics
+from echo_jax.learner.step import ShardedModel
+from echo_jax.run.env_term import EnvTerm
+from echo_jax.types import Status
+from tests.support.random_rollouts import make_rollout, small_config
+from tests.support.tokenizers import TINY, build
+
+
+def rollouts():
+    return [
+        make_rollout('PPAAROOSAAFOO', reward=1.0, sample=0, first_token=1),
+        make_rollout('PAAROOASROO', reward=0.0, sample=1, first_token=20),
+        make_rollout('PPP', sample=2, status=Status.INFRA_ERROR, first_token=40),
+    ]
+
+
+def recipe(**loss):
+    config = small_config(**loss)
+    config.model.update(
+        vocab_size=500,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+    )
+    config.mesh.fsdp = 1
+    return config
+
+
+@functools.cache
+def models():
+    """The small model on one device, by the keys of `loss` that its step is compiled with."""
+    model = ShardedModel.of(recipe(), jax.devices()[:1])
+    return model, model.random_params()
+
+
+def test_nothing_acts_unless_it_is_asked_for():
+    config = recipe()
+    env = EnvTerm(
+        config, config.num_steps, build(TINY), score=lambda *_: pytest.fail('no pass is needed')
+    )
+    targets, metrics = env.targets(rollouts(), None)
+    assert metrics == {} and env.adapt(0, None, None) == {}
+    expected, found = make_batch(rollouts(), config), make_batch(rollouts(), config, targets)
+    for one, other in zip(expected, found):
+        np.testing.assert_array_equal(one, other)
+    # A number, which is compiled into the step; 0 leaves the term out.
+    assert env.coef(3) == 0.05 and isinstance(env.coef(3), float)
+
+
+def test_the_coefficient_depends_on_the_step_alone():
+    config = recipe()
+    config.num_steps, config.loss.env_schedule.name = 10, 'linear'
+    env = EnvTerm(config, config.num_steps, build(TINY), score=None)
+    coefs = [env.coef(done) for done in range(10)]
+    assert all(isinstance(coef, jax.Array) and coef.shape == () for coef in coefs)
+    np.testing.assert_allclose(coefs, np.linspace(0.05, 0.005, 10), rtol=1e-6)
+    assert env.adapt(4, None, None) == {'train/env_coef': pytest.approx(0.03)}
+    # A run that is resumed at step 4 makes another one.
+    assert EnvTerm(config, config.num_steps, build(TINY), score=None).coef(4) == coefs[4]
+
+
+def test_the_most_surprising_targets_are_left_out():
+    config = recipe()
+    config.loss.drop_surprising.update(top=0.25, bottom=0.1)
+    # A token's log-probability is minus its id: the targets are 5 6 7 11 12 13 and 23 24 25 28 29
+    # 30. Of 12, 3 are dropped at the top and 1 at the bottom, by every packing.
+    for pack in (True, False):
+        config.batch.pack = pack
+        env = EnvTerm(config, config.num_steps, build(TINY), score=lambda _, batch: -batch.tokens)
+        targets, metrics = env.targets(rollouts(), None)
+        assert metrics == {'train/env_dropped/surprising': 4}
+        batch = make_batch(rollouts(), config, targets)
+        left = sorted(batch.tokens[batch.env_weight > 0])
+        assert left == [6, 7, 11, 12, 13, 23, 24, 25]
+        # Denominators count what was dropped: N = 2, O_1 = 6.
+        assert batch.env_weight.max() == np.float32(1 / 12)
+    config.loss.count_dropped = False
+    targets, _ = env.targets(rollouts(), None)
+    batch = make_batch(rollouts(), config, targets)
+    assert batch.env_weight[batch.tokens == 6] == np.float32(1 / 10)
+    assert batch.env_weight[batch.tokens == 25] == np.float32(1 / 6)
+    assert env.targets([], None)[0] == []
+
+
+def test_the_policys_own_surprise():
+    model, params = models()
+    config = recipe()
+    config.loss.drop_surprising.top = 0.5
+    env = EnvTerm(config, config.num_steps, build(TINY), model.score())
+    targets, _ = env.targets(rollouts(), params)
+    whole = make_batch(rollouts(), recipe())
+    logprobs = np.asarray(model.score()(params, whole))
+    kept = make_batch(rollouts(), config, targets).env_weight > 0
+    dropped = (whole.env_weight > 0) & ~kept
+    assert kept.sum() == dropped.sum() == 6
+    assert -logprobs[kept].max() >= 0 and (-logprobs[dropped]).min() > (-logprobs[kept]).max()
+
+
+def test_a_traced_coefficient_is_the_same_step():
+    """0, 0.05 and 0.1 through one compiled step, against steps that have them compiled in."""
+    model, params = models()
+    config = recipe()
+    batch = make_batch(rollouts(), config)
+    fixed, _, init = model.step(config.optimizer)
+    traced, _, _ = model.step(config.optimizer, traced_env_coef=True)
+    for coef in (0.0, 0.05, 0.1):
+        a, one = fixed(init(jax.tree.map(jnp.copy, params)), batch, coef, None)
+        b, two = traced(init(jax.tree.map(jnp.copy, params)), batch, jnp.float32(coef), None)
+        assert finish_metrics(one) == pytest.approx(finish_metrics(two), rel=1e-5, abs=1e-9)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7), a, b)
+
+
+def test_the_norms_are_those_of_the_two_gradients_apart():
+    model, params = models()
+    config = recipe()
+    batch = make_batch(rollouts(), config)
+    norms = finish_metrics(model.norms()(params, batch, None))
+    # A step of GRPO has the policy's norm. The environment's is that of a batch without advantages.
+    step, _, init = model.step(config.optimizer)
+
+    def norm_of(batch, coef):
+        _, metrics = step(init(jax.tree.map(jnp.copy, params)), batch, coef, None)
+        return finish_metrics(metrics)['grad_norm']
+
+    assert norms['policy_grad_norm'] == pytest.approx(norm_of(batch, 0.0), rel=1e-4)
+    still = batch._replace(advantages=np.zeros_like(batch.advantages))
+    assert norms['env_grad_norm'] == pytest.approx(norm_of(still, 1.0), rel=1e-4)
+    assert min(norms.values()) > 1e-3
+    empty = finish_metrics(model.norms()(params, make_batch([], config), None))
+    assert empty == {'policy_grad_norm': 0, 'env_grad_norm': 0}
+
+
+def test_the_coefficient_follows_the_gradients():
+    model, params = models()
+    config = recipe()
+    config.loss.env_adaptive.update(every=2, target=0.2, smoothing=0.0, high=10.0)
+    batch = make_batch(rollouts(), config)
+    env = EnvTerm(config, config.num_steps, build(TINY), model.score(), model.norms())
+    assert env.adapt(1, params, batch) == {'train/env_coef': 0.05}
+    values = env.adapt(2, params, batch)
+    coef, held = values['train/env_coef'], values['train/policy_grad_norm']
+    assert coef * values['train/env_grad_norm'] == pytest.approx(0.2 * held)
+    assert env.coef(2) == jnp.float32(coef) and env.adapted == coef
+    # A batch that says nothing leaves it.
+    env.adapt(4, params, make_batch([], config))
+    assert env.adapted == coef
