@@ -109,7 +109,7 @@ def test_start_up_files_of_the_agents(judge, where):
     )
     assert verdict[:2] == (0.5, types.Status.OK), verdict
     names = {line.partition('=')[0] for line in verdict.output.splitlines()}
-    assert names == {'A', 'HOME', 'HOSTNAME', 'PATH', 'PWD', 'SHLVL', '_'}
+    assert names == {'A', 'HOME', 'HOSTNAME', 'PATH', 'PWD', 'PYTHONNOUSERSITE', 'SHLVL', '_'}
     assert 'A=x y' in verdict.output and 'PATH=/usr/local/sbin' in verdict.output
 
 
@@ -194,6 +194,24 @@ def test_a_full_container_has_a_verdict(judge):
         options={'processes': 40},
     )
     assert verdict.reward == 0.5, verdict
+
+
+@pytest.mark.parametrize(
+    ('workdir', 'seen'), [('/w', 'setup.cfg\n'), ('/', 'pytest.ini\nsetup.cfg\n')]
+)
+def test_pytests_files_above_the_tests(judge, task, workdir, seen):
+    """Those of the image stay; those of the agent do, if it is to work there."""
+    environment = task.path / 'environment'
+    environment.mkdir()
+    (environment / 'Dockerfile').write_text(
+        f'FROM {task.docker_image}\nRUN touch /setup.cfg\nWORKDIR {workdir}\n'
+    )
+    verdict = judge(
+        f'#!/bin/bash\ncd /; ls *.ini *.cfg 2>/dev/null; echo 1 > {REWARD}\n',
+        'touch /pytest.ini',
+        docker_image=None,
+    )
+    assert verdict.output == seen
 
 
 def test_without_a_trusted_image_the_tests_run_inside(judge, made, monkeypatch, caplog):

@@ -84,6 +84,8 @@ class Log:
         if 'error' in event:
             kept = self._lines.get(self._failed, ())
             tail = '; '.join(filter(None, map(str.strip, [*kept, event['error']])))
+            if 'failed to read downloaded context' in tail:  # moby/moby issue 47717
+                tail += "; with containerd's image store this needs Docker 28 or newer"
             raise SandboxError(tail[-_TAIL_CHARS:])
 
     def _keep(self, step: bytes, text: str) -> None:

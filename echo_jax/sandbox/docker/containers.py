@@ -124,7 +124,7 @@ def make_directory(used: engine.Engine, name: str, path: str) -> None:
     """Makes a directory of a container and its parents, root's, unless they are there."""
     parts = path.strip('/').split('/')
     count = len(parts)
-    while count and not _exists(used, name, '/' + '/'.join(parts[:count])):
+    while count and not exists(used, name, '/' + '/'.join(parts[:count])):
         count -= 1
     missing = ['/'.join(parts[count:end]) for end in range(count + 1, len(parts) + 1)]
     if missing:
@@ -132,7 +132,8 @@ def make_directory(used: engine.Engine, name: str, path: str) -> None:
         used.client.api.put_archive(name, base, folders({path: 0o755 for path in missing}))
 
 
-def _exists(used: engine.Engine, name: str, path: str) -> bool:
+def exists(used: engine.Engine, name: str, path: str) -> bool:
+    """Whether a container, running or not, has something at `path`."""
     api = used.client.api
     url = f'{api.base_url}/v{api.api_version}/containers/{name}/archive'
     return api.head(url, params={'path': path}, timeout=api.timeout).ok

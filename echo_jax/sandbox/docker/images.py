@@ -23,12 +23,16 @@ import docker
 import tenacity
 
 from echo_jax.sandbox import ENVIRONMENT, SandboxError, channels, read_script
-from echo_jax.sandbox.docker import builds, contexts, engine
+from echo_jax.sandbox.docker import builds, containers, contexts, engine
 from echo_jax.types import Task
 
 log = logging.getLogger(__name__)
 
 HOME = '/usr/lib/echo_jax'  # ours, in every fitted image
+# What makes pytest behave otherwise, if it lies in a directory above the tests.
+PYTEST_FILES = frozenset(
+    ('pytest.ini', '.pytest.ini', 'pyproject.toml', 'tox.ini', 'setup.cfg', 'conftest.py')
+)
 TOOLS = 'debian:bookworm-slim'  # trusted, with bash, tar, mount and setpriv; see verify.py
 # What the agent may write to, besides the workdir and each VOLUME of the image. Among them are
 # the paths of Harbor's tasks.
@@ -42,6 +46,7 @@ class Image(NamedTuple):
     workdir: str
     env: dict[str, str]  # all variables, the task's own included
     tests: bytes  # what the image itself has in /tests, as a tar archive; b'' without one
+    pytest_files: frozenset[str]  # of PYTEST_FILES, what the image itself has in its root
     config: dict  # the engine's own description: Config of the task's image
     user: int | None = None  # the agent's uid in a fitted image
     writable: tuple[str, ...] = ()  # its directories that are the agent's; none lies in another
@@ -75,7 +80,7 @@ class Images:
         self._made: dict[tuple, concurrent.futures.Future] = {}
         self._failed: dict[tuple, float] = {}  # time.monotonic() until which a failure holds
         self._names: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
-        self._tests: dict[str, bytes] = {}  # by image id
+        self._contents: dict[str, tuple[bytes, frozenset[str]]] = {}  # by image id
         self._tools: concurrent.futures.Future | None = None
         self.unprotected = ''  # why tests cannot run out of the agents' reach; see verify.py
 
@@ -142,17 +147,17 @@ class Images:
         try:
             base = self._base(task)
             config = base['Config']
-            tests = self._tests_of(base['Id'])
+            contents = self._contents_of(base['Id'])
             if self.user is not None:
-                return self._fitted(task, base, tests)
+                return self._fitted(task, base, contents)
         except BaseException:
             with self._lock:
                 self._failed[key] = time.monotonic() + self._remember_sec
             raise
         workdir = task.workdir or config.get('WorkingDir') or '/'
-        return Image(base['Id'], workdir, _variables(config) | task.env, tests, config)
+        return Image(base['Id'], workdir, _variables(config) | task.env, *contents, config)
 
-    def _fitted(self, task: Task, base: dict, tests: bytes) -> Image:
+    def _fitted(self, task: Task, base: dict, contents: tuple[bytes, frozenset[str]]) -> Image:
         config = base['Config']
         workdir = task.workdir or '/app'
         if task.workdir is None and config.get('WorkingDir') not in (None, '', '/'):
@@ -170,7 +175,7 @@ class Images:
             if self._find(fitted) is None:
                 self._try(task, 'fitted', self._build, task, fitted, _one_file(lines), False)
         env = ENVIRONMENT | _variables(config) | task.env
-        return Image(fitted, workdir, env, tests, config, self.user, writable)
+        return Image(fitted, workdir, env, *contents, config, self.user, writable)
 
     def _base(self, task: Task) -> dict:
         """The engine's description of the image that the task asks for."""
@@ -202,12 +207,12 @@ class Images:
             raise SandboxError(f'{task.task_id}: the engine lost the image {name}; try again')
         return found
 
-    def _tests_of(self, image: str) -> bytes:
-        """The image's own /tests as a tar archive of its content; b'' if it has none."""
+    def _contents_of(self, image: str) -> tuple[bytes, frozenset[str]]:
+        """`Image.tests` and `Image.pytest_files`."""
         with self._names[image]:
-            if image not in self._tests:
-                self._tests[image] = self.engine.blocking(_read_tests, self.engine, image)
-        return self._tests[image]
+            if image not in self._contents:
+                self._contents[image] = self.engine.blocking(_read, self.engine, image)
+        return self._contents[image]
 
     def _pull_tools(self) -> str:
         if self._find(TOOLS) is None:
@@ -266,15 +271,16 @@ class Images:
         )
 
 
-def _read_tests(used: engine.Engine, image: str) -> bytes:
-    """The content of the image's /tests as a tar archive; b'' if there is no such directory."""
+def _read(used: engine.Engine, image: str) -> tuple[bytes, frozenset[str]]:
+    """Of an image: `Image.tests` and `Image.pytest_files`."""
     api = used.client.api
     made = api.create_container(image, ['true'], labels=used.labels())['Id']
     try:
-        parts, _ = api.get_archive(made, '/tests/.')
-        return b''.join(parts)
-    except docker.errors.NotFound:
-        return b''
+        found = {name for name in PYTEST_FILES if containers.exists(used, made, f'/{name}')}
+        tests = b''
+        if containers.exists(used, made, '/tests/.'):
+            tests = b''.join(api.get_archive(made, '/tests/.')[0])
+        return tests, frozenset(found)
     finally:
         api.remove_container(made, v=True)
 

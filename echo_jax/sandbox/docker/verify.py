@@ -30,7 +30,7 @@ import docker
 
 from echo_jax.sandbox import PATH, SandboxError, Verdict, channels, read_script
 from echo_jax.sandbox.docker import containers, engine
-from echo_jax.sandbox.docker.images import TOOLS, Image, Images
+from echo_jax.sandbox.docker.images import PYTEST_FILES, TOOLS, Image, Images
 from echo_jax.sandbox.verifier import MAX_REWARD_BYTES, OUTPUT_BYTES, no_reward, read_verdict
 from echo_jax.types import Task
 
@@ -211,7 +211,9 @@ def _command(sandbox: Running, described: dict, archives: tuple[bytes, ...]) -> 
     """The arguments of scripts/docker_verify.sh."""
     task, image = sandbox.task, sandbox.image
     user = image.config.get('User') if task.verifier_user is None else str(task.verifier_user)
-    env = {'HOSTNAME': described['Config']['Hostname']} | image.env | task.verifier_env
+    env = {'HOSTNAME': described['Config']['Hostname']} | image.env | _verifier_env(task)
+    # In a task that works in the root, it may be the agent's task to write them.
+    left_out = PYTEST_FILES - image.pytest_files if image.workdir != '/' else ()
     env.setdefault('PATH', PATH)
     return [
         user or '0:0',
@@ -219,8 +221,14 @@ def _command(sandbox: Running, described: dict, archives: tuple[bytes, ...]) -> 
         f'{task.verifier_timeout_sec:g}',
         *(str(len(archive)) for archive in archives),
         read_script('docker_tests'),
+        ' '.join(left_out),
         *(f'{name}={value}' for name, value in env.items()),
     ]
+
+
+def _verifier_env(task: Task) -> dict[str, str]:
+    # As in verifier.verify: no module of the agent's own, such as usercustomize.py.
+    return {'PYTHONNOUSERSITE': '1'} | task.verifier_env
 
 
 def _root(used: engine.Engine, described: dict) -> str:
@@ -292,7 +300,7 @@ async def _inside(sandbox: Running, tests: bytes) -> Verdict:
         return no_reward(f'the tests cannot be put into the sandbox: {error}')
     script = ['bash', '-c', read_script('docker_tests'), 'bash', sandbox.image.workdir]
     limit = task.verifier_timeout_sec
-    code, _ = await sandbox.execute(script, limit, environment=task.verifier_env, **user)
+    code, _ = await sandbox.execute(script, limit, environment=_verifier_env(task), **user)
     numbers = f'set -- {MAX_REWARD_BYTES} {OUTPUT_BYTES}\n'
     read = ['bash', '-c', numbers + read_script('verifier_read')]
     _, told = await sandbox.execute(read, _SETUP_SEC, **as_root)

@@ -9,15 +9,16 @@
 # the task's tests. Prints `unable` and a reason, or `done`, or `late` if the time was over; then
 # follows verifier_read.sh.
 # Arguments: the user, the working directory, seconds, the sizes of the archives, a script for the
-# tests' side, and their variables.
+# tests' side, names that are left out of the root, and the tests' variables.
 set -eE
 trap 'echo "unable: $BASH_COMMAND"' ERR
-user=$1 workdir=$2 seconds=$3 image_size=$4 tests_size=$5 script=$6
-shift 6
+user=$1 workdir=$2 seconds=$3 image_size=$4 tests_size=$5 script=$6 left_out=$7
+shift 7
 shopt -s nullglob dotglob
 for path in /x/*; do
   name=${path##*/}
   case $name in .dockerenv | dev | logs | proc | sys | tests) continue ;; esac
+  [[ " $left_out " != *" $name "* ]] || continue
   if [ -L "$path" ]; then
     cp -P "$path" "/r/$name"
   elif [ -d "$path" ]; then
