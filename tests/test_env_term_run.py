@@ -23,6 +23,7 @@ EVERYTHING = (
     '--config.loss.env_adaptive.smoothing=0.5',
     # No task is solved here, but rollouts differ in length, so there are advantages to balance.
     '--config.protocol.length_penalty_coef=1.0',
+    '--config.protocol.length_penalty_start=0',
 )
 
 
