@@ -12,6 +12,7 @@ import pytest
 from echo_jax import types
 from echo_jax.sandbox import SandboxError, docker
 from echo_jax.sandbox.docker import builds, contexts, images
+from echo_jax.sandbox.dockerfiles import parser
 from tests.support import docker_engine
 from tests.support.sandboxes import SEC, opened
 
@@ -131,11 +132,17 @@ def test_a_base_that_was_made_anew_is_seen(used, environment):
         used.client.api.remove_image(name, force=True)
 
 
-def test_the_images_that_a_dockerfile_names():
+def images_of(tmp_path, text: str) -> list[str]:
+    path = tmp_path / 'Dockerfile'
+    path.write_bytes(text.encode())
+    return contexts.bases(parser.parse(path))
+
+
+def test_the_images_that_a_dockerfile_names(tmp_path):
     text = """\
         # syntax=docker/dockerfile:1
         ARG TAG=1.23
-        ARG  EMPTY= WHOLE=ubuntu:24.04
+        ARG  EMPTY= WHOLE="ubuntu:24.04" UNSET
         FROM --platform=linux/amd64 golang:${TAG} AS build
         RUN cat <<-EOF && \\
             # a comment
@@ -149,7 +156,14 @@ def test_the_images_that_a_dockerfile_names():
         COPY --from=inside x y
         B
         from \\
+
           $WHOLE
+        RUN echo $((1<<n)) "<<E" && \\
+
+            true
+        FROM ${UNSET-unset:1}
+        RUN --mount=type=bind,from=mounted:1,target=/x --mount=from=mounted:2 true
+        RUN --mount=type=cache,target=/x,from=build true
         COPY --link --from=build /x /x
         COPY --from=0 /x /x
         COPY --from=busybox /x /x
@@ -157,15 +171,21 @@ def test_the_images_that_a_dockerfile_names():
         FROM base
         FROM "quoted:1"
         FROM $UNKNOWN
+        FROM only-${TARGETARCH}:1
+        FROM cut:${TAG#1.}
         """
-    assert contexts.bases('\ufeff' + textwrap.dedent(text).replace('\n', '\r\n')) == [
+    assert images_of(tmp_path, '\ufeff' + textwrap.dedent(text).replace('\n', '\r\n')) == [
         'docker/dockerfile:1',
         'golang:1.23',
         'debian:bookworm-slim',
         'ubuntu:24.04',
+        'unset:1',
+        'mounted:1',
+        'mounted:2',
         'busybox',
         'quoted:1',
     ]
+    assert images_of(tmp_path, '# escape=`\n# SYNTAX = other:1\nFROM `\n a\n') == ['other:1', 'a']
 
 
 def test_a_trace_of_buildkit():

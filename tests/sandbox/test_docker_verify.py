@@ -109,8 +109,22 @@ def test_start_up_files_of_the_agents(judge, where):
     )
     assert verdict[:2] == (0.5, types.Status.OK), verdict
     names = {line.partition('=')[0] for line in verdict.output.splitlines()}
-    assert names == {'A', 'HOME', 'HOSTNAME', 'PATH', 'PWD', 'PYTHONNOUSERSITE', 'SHLVL', '_'}
+    assert names == {'A', 'HOME', 'HOSTNAME', 'PATH', 'PWD', 'SHLVL', '_'}
     assert 'A=x y' in verdict.output and 'PATH=/usr/local/sbin' in verdict.output
+
+
+@pytest.mark.parametrize(('user', 'home'), [(None, '/root'), (4321, '')])
+def test_packages_of_the_accounts_own(judge, where, user, home):
+    """What pip put there is the tests' too, as in Harbor, but no module that Python starts with."""
+    site = f'{home}/.local/lib/python3.11/site-packages'
+    verdict = judge(
+        f'#!/bin/bash\nls ~/.local/lib/python3.11/site-packages\necho 1 > {REWARD}\n',
+        f'mkdir -p {site}/usercustomize; cd {site}; touch six.py usercustomizes.py '
+        f'usercustomize.py sitecustomize.py sitecustomize.so; chown -R {user or 0} {home}/.local; '
+        f'chmod 555 {site}; chmod 111 {home}/.local/lib',
+        verifier_user=user,
+    )
+    assert verdict.reward == 1 and verdict.output == 'six.py\nusercustomizes.py\n', verdict
 
 
 def test_what_the_agent_left_running_is_there(judge, where):

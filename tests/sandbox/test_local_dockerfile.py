@@ -2,7 +2,7 @@
 
 import pytest
 
-from echo_jax.sandbox.local import lexer, parser
+from echo_jax.sandbox.dockerfiles import lexer, parser
 from echo_jax.sandbox.local.dockerfile import Copy, Directory, Run, read_dockerfile
 
 TEXTS = {

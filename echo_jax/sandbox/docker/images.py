@@ -24,6 +24,7 @@ import tenacity
 
 from echo_jax.sandbox import ENVIRONMENT, SandboxError, channels, read_script
 from echo_jax.sandbox.docker import builds, containers, contexts, engine
+from echo_jax.sandbox.dockerfiles import parser
 from echo_jax.types import Task
 
 log = logging.getLogger(__name__)
@@ -187,8 +188,9 @@ class Images:
                 f'{task.path}: no image; give [environment] docker_image or environment/Dockerfile'
             )
         context = contexts.pack(environment)
-        text = (environment / 'Dockerfile').read_text(errors='replace')
-        bases = [self._pulled(task, base)['Id'] for base in contexts.bases(text)]
+        # What is no UTF-8 may stand in a comment; the builder knows.
+        parsed = parser.parse(environment / 'Dockerfile', errors='replace')
+        bases = [self._pulled(task, base)['Id'] for base in contexts.bases(parsed)]
         name = f'echo_jax/task:{_fingerprint(context, bases)}'
         make = self._build, task, name, context, self._network
         return self._found(task, name, 'built', *make)

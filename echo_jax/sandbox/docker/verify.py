@@ -211,7 +211,7 @@ def _command(sandbox: Running, described: dict, archives: tuple[bytes, ...]) -> 
     """The arguments of scripts/docker_verify.sh."""
     task, image = sandbox.task, sandbox.image
     user = image.config.get('User') if task.verifier_user is None else str(task.verifier_user)
-    env = {'HOSTNAME': described['Config']['Hostname']} | image.env | _verifier_env(task)
+    env = {'HOSTNAME': described['Config']['Hostname']} | image.env | task.verifier_env
     # In a task that works in the root, it may be the agent's task to write them.
     left_out = PYTEST_FILES - image.pytest_files if image.workdir != '/' else ()
     env.setdefault('PATH', PATH)
@@ -224,11 +224,6 @@ def _command(sandbox: Running, described: dict, archives: tuple[bytes, ...]) -> 
         ' '.join(left_out),
         *(f'{name}={value}' for name, value in env.items()),
     ]
-
-
-def _verifier_env(task: Task) -> dict[str, str]:
-    # As in verifier.verify: no module of the agent's own, such as usercustomize.py.
-    return {'PYTHONNOUSERSITE': '1'} | task.verifier_env
 
 
 def _root(used: engine.Engine, described: dict) -> str:
@@ -300,7 +295,7 @@ async def _inside(sandbox: Running, tests: bytes) -> Verdict:
         return no_reward(f'the tests cannot be put into the sandbox: {error}')
     script = ['bash', '-c', read_script('docker_tests'), 'bash', sandbox.image.workdir]
     limit = task.verifier_timeout_sec
-    code, _ = await sandbox.execute(script, limit, environment=_verifier_env(task), **user)
+    code, _ = await sandbox.execute(script, limit, environment=task.verifier_env, **user)
     numbers = f'set -- {MAX_REWARD_BYTES} {OUTPUT_BYTES}\n'
     read = ['bash', '-c', numbers + read_script('verifier_read')]
     _, told = await sandbox.execute(read, _SETUP_SEC, **as_root)

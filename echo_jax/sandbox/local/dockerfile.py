@@ -3,7 +3,7 @@
 All stages would run on the one host system, which is the image here whatever FROM names. So only
 the last stage and those that it is built FROM are followed, and copies out of other stages or
 images are refused, like everything else that cannot be had here (docs/protocol.md#tasks).
-Reads and decides; nothing is copied or run: see build.py. Lines are parser.py's.
+Reads and decides; sandbox.py copies and runs. Lines and words are read by ../dockerfiles/.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from echo_jax.sandbox import PATH, UID
-from echo_jax.sandbox.local import lexer, parser
+from echo_jax.sandbox.dockerfiles import lexer, parser
 
 _WITHOUT_EFFECT = ('CMD', 'EXPOSE', 'LABEL', 'MAINTAINER', 'STOPSIGNAL')  # on what a task sees
 _REFUSED = {

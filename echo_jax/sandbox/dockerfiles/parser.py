@@ -4,8 +4,9 @@ By hand, for want of a package that fits. dockerfile-parse 2.0.1 (pure Python, l
 2023) takes the lines of a heredoc for instructions, keeps a byte order mark, ends an instruction at
 an empty line within it, and knows no ${NAME:-word}. dockerfile 3.4.0 is BuildKit's own parser and
 right in all of this, but has no wheel for Linux on ARM, needs Go to be built, and starts Go's
-runtime in the process; the tests compare this module with it. What the instructions mean: see
-dockerfile.py. Source: github.com/moby/buildkit, frontend/dockerfile/parser.
+runtime in the process; the tests compare this module with it. What the instructions mean is for
+those who read them: local/dockerfile.py follows them, docker/contexts.py looks for the images.
+Source: github.com/moby/buildkit, frontend/dockerfile/parser.
 """
 
 import json
@@ -14,7 +15,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from echo_jax.sandbox.local import lexer
+from echo_jax.sandbox.dockerfiles import lexer
 
 _DIRECTIVE = re.compile(r'#\s*([a-zA-Z][a-zA-Z0-9]*)\s*=\s*(.+?)\s*')
 _HEREDOC = re.compile(r'(\d*)<<(-?)([^<]+)')
@@ -60,31 +61,36 @@ class Command(NamedTuple):
 class Parsed(NamedTuple):
     commands: list[Command]
     escape: str  # the escape character, '\\' unless the file says '# escape=`'
+    syntax: str | None  # the image of another builder, by '# syntax=IMAGE'
 
 
-def parse(path: pathlib.Path) -> Parsed:
-    """The instructions of a Dockerfile. Raises ValueError, naming file and line."""
+def parse(path: pathlib.Path, errors: str = 'strict') -> Parsed:
+    """The instructions of a Dockerfile. Raises ValueError, naming file and line.
+
+    `errors` says what becomes of bytes that are no UTF-8, as in `bytes.decode`.
+    """
     try:
-        text = path.read_bytes().decode('utf-8-sig')
+        text = path.read_bytes().decode('utf-8-sig', errors)
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not UTF-8 ({error}); save it as UTF-8') from None
     # Not splitlines(), which splits at more. A \r goes later, since heredocs keep theirs.
     lines = text.split('\n')
-    escape = _escape(lines, path)
-    return Parsed(list(_commands(lines, escape, path)), escape)
+    directives = _directives(lines)
+    escape = directives.get('escape', '\\')
+    if escape not in ('\\', '`'):
+        raise ValueError(f'{path}: escape={escape}: expected \\ or `')
+    return Parsed(list(_commands(lines, escape, path)), escape, directives.get('syntax'))
 
 
-def _escape(lines: list[str], path: pathlib.Path) -> str:
-    """The escape character that a comment in the very first lines may choose."""
+def _directives(lines: list[str]) -> dict[str, str]:
+    """What comments of the form `# NAME=VALUE` in the very first lines say."""
+    found: dict[str, str] = {}
     for line in lines:
         directive = _DIRECTIVE.fullmatch(line.rstrip())
         if not directive:
             break
-        if directive[1].lower() == 'escape':
-            if directive[2] not in ('\\', '`'):
-                raise ValueError(f'{path}: escape={directive[2]}: expected \\ or `')
-            return directive[2]
-    return '\\'
+        found.setdefault(directive[1].lower(), directive[2])
+    return found
 
 
 def _commands(lines: list[str], escape: str, path: pathlib.Path) -> Iterator[Command]:
