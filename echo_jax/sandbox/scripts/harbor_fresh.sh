@@ -11,9 +11,12 @@ out=$folder/out err=$folder/err why=$folder/why
 # shellcheck disable=SC2174  # the directory above it is /tmp
 { mkdir -p -m 700 "$folder" && rm -f "$folder"/* && : >"$out" && : >"$err"; } || exit
 mkfifo "$folder/never" || exit
+# The command begins a tick (a hundredth of a second) after this, so that what is as old as it is can
+# only be its own, and what is older cannot.
+read -r -t 0.01 _ <>"$folder/never"
 read -r stat </proc/$$/stat
 read -ra fields <<<"${stat##*) }"
-born=${fields[19]}
+born=$((fields[19] + 1))
 # The command is in the foreground and this is not, since bash lets what is in the background ignore
 # SIGINT. It waits by `read`, so that no process of ours appears beside the command's.
 watch() {
