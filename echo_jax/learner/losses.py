@@ -177,6 +177,19 @@ def env_term(
     return loss, metrics
 
 
+def cross_entropy(
+    logprobs: jax.Array, batch: Batch, entropy: jax.Array
+) -> tuple[jax.Array, Metrics]:
+    """The loss of supervised steps on `make_supervised_batch`, and its metrics.
+
+    It is the environment's term on whatever tokens have `env_weight`. No option of the recipe's
+    `loss` acts on it. `entropy` [R, T] is that of the predictions, for a metric.
+    """
+    loss, _ = env_term(logprobs, batch)
+    metrics = {'loss': total(loss), 'entropy': _mean(entropy, batch.env_weight > 0)}
+    return loss, jax.tree.map(jax.lax.stop_gradient, metrics)
+
+
 def kl_term(
     logprobs: jax.Array, reference_logprobs: jax.Array, batch: Batch, kl: str
 ) -> tuple[jax.Array, Metrics]:

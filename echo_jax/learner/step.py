@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from echo_jax.learner import sharding
-from echo_jax.learner.losses import Metrics, echo_loss, env_term, total
+from echo_jax.learner.losses import Metrics, cross_entropy, echo_loss, total
 from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.learner.updates import scores_before
 from echo_jax.model import huggingface, partition
@@ -107,6 +107,16 @@ def make_loss(graphdef, config: ml_collections.ConfigDict) -> Callable[..., tupl
     return loss
 
 
+def make_cross_entropy(graphdef, temperature: float) -> Callable[..., tuple]:
+    """`loss(params, batch) -> (scalar, metrics)`, the environment term alone: `cross_entropy`."""
+
+    def loss(params, batch):
+        scores = token_scores(graphdef, params, batch, temperature)
+        return cross_entropy(scores.logprobs, batch, scores.entropy)
+
+    return loss
+
+
 def make_step(
     graphdef, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -124,12 +134,38 @@ def make_step(
             return jax.grad(loss, has_aux=True)(state.params, micro, env_coef, reference)
 
         grads, metrics = _sum_over_micro_batches(gradients, batch, config.batch.micro_rows)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = cast(nnx.State, optax.apply_updates(state.params, updates))
         metrics['grad_norm'] = total(optax.tree.norm(grads))
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return _updated(state, grads, optimizer), metrics
 
     return step
+
+
+def make_supervised_step(
+    graphdef, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """`step(state, batch) -> (state, metrics)`: an update on a batch of `make_supervised_batch`.
+
+    The loss is cross-entropy at the sampling temperature. The recipe's `loss` is not read: its
+    options are those of reinforcement learning.
+    """
+    loss = make_cross_entropy(graphdef, config.policy.temperature)
+
+    def step(state: TrainState, batch: Batch):
+        def gradients(micro):
+            return jax.grad(loss, has_aux=True)(state.params, micro)
+
+        grads, metrics = _sum_over_micro_batches(gradients, batch, config.batch.micro_rows)
+        return _updated(state, grads, optimizer), metrics
+
+    return step
+
+
+def _updated(
+    state: TrainState, grads: nnx.State, optimizer: optax.GradientTransformation
+) -> TrainState:
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = cast(nnx.State, optax.apply_updates(state.params, updates))
+    return TrainState(params, opt_state, state.step + 1)
 
 
 def make_norms(graphdef, config: ml_collections.ConfigDict) -> Callable[..., dict]:
@@ -140,14 +176,11 @@ def make_norms(graphdef, config: ml_collections.ConfigDict) -> Callable[..., dic
     over the batch, one after the other, so that only one gradient is in memory.
     """
     loss = make_loss(graphdef, config)
-
-    def env_loss(params, batch):
-        scores = token_scores(graphdef, params, batch, config.policy.temperature)
-        return env_term(scores.logprobs, batch)[0]
+    env_loss = make_cross_entropy(graphdef, config.policy.temperature)
 
     def norms(params, batch: Batch, reference=None):
         def of_env(micro):
-            return jax.grad(env_loss)(params, micro)
+            return jax.grad(env_loss, has_aux=True)(params, micro)[0]
 
         def of_others(micro):
             return jax.grad(loss, has_aux=True)(params, micro, 0, reference)[0]
@@ -223,19 +256,34 @@ class ShardedModel:
         `traced_env_coef`: the step takes env_coef as an array, which a schedule changes, instead of
         a number that is compiled into it.
         """
+        others = (None, None) if traced_env_coef else (None,)  # env_coef, reference
+        # As a number, env_coef 0 leaves the environment term out of the computation.
+        static = () if traced_env_coef else 2
+        return self._stepping(make_step, optimizer_config, others, static)
+
+    def supervised_step(self, optimizer_config: ml_collections.ConfigDict):
+        """The same for `make_supervised_step`, whose step takes the state and a batch alone."""
+        return self._stepping(make_supervised_step, optimizer_config)
+
+    def _stepping(
+        self,
+        make: Callable,
+        optimizer_config: ml_collections.ConfigDict,
+        others: tuple = (),
+        static: int | tuple[int, ...] = (),
+    ):
+        """`others`: the shardings of what the step takes, traced, beside the state and a batch."""
         optimizer = make_optimizer(optimizer_config)
         init = functools.partial(init_state, optimizer=optimizer)
         shapes = jax.eval_shape(init, self.abstract)
         shardings = sharding.state_shardings(shapes, self.placed, self.mesh)
         abstract_state = jax.tree.map(lambda x, at: x.update(sharding=at), shapes, shardings)
-        others = (None, None) if traced_env_coef else (None,)  # env_coef, reference
         step = jax.jit(
-            self._traced(make_step(self.graphdef, optimizer, self.config)),
+            self._traced(make(self.graphdef, optimizer, self.config)),
             in_shardings=(shardings, sharding.batch_sharding(self.mesh), *others),
             out_shardings=(shardings, None),
             donate_argnums=0,
-            # As a number, env_coef 0 leaves the environment term out of the computation.
-            static_argnums=() if traced_env_coef else 2,
+            static_argnums=static,
         )
         # Placed at once, because for arrays that lie elsewhere the step would be compiled again.
         return step, abstract_state, lambda params: jax.device_put(init(params), shardings)

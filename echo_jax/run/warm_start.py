@@ -1,7 +1,8 @@
 """The parameters that reinforcement learning starts from, and the supervised steps before it.
 
-The warm start trains on rollouts as the learner's program does, through the same store, batch and
-step. A scripted policy wrote them through the protocol, in real sandboxes.
+The warm start trains on rollouts through the same store, packing and model as the learner's program
+does, with a loss of its own: cross-entropy, on which no option of the recipe's `loss` acts. A
+scripted policy wrote the rollouts through the protocol, in real sandboxes.
 """
 
 import functools
@@ -68,7 +69,7 @@ def warm_start(
     and sometimes guesses or leaves, and has still to learn what its tasks' terminal prints.
     """
     config, options = work.config, work.config.warm_start
-    step, abstract_state, initial_state = model.step(options.optimizer)
+    step, abstract_state, initial_state = model.supervised_step(options.optimizer)
     checkpointer = Checkpointer(work.url('checkpoints', 'warm_start'), keep=1)
     state, done = initial_state(params), 0
     restored = checkpointer.restore(abstract_state)
@@ -97,12 +98,12 @@ def warm_start(
                 batch = batching.make_supervised_batch(
                     [transcripts[name][i] for i in chosen], config, roles
                 )
-                state, sums = step(state, sharding.put_batch(batch, model.mesh), 1.0, None)
+                state, sums = step(state, sharding.put_batch(batch, model.mesh))
                 done += 1
                 saving = done % options.save_every == 0 or done == options.steps
                 if saving or done % 10 == 0:
                     values = finish_metrics(sums)
-                    metrics.write(done, {f'train/loss_{name}': values['loss']})
+                    metrics.write(done, {f'train/{key}_{name}': v for key, v in values.items()})
                     progress.show(done, **{f'loss_{name}': values['loss']})
                 if saving:
                     save()

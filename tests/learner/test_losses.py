@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from echo_jax.learner.batching import make_batch, make_supervised_batch
 from echo_jax.learner.kl import KL_ESTIMATORS
-from echo_jax.learner.losses import Metric, echo_loss, finish_metrics, policy_term, total
+from echo_jax.learner.losses import (
+    Metric,
+    cross_entropy,
+    echo_loss,
+    finish_metrics,
+    policy_term,
+    total,
+)
 from echo_jax.learner.mismatch import CORRECTIONS
 from echo_jax.learner.policy_losses import SURROGATES, Bounds
 from echo_jax.types import Batch, Role
@@ -249,15 +256,20 @@ def test_a_ratio_beyond_all_bounds_stays_finite():
 
 
 def test_supervised_batch_is_plain_cross_entropy():
-    config = small_config()
-    batch = make_supervised_batch(example(), config, (Role.ACTION, Role.OUTPUT))
-    current, old, frozen = tables()
-    (total, _), gradient = value_and_grad(jnp.asarray(current), batch, config, 1.0, old, frozen)
+    batch = make_supervised_batch(example(), small_config(), (Role.ACTION, Role.OUTPUT))
+    current = jnp.asarray(tables()[0])
+
+    def loss(table):
+        return cross_entropy(table[batch.tokens], batch, -2 * table[batch.tokens])
+
+    (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(current)
     tokens = np.concatenate(
         [r.tokens[np.isin(r.roles, (Role.ACTION, Role.OUTPUT))] for r in example()]
     )
     np.testing.assert_allclose(total, -current[tokens].mean(), rtol=1e-5)
     assert (np.flatnonzero(gradient) == np.sort(tokens)).all()
+    values = finish_metrics(metrics)
+    assert values == pytest.approx({'loss': float(total), 'entropy': 2 * float(total)}, rel=1e-5)
 
 
 @pytest.mark.parametrize(

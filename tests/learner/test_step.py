@@ -16,10 +16,16 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo_jax.learner.batching import make_batch
+from echo_jax.learner.batching import make_batch, make_supervised_batch
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.optimizer import make_optimizer
-from echo_jax.learner.step import init_state, make_score, make_step, micro_batches
+from echo_jax.learner.step import (
+    init_state,
+    make_score,
+    make_step,
+    make_supervised_step,
+    micro_batches,
+)
 from echo_jax.model.qwen3 import Qwen3, Qwen3Config
 from echo_jax.types import ENV_TARGETS, Role, Status
 from tests.support.objective import VOCABULARY, reference
@@ -179,6 +185,29 @@ def test_step_is_the_objective_of_every_rollout_alone(options):
     np.testing.assert_allclose(metrics['logprob_gap'], gap, rtol=1e-6)
     if config.loss.old_logprobs == 'rollout':
         assert 0.05 < metrics['clip_fraction'] < 0.95
+
+
+def test_a_supervised_step_is_cross_entropy_without_a_recipes_loss():
+    """Loss and gradient by log_softmax, from a recipe that has no section `loss` at all."""
+    params, rollouts, roles = draw_params(), draw_rollouts(), (Role.ACTION, Role.OUTPUT)
+    config = recipe(temperature=0.7)
+    batch = make_supervised_batch(rollouts, config, roles)
+    with config.unlocked():
+        del config.loss
+    optimizer = optax.sgd(1.0)  # of rate 1, so that the parameters' change is the gradient
+    step = jit(make_supervised_step(GRAPHDEF, optimizer, config))
+    state, metrics = step(init_state(params, optimizer), batch)
+
+    learned = np.concatenate([r.tokens[np.isin(r.roles, roles)] for r in rollouts])
+    by_token = np.zeros(VOCABULARY)
+    by_token[learned] = -1 / len(learned)
+    tokens, values = rows_of(rollouts), finish_metrics(metrics)
+    ce = -table_of(params, rollouts, 0.7)[learned].mean()
+    np.testing.assert_allclose(values['loss'], ce, rtol=1e-6)  # the batch's weights are float32
+    assert 0 < values['entropy'] < np.log(VOCABULARY)
+    by_hand = pulled(params, tokens, 0.7, np.where(tokens, by_token[tokens], 0.0))
+    grads = jax.tree.map(np.subtract, params, state.params)
+    assert_trees_close(grads, by_hand, rtol=1e-5, atol=1e-8)
 
 
 def directional(loss, params, seed):
