@@ -3,7 +3,7 @@
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # with libtpu, JAX looks for a TPU at length
 
@@ -47,6 +47,24 @@ def finished(programs, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp('run') / 'finished'
     programs.train(workdir)
     return workdir
+
+
+@pytest.fixture(scope='session')
+def run_of(programs, finished, tmp_path_factory) -> Callable[[str], pathlib.Path]:
+    """The workdir of a finished run of support/every_option.py. Copy it before writing to it."""
+    from tests.support.every_option import flags_of  # here: the rollout environment has no JAX
+
+    done = {'plain': finished}
+
+    def run(name: str) -> pathlib.Path:
+        if name not in done:
+            workdir = tmp_path_factory.mktemp(name) / 'run'
+            flags, without = flags_of(name)
+            programs.train(workdir, *flags, without=without)
+            done[name] = workdir
+        return done[name]
+
+    return run
 
 
 @pytest.fixture(scope='session')
