@@ -2,10 +2,12 @@
 
 import pytest
 
+from echo_jax.learner.batching import rollout_metrics
 from echo_jax.run.redraw import other_tasks, redraw_equal
-from echo_jax.run.sources import groups_of_step
+from echo_jax.run.sources import GroupsAhead, groups_of_step
 from echo_jax.store.due import DueGroups
 from echo_jax.store.rollouts import RolloutStore
+from echo_jax.tasks.drawing import TaskIterator
 from echo_jax.types import Rollout, Task
 from tests.support.random_rollouts import make_rollout, small_config
 
@@ -14,8 +16,10 @@ def tasks(count, **fields):
     return [Task(f'task-{i}', path=None, instruction='', **fields) for i in range(count)]
 
 
-def group_of(group_id: int, task_id: str, equal: bool) -> list[Rollout]:
-    group = [make_rollout('PAO', float(i and not equal), group_id, i) for i in range(2)]
+def group_of(group_id: int, task_id: str, equal: bool, version: int = 3) -> list[Rollout]:
+    group = [
+        make_rollout('PAO', float(i and not equal), group_id, i, version=version) for i in range(2)
+    ]
     for rollout in group:
         rollout.task_id = task_id
     return group
@@ -36,10 +40,11 @@ class StoredSource:
         self.posted.append(due)
 
     def wait(self, due):
-        assert due == self.posted[-1]
+        assert due in self.posted
         for group_id, task_id in due.assignments:
             if group_id in self.store.missing([group_id]):
-                self.store.write_group(group_of(group_id, task_id, task_id not in self.unequal))
+                equal = task_id not in self.unequal
+                self.store.write_group(group_of(group_id, task_id, equal, due.version))
                 self.drawn.append(group_id)
         return self.store.read_groups(due.group_ids)
 
@@ -133,3 +138,58 @@ def test_no_other_task_and_no_group_are_ordinary_cases(tmp_path):
     assert ids(rollouts) == [0, 1, 2] and metrics['rollout/redrawn_groups'] == 0
     assert redraw_equal([], source, {'train': tasks(3)}, config, 0)[0] == []
     assert source.posted == []
+
+
+STEPS = 6
+
+
+def steps_of(source, config, state=None, first=0, last=STEPS):
+    """(rollouts, metrics of the redraw, where a run that is resumed after it draws on) of each
+    step, as the learner's program goes through them; `state` is the position to go on from.
+    """
+    everything = tasks(30)
+    iterator = TaskIterator(everything, seed=config.seed, groups=config.batch.groups)
+    if state is not None:
+        iterator.set_state(state)
+    ahead, found = GroupsAhead(iterator, source, config, STEPS), []
+    for done in range(first, last):
+        drawn = ahead.draw(done)
+        rollouts, redrawn = redraw_equal(drawn, source, {'train': everything}, config, done)
+        ahead.trained()
+        found.append((rollouts, redrawn, ahead.position))
+    return found
+
+
+def test_steps_that_are_drawn_ahead_have_numbers_and_redraws_of_their_own(tmp_path):
+    """Step n has the numbers 5 n to 5 n + 2, drawn up to two steps before, and two for redraws."""
+    config = recipe(limit=2)
+    config.max_staleness = 2
+    unequal = {f'task-{i}' for i in range(0, 30, 2)}
+    source = StoredSource(RolloutStore(tmp_path / 'store'), unequal)
+    whole = steps_of(source, config)
+    ahead = [due for due in source.posted if due.first_group % 5 == 0]
+    # Three steps before the first, then one in each step until the last is posted.
+    assert [(due.first_group, due.version) for due in ahead] == [
+        *((0, 0), (5, 0), (10, 0), (15, 1), (20, 2), (25, 3))
+    ]
+    again = [due for due in source.posted if due not in ahead]
+    assert again and all(due.first_group % 5 in (3, 4) for due in again)
+    # What is drawn anew is of the step's own weights, however old the others are.
+    assert all(due.version == due.first_group // 5 for due in again)
+    assert len(source.drawn) == len(set(source.drawn))
+    for done, (rollouts, redrawn, _) in enumerate(whole):
+        assert len(rollouts) == 6 and {i // 5 for i in ids(rollouts)} == {done}
+        equal = [r for r in rollouts if r.task_id not in unequal]
+        assert redrawn['rollout/equal_groups'] == len(equal) / 2
+        assert not equal or redrawn['rollout/redrawn_groups'] == 2
+        staleness = rollout_metrics(rollouts, done).get('rollout/max_staleness', 0)
+        assert staleness <= min(done, 2)
+    assert sum(redrawn['rollout/redrawn_groups'] for _, redrawn, _ in whole) > 4
+    assert max(rollout_metrics(r, n)['rollout/max_staleness'] for n, (r, _, _) in enumerate(whole))
+    # A run that is resumed after step 3 finds what was drawn ahead, and learns from the same.
+    first = StoredSource(RolloutStore(tmp_path / 'other'), unequal)
+    begun = steps_of(first, config, last=3)
+    resumed = StoredSource(first.store, unequal)
+    went_on = steps_of(resumed, config, state=begun[-1][2], first=3)
+    assert [(ids(r), m) for r, m, _ in begun + went_on] == [(ids(r), m) for r, m, _ in whole]
+    assert sorted(first.drawn + resumed.drawn) == sorted(source.drawn)
