@@ -111,6 +111,31 @@ def test_every_loss_of_divided_arrays_is_that_of_whole_ones():
     assert process.returncode == 0, errors[-4000:]
 
 
+def test_the_coefficient_and_the_norms_of_the_two_gradients(tmp_path):
+    """What `loss.env_schedule` and `loss.env_adaptive` need, on a mesh as on one device."""
+
+    def computed(name, sizes, devices):
+        output = tmp_path / f'{name}.npz'
+        arguments = output, json.dumps(sizes)
+        return finish(output, run('mesh_env_coef.py', *arguments, dtype='float64', devices=devices))
+
+    alone, found = computed('alone', {}, 1), computed('mesh', {'data': 2, 'fsdp': 2}, 4)
+    assert found.keys() == alone.keys()
+    for name, value in alone.items():
+        scale = max(np.abs(value).max(), 1e-3)
+        np.testing.assert_allclose(found[name], value, 0, 1e-11 * scale, err_msg=name)
+    # A step's gradient is that of the others plus the coefficient times the environment term's.
+    names = [name.removeprefix('gradient/0.0/') for name in alone if 'gradient/0.0/' in name]
+    others, both = (
+        np.concatenate([found[f'gradient/{coef}/{name}'].ravel() for name in names])
+        for coef in ('0.0', '0.25')
+    )
+    assert len(others) > 5000
+    norms = [np.linalg.norm(others), np.linalg.norm(both - others) / 0.25]
+    np.testing.assert_allclose(norms, [found['policy_grad_norm'], found['env_grad_norm']], 1e-9)
+    assert min(norms) > 0.1
+
+
 def test_two_processes_compute_what_one_does(alone, tmp_path):
     with socket.socket() as free:
         free.bind(('localhost', 0))

@@ -59,24 +59,33 @@ def draw_batch(config):
     return make_batch(rollouts, config)
 
 
-def main(output, sizes, dtype='float32', loss='{}'):
-    distributed.start()
+def recipe(sizes, dtype):
     config = small_config(groups=4, group_size=2, seq_len=16, micro_rows=8, pack=False)
-    config.loss.update(json.loads(loss))
     config.model.update(SIZES | {'dtype': dtype})
     config.policy.temperature = 0.7
-    # As in a step of several updates, so that the old log-probabilities go over the mesh too.
-    config.batch.updates, config.loss.old_logprobs = 2, 'recomputed'
     config.mesh.update({'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1} | sizes)
     with config.unlocked():
         config.sharding = SHARDING
-    sharded = ShardedModel.of(config)
+    return config
+
+
+def draw_params(sharded, dtype):
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
+    return jax.tree.map(
         lambda x, place: jax.device_put(rng.normal(0.3, 0.4, x.shape).astype(dtype), place),
         sharded.abstract,
         sharded.placed,
     )
+
+
+def main(output, sizes, dtype='float32', loss='{}'):
+    distributed.start()
+    config = recipe(sizes, dtype)
+    config.loss.update(json.loads(loss))
+    # As in a step of several updates, so that the old log-probabilities go over the mesh too.
+    config.batch.updates, config.loss.old_logprobs = 2, 'recomputed'
+    sharded = ShardedModel.of(config)
+    params = draw_params(sharded, dtype)
     optimizer = optax.trace(0.0)  # its state is the gradient
     step = make_step(sharded.graphdef, optimizer, config)
 
