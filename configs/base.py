@@ -444,8 +444,14 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.eval.temperature = 0.6
     # The number of rollouts of every held-out task, drawn before training and again after it.
     c.eval.samples = 8
-    # The number of steps between two measurements of the environment cross-entropy.
+    # The number of steps between two measurements of the environment cross-entropy and of
+    # `eval.balance`.
     c.eval.every = 20
+    # Whether the gradients of the environment term and of the others are measured beside each
+    # other, in the first step, in every `eval.every`-th and in the last: their norms and their
+    # cosine, also with `loss.env_coef = 0`. It costs two more passes forward and back in these
+    # steps, changes no update, and takes the memory of one more gradient.
+    c.eval.balance = True
 
     # The learner's state on disk, from which a run resumes.
     c.checkpoint = ml_collections.ConfigDict()

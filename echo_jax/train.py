@@ -65,7 +65,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     # ---------------------------------------------------------- the state, new or from a checkpoint
     traced = env_coef.is_traced(config.loss)
     step, abstract_state, initial_state = model.step(config.optimizer, traced_env_coef=traced)
-    env_term = EnvTerm(config, num_steps, tokenizer, score, model.norms())
+    env_term = EnvTerm(config, num_steps, tokenizer, score, model.balance())
     learner = Learner(config, model, step, env_term, reference)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)

@@ -90,6 +90,7 @@ def test_metrics(finished):
         assert row['train/loss'] == pytest.approx(
             row['train/policy_loss'] + config.loss.env_coef * row['train/env_loss'], rel=1e-5
         )
+    assert [row['step'] for row in rows if 'train/grad_norm_env' in row] == [1, 2, 4, STEPS]
     measured = {row['step']: row['eval/env_ce'] for row in rows if 'eval/env_ce' in row}
     assert list(measured) == [2, 4]  # every 2 steps, but for the last, which the summary holds
     before, after = (summary(finished)[f'env_ce_{when}'] for when in ('before', 'after'))

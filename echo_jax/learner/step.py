@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from echo_jax.learner import sharding
-from echo_jax.learner.losses import Metrics, cross_entropy, echo_loss, total
+from echo_jax.learner.losses import Metric, Metrics, cross_entropy, echo_loss, total
 from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.learner.updates import scores_before
 from echo_jax.model import huggingface, partition
@@ -168,30 +168,39 @@ def _updated(
     return TrainState(params, opt_state, state.step + 1)
 
 
-def make_norms(graphdef, config: ml_collections.ConfigDict) -> Callable[..., dict]:
-    """`norms(params, batch, reference=None)`: how large the gradients of the two terms are.
+def make_balance(graphdef, config: ml_collections.ConfigDict) -> Callable[..., Metrics]:
+    """`balance(params, batch, reference=None)`: the gradients of the two terms beside each other.
 
-    The global norms of the environment term's, before its coefficient, and of all the others', as
-    the metrics `env_grad_norm` and `policy_grad_norm`. That costs two more passes forward and back
-    over the batch, one after the other, so that only one gradient is in memory.
+    The metrics are the global norms `grad_norm_env`, of the environment term before its
+    coefficient, and `grad_norm_policy`, of all the others, and `grad_cosine` between the two, which
+    is a mean over nothing if a norm is 0. That costs two passes forward and back over the batch,
+    one after the other. Beside the parameters, at most two gradients of whole batches are in
+    memory, and that of a micro-batch, which a step has too: one gradient more than in a step.
     """
     loss = make_loss(graphdef, config)
     env_loss = make_cross_entropy(graphdef, config.policy.temperature)
 
-    def norms(params, batch: Batch, reference=None):
+    def balance(params, batch: Batch, reference=None):
         def of_env(micro):
             return jax.grad(env_loss, has_aux=True)(params, micro)[0]
 
         def of_others(micro):
             return jax.grad(loss, has_aux=True)(params, micro, 0, reference)[0]
 
-        found = {}
-        for name, gradient in (('env', of_env), ('policy', of_others)):
-            total_gradient = _sum_over_micro_batches(gradient, batch, config.batch.micro_rows)
-            found[f'{name}_grad_norm'] = total(optax.tree.norm(total_gradient))
-        return found
+        env, policy = (
+            _sum_over_micro_batches(gradient, batch, config.batch.micro_rows)
+            for gradient in (of_env, of_others)
+        )
+        norm_env, norm_policy = optax.tree.norm(env), optax.tree.norm(policy)
+        # By array, and not of ravelled ones, which would not stay divided over the mesh.
+        products = jax.tree.map(lambda x, y: jnp.sum(x * y), env, policy)
+        return {
+            'grad_norm_policy': total(norm_policy),
+            'grad_norm_env': total(norm_env),
+            'grad_cosine': Metric(jax.tree.reduce(jnp.add, products), norm_env * norm_policy),
+        }
 
-    return norms
+    return balance
 
 
 def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
@@ -311,10 +320,10 @@ class ShardedModel:
             out_shardings=place,
         )
 
-    def norms(self) -> Callable[..., Metrics]:
-        """`make_norms`, jitted; the batch is one that lies on the mesh."""
+    def balance(self) -> Callable[..., Metrics]:
+        """`make_balance`, jitted; the batch is one that lies on the mesh."""
         return jax.jit(
-            self._traced(make_norms(self.graphdef, self.config)),
+            self._traced(make_balance(self.graphdef, self.config)),
             in_shardings=(self.placed, sharding.batch_sharding(self.mesh), None),
         )
 

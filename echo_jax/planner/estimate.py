@@ -1,6 +1,7 @@
 """What a recipe takes: memory, FLOPs and time of its step, and how many rollouts a GPU holds.
 
 Nothing is trained or started. The compiler says what memory the step takes; the rest is estimated.
+What `eval.balance` measures beside some steps takes one gradient more, and is left out.
 
 Time is a roofline, so it is optimistic. Each instruction of the compiled schedule, loops counted,
 takes the longest of three: its matrix products at the chip's peak; its operands and results once

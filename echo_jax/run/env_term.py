@@ -38,11 +38,11 @@ class EnvTerm:
         num_steps: int,
         tokenizer: transformers.PreTrainedTokenizerFast,
         score: Score,
-        norms: Callable | None = None,
+        balance: Callable,
     ):
-        """norms: `ShardedModel.norms()`, for `loss.env_adaptive`."""
+        """balance: `ShardedModel.balance()`."""
         self._config, self._num_steps = config, num_steps
-        self._score, self._norms = score, norms
+        self._score, self._gradients = score, balance
         self._rule = Unpredictable(tokenizer) if config.loss.drop_unpredictable else None
         # What `loss.env_adaptive` has made of the coefficient so far. A checkpoint keeps it.
         self.adapted = float(config.loss.env_coef)
@@ -70,26 +70,32 @@ class EnvTerm:
         value = self._value(done)
         return jnp.float32(value) if env_coef.is_traced(self._config.loss) else value
 
-    def adapt(
+    def balance(
         self, done: int, params: Any, batch: Batch, reference: Any = None
     ) -> dict[str, float]:
-        """Measures the two gradients if it is time, moves the coefficient, and returns metrics.
+        """Measures the two gradients if it is time, for `eval.balance` or to move the coefficient
+        by `loss.env_adaptive`, and returns metrics.
 
         It is called before the step after the first `done`, with the batch on the mesh, or with the
-        first mini-batch of several.
+        first mini-batch of several. The parameters stay as they are.
         """
         loss = self._config.loss
+        adapts = loss.env_adaptive.every and done % loss.env_adaptive.every == 0
         values = {}
-        every = loss.env_adaptive.every
-        if every and self._norms is not None and done % every == 0:
-            found = finish_metrics(self._norms(params, batch, reference))
-            self.adapted = env_coef.adapted(
-                self.adapted, found['policy_grad_norm'], found['env_grad_norm'], loss.env_adaptive
-            )
+        if adapts or self._shows_balance(done + 1):
+            found = finish_metrics(self._gradients(params, batch, reference))
             values = {f'train/{name}': value for name, value in found.items()}
+            if adapts:
+                norms = found['grad_norm_policy'], found['grad_norm_env']
+                self.adapted = env_coef.adapted(self.adapted, *norms, loss.env_adaptive)
         if env_coef.is_traced(loss):
             values['train/env_coef'] = self._value(done)
         return values
+
+    def _shows_balance(self, step: int) -> bool:
+        """Whether `eval.balance` is due in this step, counted from 1."""
+        options = self._config.eval
+        return options.balance and (step in (1, self._num_steps) or step % options.every == 0)
 
     def _value(self, done: int) -> float:
         if self._config.loss.env_adaptive.every:

@@ -50,7 +50,7 @@ class Learner:
             self._with_old_logprobs(state.params, sharding.put_batch(batch, self._model.mesh))
             for batch in updates.mini_batches(learned, config, done, targets)
         ]
-        values |= term.adapt(done, state.params, batches[0], self._reference)
+        values |= term.balance(done, state.params, batches[0], self._reference)
         sums = []
         for number in updates.order(config, done):
             state, added = self._step(state, batches[number], term.coef(done), self._reference)

@@ -1,4 +1,4 @@
-"""Tokens a second of the jitted training step, with segment_attention and with plain attention.
+"""Tokens a second of the jitted training step, and what `eval.balance` costs beside it.
 
     python experiments/benchmarks/learner.py [--config configs/tiny.py] [--rounds 5] [--short]
 
@@ -6,8 +6,11 @@ The step is that of `learner.step.make_step` with the recipe's optimizer and ECH
 both losses, backward over micro-batches, clip and update, with the state donated. The batch is
 random tokens, one rollout a row, and every row is full; with --short rows are half full, and their
 padding is not counted as tokens. The same step with benchmarks/attention.py's plain einsum in place
-of segment_attention takes turns with it. The result holds medians of the rounds without the first.
-A ratio above 1 means that segment_attention's step is faster. Prints one JSON line.
+of segment_attention takes turns with it, and so does `learner.step.make_balance`, which
+`eval.balance` adds to some steps. The result holds medians of the rounds without the first. A ratio
+above 1 means that segment_attention's step is faster; `balance_steps` is the measurement's time in
+steps, and `balance_share` that over `eval.every`, what it adds to a run's learning. The two `_mib`
+are the memory that XLA plans for, beside what is passed in. Prints one JSON line.
 """
 
 import argparse
@@ -29,7 +32,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from echo_jax.learner.batching import make_batch
 from echo_jax.learner.optimizer import make_optimizer
-from echo_jax.learner.step import init_state, make_step
+from echo_jax.learner.step import init_state, make_balance, make_step
 from echo_jax.model import attention
 from echo_jax.model.qwen3 import Qwen3, Qwen3Config
 from echo_jax.types import Batch, Role, Rollout, Status
@@ -59,10 +62,17 @@ def draw_rollouts(config, length: int) -> list[Rollout]:
     ]
 
 
-def make_run(config, batch: Batch, attend: Callable) -> Callable[[], float]:
-    """A function that takes one step and returns its seconds; `attend` is compiled into it."""
-    sizes = {key: value for key, value in config.model.items() if key != 'path'}
-    graphdef, params = nnx.split(Qwen3(Qwen3Config(**sizes), rngs=nnx.Rngs(0)))
+def build(config) -> tuple[nnx.GraphDef, nnx.State]:
+    sizes = {k: v for k, v in config.model.items() if k not in ('path', 'model_type')}
+    return nnx.split(Qwen3(Qwen3Config(**sizes), rngs=nnx.Rngs(0)))
+
+
+def make_run(config, batch: Batch, attend: Callable) -> tuple[Callable[[], float], float]:
+    """A function that takes one step and returns its seconds, and the step's memory in MiB.
+
+    `attend` is compiled into it.
+    """
+    graphdef, params = build(config)
     optimizer = make_optimizer(config.optimizer)
     state = init_state(params, optimizer)
     step = jax.jit(make_step(graphdef, optimizer, config), donate_argnums=0, static_argnums=2)
@@ -77,7 +87,24 @@ def make_run(config, batch: Batch, attend: Callable) -> Callable[[], float]:
         jax.block_until_ready((state, metrics))
         return time.perf_counter() - start
 
-    return run
+    return run, mib(compiled)
+
+
+def make_measurement(config, batch: Batch) -> tuple[Callable[[], float], float]:
+    """The same for `make_balance`."""
+    graphdef, params = build(config)
+    compiled = jax.jit(make_balance(graphdef, config)).lower(params, batch).compile()
+
+    def run():
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(params, batch))
+        return time.perf_counter() - start
+
+    return run, mib(compiled)
+
+
+def mib(compiled: jax.stages.Compiled) -> float:
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
 
 def plain_instead(q, k, v, segments, _kind):
@@ -96,7 +123,9 @@ def main() -> None:
     batch = jax.device_put(make_batch(draw_rollouts(config, length), config))
     tokens = int((batch.segment_ids > 0).sum())
     ways = {'segment': attention.segment_attention, 'plain': plain_instead}
-    runs = {name: make_run(config, batch, attend) for name, attend in ways.items()}
+    made = {name: make_run(config, batch, attend) for name, attend in ways.items()}
+    made['balance'] = make_measurement(config, batch)
+    runs = {name: run for name, (run, _) in made.items()}
     seconds = {name: [] for name in runs}
     for number in range(args.rounds + 1):
         for name, run in runs.items():
@@ -113,6 +142,10 @@ def main() -> None:
         'tokens_per_s': round(tokens / medians['segment']),
         'plain_tokens_per_s': round(tokens / medians['plain']),
         'ratio': round(medians['plain'] / medians['segment'], 3),
+        'balance_steps': round(medians['balance'] / medians['segment'], 2),
+        'balance_share': round(medians['balance'] / medians['segment'] / config.eval.every, 3),
+        'step_mib': round(made['segment'][1], 1),
+        'balance_mib': round(made['balance'][1], 1),
         'load': round(os.getloadavg()[0], 1),
     }
     print(json.dumps(result))

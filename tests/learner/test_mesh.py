@@ -111,7 +111,7 @@ def test_every_loss_of_divided_arrays_is_that_of_whole_ones():
     assert process.returncode == 0, errors[-4000:]
 
 
-def test_the_coefficient_and_the_norms_of_the_two_gradients(tmp_path):
+def test_a_traced_coefficient_and_the_balance(tmp_path):
     """What `loss.env_schedule` and `loss.env_adaptive` need, on a mesh as on one device."""
 
     def computed(name, sizes, devices):
@@ -132,8 +132,14 @@ def test_the_coefficient_and_the_norms_of_the_two_gradients(tmp_path):
     )
     assert len(others) > 5000
     norms = [np.linalg.norm(others), np.linalg.norm(both - others) / 0.25]
-    np.testing.assert_allclose(norms, [found['policy_grad_norm'], found['env_grad_norm']], 1e-9)
+    np.testing.assert_allclose(norms, [found['grad_norm_policy'], found['grad_norm_env']], 1e-9)
     assert min(norms) > 0.1
+
+
+def test_the_balance_on_two_devices_is_of_two_backward_passes():
+    process = run('mesh_balance.py', dtype='float64', devices=2)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-4000:]
 
 
 def test_two_processes_compute_what_one_does(alone, tmp_path):

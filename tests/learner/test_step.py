@@ -21,6 +21,7 @@ from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.optimizer import make_optimizer
 from echo_jax.learner.step import (
     init_state,
+    make_balance,
     make_score,
     make_step,
     make_supervised_step,
@@ -185,6 +186,33 @@ def test_step_is_the_objective_of_every_rollout_alone(options):
     np.testing.assert_allclose(metrics['logprob_gap'], gap, rtol=1e-6)
     if config.loss.old_logprobs == 'rollout':
         assert 0.05 < metrics['clip_fraction'] < 0.95
+
+
+def test_the_balance_is_of_the_two_terms_pulled_back_apart():
+    """Norms and cosine against the reference's gradients, with KL and several micro-batches."""
+    params, frozen, rollouts = draw_params(0), draw_params(1), draw_rollouts()
+    config = recipe(**ROLLOUT)
+    temperature, batch = config.policy.temperature, make_batch(rollouts, config)
+    assert micro_batches(batch, config.batch.micro_rows)[1] >= 2
+    batch = batch._replace(rollout_logprobs=batch.rollout_logprobs.astype(np.float64))
+    current, still = (table_of(p, rollouts, temperature) for p in (params, frozen))
+    tokens = rows_of([r for r in rollouts if r.status != Status.INFRA_ERROR])
+
+    def by_hand(env_coef):
+        _, by_token = reference(rollouts, config, env_coef, current, current, still)
+        grads = pulled(params, tokens, temperature, np.where(tokens, by_token[tokens], 0.0))
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+
+    policy = by_hand(0.0)
+    env = by_hand(1.0) - policy
+    expected = {
+        'grad_norm_policy': np.linalg.norm(policy),
+        'grad_norm_env': np.linalg.norm(env),
+        'grad_cosine': policy @ env / np.linalg.norm(policy) / np.linalg.norm(env),
+    }
+    assert min(abs(value) for value in expected.values()) > 1e-3
+    found = finish_metrics(jit(make_balance(GRAPHDEF, config))(params, batch, frozen))
+    assert found == pytest.approx(expected, rel=1e-6)  # the batch's weights are float32
 
 
 def test_a_supervised_step_is_cross_entropy_without_a_recipes_loss():

@@ -38,6 +38,14 @@ def recipe(**loss):
     return config
 
 
+def needless(*_):
+    pytest.fail('no pass is needed')
+
+
+def env_term(config, score=needless, balance=needless):
+    return EnvTerm(config, config.num_steps, build(TINY), score, balance)
+
+
 @functools.cache
 def models():
     """The small model on one device, by the keys of `loss` that its step is compiled with."""
@@ -47,11 +55,10 @@ def models():
 
 def test_nothing_acts_unless_it_is_asked_for():
     config = recipe()
-    env = EnvTerm(
-        config, config.num_steps, build(TINY), score=lambda *_: pytest.fail('no pass is needed')
-    )
+    config.eval.balance = False
+    env = env_term(config, score=needless, balance=needless)
     targets, metrics = env.targets(rollouts(), None)
-    assert metrics == {} and env.adapt(0, None, None) == {}
+    assert metrics == {} and env.balance(0, None, None) == {}
     expected, found = make_batch(rollouts(), config), make_batch(rollouts(), config, targets)
     for one, other in zip(expected, found):
         np.testing.assert_array_equal(one, other)
@@ -62,13 +69,13 @@ def test_nothing_acts_unless_it_is_asked_for():
 def test_the_coefficient_depends_on_the_step_alone():
     config = recipe()
     config.num_steps, config.loss.env_schedule.name = 10, 'linear'
-    env = EnvTerm(config, config.num_steps, build(TINY), score=None)
+    env = env_term(config)
     coefs = [env.coef(done) for done in range(10)]
     assert all(isinstance(coef, jax.Array) and coef.shape == () for coef in coefs)
     np.testing.assert_allclose(coefs, np.linspace(0.05, 0.005, 10), rtol=1e-6)
-    assert env.adapt(4, None, None) == {'train/env_coef': pytest.approx(0.03)}
+    assert env.balance(5, None, None) == {'train/env_coef': pytest.approx(0.025)}
     # A run that is resumed at step 4 makes another one.
-    assert EnvTerm(config, config.num_steps, build(TINY), score=None).coef(4) == coefs[4]
+    assert env_term(config).coef(4) == coefs[4]
 
 
 def test_the_most_surprising_targets_are_left_out():
@@ -78,7 +85,7 @@ def test_the_most_surprising_targets_are_left_out():
     # 30. Of 12, 3 are dropped at the top and 1 at the bottom, by every packing.
     for pack in (True, False):
         config.batch.pack = pack
-        env = EnvTerm(config, config.num_steps, build(TINY), score=lambda _, batch: -batch.tokens)
+        env = env_term(config, score=lambda _, batch: -batch.tokens)
         targets, metrics = env.targets(rollouts(), None)
         assert metrics == {'train/env_dropped/surprising': 4}
         batch = make_batch(rollouts(), config, targets)
@@ -98,7 +105,7 @@ def test_the_policys_own_surprise():
     model, params = models()
     config = recipe()
     config.loss.drop_surprising.top = 0.5
-    env = EnvTerm(config, config.num_steps, build(TINY), model.score())
+    env = env_term(config, score=model.score())
     targets, _ = env.targets(rollouts(), params)
     whole = make_batch(rollouts(), recipe())
     logprobs = np.asarray(model.score()(params, whole))
@@ -126,7 +133,7 @@ def test_the_norms_are_those_of_the_two_gradients_apart():
     model, params = models()
     config = recipe()
     batch = make_batch(rollouts(), config)
-    norms = finish_metrics(model.norms()(params, batch, None))
+    found = finish_metrics(model.balance()(params, batch, None))
     # A step of GRPO has the policy's norm. The environment's is that of a batch without advantages.
     step, _, init = model.step(config.optimizer)
 
@@ -134,25 +141,44 @@ def test_the_norms_are_those_of_the_two_gradients_apart():
         _, metrics = step(init(jax.tree.map(jnp.copy, params)), batch, coef, None)
         return finish_metrics(metrics)['grad_norm']
 
-    assert norms['policy_grad_norm'] == pytest.approx(norm_of(batch, 0.0), rel=1e-4)
+    policy, env = found['grad_norm_policy'], found['grad_norm_env']
+    assert policy == pytest.approx(norm_of(batch, 0.0), rel=1e-4)
     still = batch._replace(advantages=np.zeros_like(batch.advantages))
-    assert norms['env_grad_norm'] == pytest.approx(norm_of(still, 1.0), rel=1e-4)
-    assert min(norms.values()) > 1e-3
-    empty = finish_metrics(model.norms()(params, make_batch([], config), None))
-    assert empty == {'policy_grad_norm': 0, 'env_grad_norm': 0}
+    assert env == pytest.approx(norm_of(still, 1.0), rel=1e-4)
+    assert min(policy, env) > 1e-3
+    empty = finish_metrics(model.balance()(params, make_batch([], config), None))
+    assert empty == {'grad_norm_policy': 0, 'grad_norm_env': 0}  # and no direction
+
+
+def test_the_balance_is_measured_when_it_is_due():
+    """In the first of eight steps, in every third, and in the last; with GRPO as with ECHO."""
+    model, params = models()
+    for coef in (0.0, 0.05):
+        config = recipe(env_coef=coef)
+        config.num_steps, config.eval.every = 8, 3
+        batch = make_batch(rollouts(), config)
+        env = env_term(config, balance=model.balance())
+        found = [env.balance(done, params, batch) for done in range(8)]
+        assert [step for step, values in enumerate(found, 1) if values] == [1, 3, 6, 8]
+        assert set(found[0]) == {f'train/grad_{n}' for n in ('norm_policy', 'norm_env', 'cosine')}
+        assert found[0]['train/grad_norm_env'] > 1e-3
+        assert env.coef(8) == coef
 
 
 def test_the_coefficient_follows_the_gradients():
     model, params = models()
     config = recipe()
     config.loss.env_adaptive.update(every=2, target=0.2, smoothing=0.0, high=10.0)
+    config.eval.every = 4
     batch = make_batch(rollouts(), config)
-    env = EnvTerm(config, config.num_steps, build(TINY), model.score(), model.norms())
-    assert env.adapt(1, params, batch) == {'train/env_coef': 0.05}
-    values = env.adapt(2, params, batch)
-    coef, held = values['train/env_coef'], values['train/policy_grad_norm']
-    assert coef * values['train/env_grad_norm'] == pytest.approx(0.2 * held)
+    env = env_term(config, balance=model.balance())
+    assert env.balance(1, params, batch) == {'train/env_coef': 0.05}
+    # To be shown in step 4 is no reason to adapt.
+    assert env.balance(3, params, batch)['train/grad_norm_env'] > 0 and env.adapted == 0.05
+    values = env.balance(2, params, batch)
+    coef, held = values['train/env_coef'], values['train/grad_norm_policy']
+    assert coef * values['train/grad_norm_env'] == pytest.approx(0.2 * held)
     assert env.coef(2) == jnp.float32(coef) and env.adapted == coef
     # A batch that says nothing leaves it.
-    env.adapt(4, params, make_batch([], config))
+    env.balance(4, params, make_batch([], config))
     assert env.adapted == coef

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from echo_jax.learner.batching import make_batch, unpack
 from echo_jax.learner.step import ShardedModel
@@ -14,16 +15,17 @@ from tests.support.random_rollouts import make_rollout, small_config
 from tests.support.tokenizers import TINY, build
 
 
-def learned(rollouts, reference, **loss):
+def learned(rollouts, reference, balance=False, **loss):
     """The parameters after one step on the rollouts, and how the frozen model scores them."""
-    config = small_config(env_coef=0.0, **loss)
+    config = small_config(**{'env_coef': 0.0} | loss)
     sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, head_dim=8)
     config.model.update(vocab_size=500, num_hidden_layers=1, **sizes)
     config.mesh.fsdp = 1
+    config.eval.balance = balance
     config.optimizer.warmup_from = 'one'
     model = ShardedModel.of(config, jax.devices()[:1])
     step, _, first = model.step(config.optimizer)
-    term = EnvTerm(config, config.num_steps, build(TINY), model.score())
+    term = EnvTerm(config, config.num_steps, build(TINY), model.score(), model.balance())
     frozen = jax.tree.map(lambda x: x * reference, model.random_params())
     learner = Learner(config, model, step, term, frozen if loss.get('kl_coef') else None)
     state, values = learner.learn(first(model.random_params()), rollouts, 0)
@@ -51,3 +53,19 @@ def test_the_kl_in_the_reward_is_a_change_of_the_rewards():
     for one, two in zip(ours, by_hand):
         np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-8)
     assert any(np.abs(one - two).max() > 1e-9 for one, two in zip(ours, plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('loss', [{}, {'env_coef': 0.3, 'kl_coef': 0.5}], ids=['grpo', 'echo'])
+def test_measuring_the_balance_changes_no_bit_of_an_update(loss):
+    rollouts = [
+        make_rollout('PPAAROOA', reward=1.0, sample=0, first_token=1),
+        make_rollout('PAAROO', reward=0.0, sample=1, first_token=20),
+    ]
+    without, _, plain = learned(rollouts, 0.5, balance=False, **loss)
+    measured, _, values = learned(rollouts, 0.5, balance=True, **loss)
+    for one, two in zip(without, measured, strict=True):
+        np.testing.assert_array_equal(one, two)
+    added = {f'train/grad_{name}' for name in ('norm_policy', 'norm_env', 'cosine')}
+    assert values.keys() - plain.keys() == added
+    assert {name: values[name] for name in plain} == plain

@@ -1,8 +1,8 @@
-"""A traced coefficient and the norms of the two gradients on some mesh; test_mesh.py runs it.
+"""A traced coefficient and the balance of the two gradients on some mesh; test_mesh.py runs it.
 
     mesh_env_coef.py OUTPUT.npz '{"data": 2, "fsdp": 2}'
 
-OUTPUT gets `policy_grad_norm` and `env_grad_norm`, and of the step with each of COEFS,
+OUTPUT gets the balance of the two gradients, and of the step with each of COEFS,
 `gradient/COEF/NAME` by the parameters' flat names and `metric/COEF/NAME`, the sum of each metric.
 It needs float64.
 """
@@ -32,7 +32,7 @@ def main(output, sizes):
     params = draw_params(sharded, 'float64')
     frozen = jax.tree.map(lambda x: 0.9 * x, params)
     batch = sharding.put_batch(draw_batch(config), sharded.mesh)
-    arrays = finish_metrics(sharded.norms()(params, batch, frozen))
+    arrays = finish_metrics(sharded.balance()(params, batch, frozen))
     step, _, first_state = sharded.step(config.optimizer, traced_env_coef=True)
     for coef in COEFS:
         state = first_state(jax.tree.map(jnp.copy, params))
