@@ -29,13 +29,34 @@ def test_every_run_is_needed(name):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('name', RUNS)
 def test_a_run(run_of, name):
-    rows, page = metrics(run_of(name)), table('metrics.jsonl')
-    assert [row['step'] for row in rows] == list(range(1, config_of(name).num_steps + 1))
+    config, rows = config_of(name), metrics(run_of(name))
+    assert [row['step'] for row in rows] == list(range(1, config.num_steps + 1))
+    pages, plain = table('metrics.jsonl').keys(), set().union(*metrics(run_of('plain')))
     for row in rows:
         assert all(math.isfinite(value) for value in row.values())
-        assert {key for key in row if key.startswith(('train/', 'rollout/'))} <= page.keys()
+        assert {key for key in row if key.startswith(('train/', 'rollout/'))} <= pages
         assert row.keys() >= set(RUNS[name].logs)
-    moved = [row['train/grad_norm'] for row in rows]
-    assert max(moved) > 0
-    plain = set().union(*metrics(run_of('plain')))
+        # Else the options of the policy term would have nothing to act on.
+        assert (row['train/action_tokens'] > 0) == (not config.loss.mask_truncated)
     assert plain.isdisjoint(RUNS[name].logs)
+
+
+@pytest.mark.timeout(900)
+def test_the_terminal_answers_in_the_run_of_the_environment_term(run_of):
+    rows = metrics(run_of('env_term'))
+    for role in ('feedback', 'wrapper', 'output', 'scaffold'):
+        assert sum(row[f'train/{role}_tokens'] for row in rows) > 0
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize('name', ['kl_in_loss', 'kl_in_reward', 'dual_clip'])
+def test_a_warm_start_does_not_depend_on_the_options(run_of, name):
+    expected = metrics(run_of('plain'), 'warm_start.jsonl')
+    assert metrics(run_of(name), 'warm_start.jsonl') == expected
+
+
+@pytest.mark.timeout(900)
+def test_the_frozen_model_is_where_the_warm_start_ended(run_of):
+    first, second = metrics(run_of('kl_in_loss'))
+    assert first['train/reference_kl'] == pytest.approx(0, abs=1e-6)
+    assert second['train/reference_kl'] > 0

@@ -4,27 +4,12 @@ import signal
 
 import pytest
 
-from tests.support.small_run import NO_WARM_START, SETTINGS, metrics, summary, wait_for
+from tests.support.every_option import RUNS, flags_of
+from tests.support.small_run import SETTINGS, metrics, summary, wait_for
 
-LIMIT = 2
 GROUPS = SETTINGS['batch']['groups']
-# Every rule for a batch at once. An untrained model solves nothing, so all groups are equal, and
-# every step draws as many tasks anew as it may.
-FLAGS = (
-    *NO_WARM_START,
-    '--config.num_steps=4',
-    '--config.batch.updates=2',
-    '--config.batch.epochs=2',
-    '--config.batch.mini=rollouts',
-    '--config.batch.micro_rows=1',
-    '--config.loss.old_logprobs=recomputed',
-    '--config.loss.clip_low=0.001',
-    '--config.loss.equal_groups=redraw',
-    f'--config.loss.redraw_limit={LIMIT}',
-    '--config.loss.mask_truncated=True',
-    '--config.loss.count_truncated=False',
-)
-WITHOUT = ['num_steps', 'batch.micro_rows', 'warm_start']
+LIMIT = RUNS['updates'].values['loss.redraw_limit']
+FLAGS, WITHOUT = flags_of('updates')
 
 
 def written(workdir):
@@ -38,10 +23,8 @@ def rows(workdir):
 
 
 @pytest.fixture(scope='module')
-def alone(programs, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('updates') / 'run'
-    programs.train(workdir, *FLAGS, without=WITHOUT)
-    return workdir
+def alone(run_of):
+    return run_of('updates')
 
 
 @pytest.mark.timeout(900)
@@ -52,7 +35,6 @@ def test_a_run_with_several_updates(alone):
         assert row['train/grad_norm_last'] > 0
         assert row['train/grad_norm'] != row['train/grad_norm_last']
         assert row['rollout/redrawn_groups'] == LIMIT and row['rollout/equal_groups'] == GROUPS
-        assert row['rollout/masked_truncated'] >= 0
         assert row['rollout/staleness'] == 0  # one version a step
     # Each of 4 rollouts is in 2 epochs.
     targets = [row['train/target_tokens'] for row in found]

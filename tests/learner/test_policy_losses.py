@@ -8,7 +8,7 @@ import pytest
 
 from echo_jax.learner.batching import REDUCTIONS, make_batch
 from echo_jax.learner.losses import echo_loss, finish_metrics, policy_term
-from echo_jax.learner.policy_losses import SURROGATES, Bounds
+from echo_jax.learner.policy_losses import SURROGATES, Bounds, Tokens
 from tests.support.hand_losses import (
     by_token,
     example,
@@ -77,6 +77,41 @@ def test_by_hand(advantage, options, loss, gradient, shares):
     metrics = finish_metrics(metrics)
     named = {name: value for name, value in metrics.items() if name.endswith('_fraction')}
     assert named == {f'{name}_fraction': value for name, value in shares.items()}
+
+
+@pytest.mark.parametrize(
+    ('old', 'new', 'advantage', 'is_masked'),
+    [
+        (0.50, 0.80, 1, True),  # |p - old p| = 0.3 > 0.15, and p rises further
+        (0.50, 0.80, -1, False),  # it comes back
+        (0.50, 0.20, -1, True),
+        (0.50, 0.20, 1, False),
+        (0.50, 0.64, 1, False),  # 0.14; 'clip' would cut r = 1.28 at 1.2
+        (0.50, 0.66, 1, True),
+        (0.90, 0.76, -1, False),
+        (0.90, 0.74, -1, True),  # 0.16, and r = 0.82 is within 0.2 of 1
+        (0.001, 0.1, 1, False),  # r = 100, and p moved by 0.099
+        (0.1, 0.001, -1, False),
+    ],
+)
+def test_the_mask_by_total_variation_by_hand(old, new, advantage, is_masked):
+    """Of a token's two outcomes, itself and all others: (|p - q| + |(1 - p) - (1 - q)|) / 2."""
+    logprobs, before = np.log([[new]]), np.log([[old]])
+    advantages, acting = np.full((1, 1), advantage, float), np.ones((1, 1), bool)
+    bounds = Bounds(clip_low=0.2, clip_high=0.2, dual_clip=3.0, dppo_tv=0.15)
+
+    def value(logprobs):
+        log_ratio = logprobs - before
+        tokens = Tokens(
+            logprobs, before, log_ratio, jnp.exp(log_ratio), advantages, acting, np.ones((1, 1))
+        )
+        gain, shares = SURROGATES['dppo'](tokens, bounds)
+        return gain.sum(), shares['masked_fraction']
+
+    (gain, masked), gradient = jax.value_and_grad(value, has_aux=True)(jnp.asarray(logprobs))
+    assert masked.item() == is_masked
+    expected = 0.0 if is_masked else advantage * new / old
+    np.testing.assert_allclose([gain, gradient.item()], expected, rtol=1e-5)
 
 
 def test_the_rollouts_ratio_is_of_its_action_tokens_alone_in_a_packed_row():

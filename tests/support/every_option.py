@@ -32,33 +32,36 @@ class Run(NamedTuple):
 
 
 NO_WARM_START = {'warm_start.steps': 0, 'warm_start.explore_steps': 0}
-# No task is solved by so small a model, but rollouts differ in length, so there are advantages.
+# No task is solved by so small a model, but after a warm start its rollouts differ in length, so
+# there are advantages.
 UNEQUAL_REWARDS = {'protocol.length_penalty_coef': 1.0, 'protocol.length_penalty_start': 0}
+SEVERAL_UPDATES = {'batch.epochs': 2, 'loss.old_logprobs': 'recomputed'}
 RUNS: Mapping[str, Run] = {
     'plain': Run({}),
     'updates': Run(
         {
             **NO_WARM_START,
+            **SEVERAL_UPDATES,
             'num_steps': 4,
             'batch.updates': 2,
-            'batch.epochs': 2,
             'batch.mini': 'rollouts',
             'batch.micro_rows': 1,
-            'loss.old_logprobs': 'recomputed',
             'loss.clip_low': 0.001,
             'loss.reduction': 'dr_grpo',
             'loss.mismatch': 'sequence',
-            # Without advantages all groups are equal, so every step draws as many as it may.
+            # Without rewards all groups are equal, so every step draws as many as it may.
             'loss.equal_groups': 'redraw',
             'loss.redraw_limit': 2,
-            'loss.mask_truncated': True,
-            'loss.count_truncated': False,
         },
-        logs=('rollout/redrawn_groups', 'rollout/masked_truncated', 'train/grad_norm_last'),
+        logs=('rollout/redrawn_groups', 'train/grad_norm_last'),
     ),
     'env_term': Run(
         {
             **UNEQUAL_REWARDS,
+            # So many that some calls are right, and the terminal answers.
+            'warm_start.steps': 120,
+            'warm_start.explore_steps': 60,
+            'warm_start.save_every': 120,
             'loss.targets': 'observation',
             'loss.env_normalization': 'selected',
             'loss.max_env_tokens': 24,
@@ -80,7 +83,6 @@ RUNS: Mapping[str, Run] = {
             *(f'train/env_dropped/{why}' for why in ('capped', 'unpredictable', 'surprising')),
         ),
     ),
-    # The frozen model of these two is the warm start's.
     'kl_in_loss': Run(
         {
             **UNEQUAL_REWARDS,
@@ -97,16 +99,15 @@ RUNS: Mapping[str, Run] = {
             'loss.env_schedule.name': 'linear',
             'loss.env_schedule.end': 0.01,
         },
-        logs=('train/kl_loss', 'train/env_coef', 'train/env_filtered/parsed'),
+        logs=('train/reference_kl', 'train/env_coef', 'train/env_filtered/parsed'),
     ),
     'kl_in_reward': Run(
         {
+            **SEVERAL_UPDATES,
             'num_steps': 2,
             'loss.kl_coef': 0.05,
             'loss.kl': 'k1',
             'loss.kl_in': 'reward',
-            'batch.epochs': 2,
-            'loss.old_logprobs': 'recomputed',
             'loss.policy': 'dppo',
             'loss.dppo_tv': 0.05,
             'loss.mismatch': 'icepop',
@@ -115,16 +116,18 @@ RUNS: Mapping[str, Run] = {
             'loss.env_schedule.steps': (1,),
             'loss.env_schedule.coefs': (0.02,),
         },
-        logs=('train/masked_fraction', 'train/mismatch_masked', 'train/env_ce/warning'),
+        logs=(
+            *('train/reference_kl', 'train/env_coef', 'train/warning_tokens'),
+            *('train/masked_fraction', 'train/mismatch_masked'),
+        ),
     ),
     'rollouts_ratio': Run(
         {
-            **NO_WARM_START,
             **UNEQUAL_REWARDS,
+            **SEVERAL_UPDATES,
             'num_steps': 2,
             'batch.updates': 2,
             'batch.pack': False,
-            'loss.old_logprobs': 'recomputed',
             'loss.policy': 'gspo',
             'loss.mismatch': 'geometric',
             'loss.mismatch_cap': 1.5,
@@ -132,28 +135,42 @@ RUNS: Mapping[str, Run] = {
             'loss.reduction': 'prompt_mean',
             'loss.advantages': 'maxrl',
             'loss.kl_coef': 0.05,
-            'loss.equal_groups': 'drop',
             'loss.count_infra_errors': True,
         },
-        logs=('train/kl_loss', 'train/mismatch_masked', 'rollout/dropped_groups'),
+        logs=('train/kl_loss', 'train/mismatch_masked', 'train/warning_tokens'),
     ),
     'dual_clip': Run(
         {
-            **NO_WARM_START,
             **UNEQUAL_REWARDS,
+            **SEVERAL_UPDATES,
             'num_steps': 2,
-            'batch.epochs': 2,
-            'loss.old_logprobs': 'recomputed',
             'loss.policy': 'dual_clip',
             'loss.dual_clip': 1.5,
             'loss.mismatch': 'mask',
             'loss.env_coef': 0.02,
             'loss.env_normalization': 'token_mean',
-            'loss.env_filter.min_correct': 0.1,
             'loss.drop_unpredictable': True,
-            'loss.mask_truncated': True,
         },
-        logs=('train/dual_clip_fraction', 'train/env_filtered/correct'),
+        logs=(
+            *('train/dual_clip_fraction', 'train/mismatch_masked'),
+            'train/env_dropped/unpredictable',
+        ),
+    ),
+    # So small a model never says that it is done, so all rollouts are truncated: in these two the
+    # policy term learns nothing.
+    'masked': Run(
+        {**NO_WARM_START, 'num_steps': 1, 'loss.mask_truncated': True, 'loss.equal_groups': 'drop'},
+        logs=('rollout/masked_truncated', 'rollout/dropped_groups'),
+    ),
+    'uncounted': Run(
+        {
+            **NO_WARM_START,
+            'num_steps': 1,
+            'loss.mask_truncated': True,
+            'loss.count_truncated': False,
+            'loss.env_filter.min_correct': 0.1,
+        },
+        logs=('rollout/masked_truncated', 'train/env_filtered/correct'),
     ),
 }
 
