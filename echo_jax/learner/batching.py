@@ -67,8 +67,8 @@ def make_batch(
     not train that term either, because without a reward the model would learn its format
     (docs/deviations.md). An INFRA_ERROR counts nowhere and gets no row. With
     `loss.count_infra_errors` it is a sequence like any other, with reward 0. What eligibility.py
-    takes out of the policy term is a sequence without ACTION tokens in it too, or none of its N,
-    and stays what it was in the environment term.
+    takes out of the policy term is a sequence without ACTION tokens in it too, or none of its N
+    and G, and stays what it was in the environment term.
 
     Raises ValueError for a rollout longer than T, and for more rows than R.
     """
@@ -104,8 +104,10 @@ def weigh(judged: Sequence[Judged], config: ml_collections.ConfigDict, rows: int
     """The batch [rows, T] of these rollouts, by their own counts: see `make_batch`."""
     counted, chosen = [j.rollout for j in judged], [j.targets for j in judged]
     actions = [_mask(j.rollout, (Role.ACTION,) if j.part.trains else ()) for j in judged]
-    sequences = sum(j.part.counts for j in judged)
-    policy_counts, env_counts = _denominators(counted, actions, chosen, config, sequences)
+    dividing = [j.rollout.group_id for j in judged if j.part.counts]
+    policy_counts, env_counts = _denominators(
+        counted, actions, chosen, config, sequences=len(dividing), groups=len(set(dividing))
+    )
     segments = [
         _Segment(j.rollout, j.advantage, _weight(action, a), _weight(j.targets.chosen, e))
         for j, action, a, e in zip(judged, actions, policy_counts, env_counts)
@@ -162,10 +164,12 @@ def _denominators(
     targets: Sequence[Targets],
     config: ml_collections.ConfigDict,
     sequences: int,
+    groups: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The denominators of the policy weight and of the env weight, float64 [rollouts] each.
 
-    `sequences` is the policy term's N; that of the environment term is the number of rollouts.
+    `sequences` and `groups` are the policy term's N and G; those of the environment term are the
+    numbers of rollouts and of their groups.
     """
     # They are float64, and rounded once, when the weight is made: N * max_tokens can pass 2**24,
     # and beyond that float32 does not hold every integer.
@@ -180,11 +184,9 @@ def _denominators(
         case 'prompt_mean':
             ids = [r.group_id for r in rollouts]
             group_ids, group = np.unique(np.array(ids, np.int64), return_inverse=True)
-            of_group = [
-                np.bincount(group, counts, len(group_ids))[group] * len(group_ids)
-                for counts in (action_counts, targeted)
-            ]
-            return of_group[0], of_group[1]
+            actions_of_group = np.bincount(group, action_counts, len(group_ids))[group]
+            targets_of_group = np.bincount(group, targeted, len(group_ids))[group]
+            return groups * actions_of_group, len(group_ids) * targets_of_group
         case 'dr_grpo':
             longest = float(config.protocol.max_total_tokens)
             return np.full(n, sequences * longest), np.full(n, n * longest)

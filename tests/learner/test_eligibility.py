@@ -43,6 +43,7 @@ def test_equal_groups_are_kept():
     [
         ('sequence_mean', 1 / (2 * 2), 1 / (4 * 1)),  # N is 2 in the policy term, 4 in the other
         ('token_mean', 1 / 4, 1 / 4),  # 2 + 2 ACTION tokens, not 8; 4 targets
+        ('prompt_mean', 1 / (1 * 4), 1 / (2 * 2)),  # G is 1 in the policy term, 2 in the other
         ('dr_grpo', 1 / (2 * 24), 1 / (4 * 24)),
     ],
 )
