@@ -57,7 +57,7 @@ class Learner:
             sums.append(added)
         values |= {f'train/{name}': v for name, v in updates.finish_updates(sums).items()}
         values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
-        return state, values | eligibility.eligibility_metrics(rollouts, config.loss)
+        return state, values | eligibility.eligibility_metrics(learned, config.loss)
 
     def _less_kl(self, rollouts: Sequence[Rollout], targets: Sequence[Targets]) -> list[Rollout]:
         """The rollouts with `loss.kl_coef` times their KL off their rewards, for `loss.kl_in`
