@@ -27,7 +27,7 @@ from echo_jax.model import params as model_params
 from echo_jax.policy.jax import JaxPolicy
 from echo_jax.run import entry, tasksets
 from echo_jax.run.inert import check_inert
-from echo_jax.run.measures import env_ce, pass_rates
+from echo_jax.run.measures import env_ce, imagined, pass_rates
 from echo_jax.run.oracle import run_agent, show_failures
 from echo_jax.run.report import CONSOLE, Progress
 from echo_jax.run.sources import draw_in_waves
@@ -54,8 +54,8 @@ def evaluate_policy(
     work: Workdir,
     tasks: Sequence[Task],
     samples: int,
-) -> tuple[list[dict], dict[str, float]]:
-    """(results, environment CE) of the newest weights over `samples` rollouts of every task."""
+) -> tuple[list[dict], dict]:
+    """(results, env_ce and imagined) of eval.json, by the newest weights."""
     weights = WeightStore(work.url('weights'))
     version = weights.latest()
     if version is None:
@@ -101,7 +101,8 @@ def evaluate_policy(
         _result(r.task_id, r.sample_id, r.reward, r.status, r.reason, len(r.turn_starts))
         for r in rollouts
     ]
-    return results, env_ce(score, params, rollouts, config)
+    ce = env_ce(score, params, rollouts, config)
+    return results, {'env_ce': ce, 'imagined': imagined(rollouts)}
 
 
 def _result(
@@ -149,28 +150,29 @@ def main(argv: Sequence[str]) -> None:
         if agent == 'policy' and work is None:
             raise ValueError('--agent=policy needs --workdir, the run whose weights are evaluated')
         tasks, left_out = _read_tasks(work, cache)
-        stop, ce = entry.Stop(), {}
+        stop, measured = entry.Stop(), {'env_ce': {}, 'imagined': None}
         try:
             if work is not None and agent == 'policy':
-                results, ce = evaluate_policy(stop, config, work, tasks, samples)
+                results, measured = evaluate_policy(stop, config, work, tasks, samples)
             else:
                 outcomes = run_agent(stop, tasks, config, agent, samples)
                 results = [_result(*outcome[:5], turns=0) for outcome in outcomes]
         except entry.Stopped:
             sys.exit('stopped')
+    rates = pass_rates(results, samples)
     document = {
         'results': results,
         'left_out': [one._asdict() for one in left_out],
-        'pass@k': pass_rates(results, samples),
-        'env_ce': ce,
+        'pass@k': rates,
+        **measured,
     }
     if _OUTPUT.value:
         write_whole(output, json.dumps(document, indent=1))
-    rates = ', '.join(f'pass@{k} {rate:.1%}' for k, rate in document['pass@k'].items())
+    shown = ', '.join(f'pass@{k} {rate:.1%}' for k, rate in rates.items())
     bad = sum(result['status'] not in (Status.OK, Status.TRUNCATED) for result in results)
     show_failures({result['task_id']: result['reason'] for result in results if result['reason']})
     without = f' ({len(left_out)} more left out)' if left_out else ''
-    CONSOLE.print(f'{len(tasks)} tasks{without}, {agent}: {rates}; {bad} with an error status')
+    CONSOLE.print(f'{len(tasks)} tasks{without}, {agent}: {shown}; {bad} with an error status')
     lost = sum(result['status'] == Status.INFRA_ERROR for result in results)
     if lost:
         sys.exit(f'error: {lost} of {len(results)} results are an infra_error; see their reasons')

@@ -25,7 +25,7 @@ from echo_jax.run.checks import check_config, sandboxes_here
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.inert import inert_keys
 from echo_jax.run.learning import Learner
-from echo_jax.run.measures import env_ce, headline, solve_rate
+from echo_jax.run.measures import env_ce, eval_metrics, headline, heldout
 from echo_jax.run.redraw import redraw_equal
 from echo_jax.run.sources import GroupsAhead, count_steps, draw_heldout, make_source, read_splits
 from echo_jax.run.warm_start import first_params
@@ -86,7 +86,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         WeightStore(work.url('weights')).rewind(done)
     source.publish(state.params, done)
     fixed = draw_heldout(source, splits['heldout'], config, version=0, store='heldout_before')
-    solved_before, ce_before = solve_rate(fixed), env_ce(score, params, fixed, config)['all']
+    before = heldout('before', fixed, env_ce(score, params, fixed, config))
     del params
 
     # ---------------------------------------------------------------------- reinforcement learning
@@ -112,7 +112,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 values |= redrawn | {'time/sampling': drawn - started}
                 values['time/learning'] = time.monotonic() - drawn
                 if done % config.eval.every == 0 and done < num_steps:
-                    values['eval/env_ce'] = env_ce(score, state.params, fixed, config)['all']
+                    values |= eval_metrics(env_ce(score, state.params, fixed, config))
                 metrics.write(done, values)
                 if done % config.checkpoint.every == 0:
                     save()
@@ -128,10 +128,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     after = draw_heldout(source, splits['heldout'], config, version=done, store='heldout_after')
     source.close()
     summary = {
-        'solve_rate_before': solved_before,
-        'solve_rate_after': solve_rate(after),
-        'env_ce_before': ce_before,
-        'env_ce_after': env_ce(score, state.params, fixed, config)['all'],
+        **before,
+        **heldout('after', after, env_ce(score, state.params, fixed, config)),
         'steps': done,
         'rollouts': done * config.batch.groups * config.group_size,
         'train_minutes': clock.seconds() / 60,

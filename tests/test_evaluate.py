@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs.tiny import get_config
-from echo_jax.run.measures import env_ce, pass_at_k, pass_rates, solve_rate
+from echo_jax.run.measures import env_ce, eval_metrics, heldout, pass_at_k, pass_rates, solve_rate
 from echo_jax.run.workdir import Workdir
 from echo_jax.tasks.generate import FAMILIES, generate_tasks
 from echo_jax.tasks.parquet import write_parquet
@@ -104,7 +104,8 @@ def test_policy_of_a_run(programs, finished, tmp_path):
     # The newest weights: their CE is of the kind that the run ended with.
     ended = json.loads((finished / 'summary.json').read_text())['env_ce_after']
     assert document['env_ce']['all'] == pytest.approx(ended, abs=0.3)
-    assert document['env_ce'].keys() <= {'all', 'feedback', 'wrapper', 'output'}
+    assert document['env_ce'].keys() <= {'all', 'warning', 'feedback', 'wrapper', 'output'}
+    assert 0 <= document['imagined'] <= 1
 
 
 def test_without_weights_or_a_run(programs, finished, tmp_path):
@@ -167,12 +168,27 @@ def test_env_ce_by_hand(rows_a_batch):
     def score(_params, batch):  # token n has log-probability -n / 10
         return -batch.tokens / 10
 
-    # First: WRAPPER is token 4, OUTPUT 5 and 6; second: OUTPUT is token 3. A warning never counts.
-    assert env_ce(score, None, rollouts, config) == pytest.approx(
-        {'all': (0.4 + 0.5 + 0.6 + 0.3) / 4, 'wrapper': 0.4, 'output': (0.5 + 0.6 + 0.3) / 3}
-    )
-    config.loss.targets = 'output'
-    assert env_ce(score, None, rollouts, config)['all'] == pytest.approx((0.5 + 0.6 + 0.3) / 3)
+    # First: WARNING is token 3, WRAPPER 4, OUTPUT 5 and 6; second: OUTPUT is token 3.
+    by_role = {'warning': 0.3, 'wrapper': 0.4, 'output': (0.5 + 0.6 + 0.3) / 3}
+    targets = {'released': (0.4 + 0.5 + 0.6 + 0.3) / 4, 'output': by_role['output'], 'warning': 0.3}
+    for name, mean in targets.items():
+        config.loss.targets = name
+        found = env_ce(score, None, rollouts, config)
+        assert found == pytest.approx({'all': mean, **by_role})
+    assert eval_metrics({'all': 1.0, 'output': 2.0}) == {
+        'eval/env_ce': 1.0,
+        'eval/env_ce/output': 2.0,
+    }
+
+
+def test_the_summary_of_heldout_rollouts():
+    rollouts = [rollout([Role.PROMPT], reward) for reward in (0.0, 0.0, 1.0)]
+    rollouts[0].metrics['imagined'] = 0.25  # and an INFRA_ERROR has no such number
+    rollouts[2].metrics['imagined'] = 0.5
+    expected = {'solve_rate_after': 1 / 3, 'env_ce_after': 0.7, 'imagined_after': 0.25}
+    assert heldout('after', rollouts, {'all': 0.7}) == pytest.approx(expected)
+    with_output = heldout('before', rollouts, {'all': 0.7, 'output': 0.9})
+    assert with_output['env_ce_output_before'] == 0.9
 
 
 def test_solve_rate_counts_half_a_reward_as_solved():

@@ -65,7 +65,8 @@ def checkpoints(workdir: pathlib.Path, name: str = 'train') -> list[int]:
 
 def test_summary(finished):
     document = json.loads((finished / 'summary.json').read_text())
-    assert tuple(document) == SUMMARY
+    assert tuple(name for name in document if 'output' not in name) == SUMMARY
+    assert 0 <= document['imagined_before'] <= 1 and 0 <= document['imagined_after'] <= 1
     assert document['steps'] == STEPS
     assert document['rollouts'] == STEPS * GROUPS * SETTINGS['group_size']
     assert 0 <= document['solve_rate_before'] <= 1 and 0 <= document['solve_rate_after'] <= 1
@@ -93,6 +94,12 @@ def test_metrics(finished):
     assert [row['step'] for row in rows if 'train/grad_norm_env' in row] == [1, 2, 4, STEPS]
     measured = {row['step']: row['eval/env_ce'] for row in rows if 'eval/env_ce' in row}
     assert list(measured) == [2, 4]  # every 2 steps, but for the last, which the summary holds
+    for row in rows:
+        roles = {name for name in row if name.startswith('eval/env_ce/')}
+        assert bool(roles) == ('eval/env_ce' in row)
+        # Of loss.targets 'released', these three make the whole.
+        means = [row[name] for name in roles - {'eval/env_ce/warning'}]
+        assert not means or min(means) <= row['eval/env_ce'] <= max(means)
     before, after = (summary(finished)[f'env_ce_{when}'] for when in ('before', 'after'))
     assert after < measured[4] < measured[2] < before
 

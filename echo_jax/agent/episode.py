@@ -44,6 +44,7 @@ class _Counts:
     turns_cut: int = 0  # by max_turn_tokens
     parse_errors: int = 0  # turns answered by a whole-response error
     warnings: int = 0
+    imagined: int = 0  # turns with an observation that the agent made up
     commands: int = 0  # really run
     seconds_sampling: float = 0.0
     seconds_executing: float = 0.0
@@ -87,7 +88,7 @@ async def run_episode(
         await _stop(sandbox)
     if discards and ending == 'agent_timeout':
         conversation = protocol.start(task.instruction)  # of the rest, no token is trained on
-    metrics = dataclasses.asdict(counts)
+    metrics = dataclasses.asdict(counts) | {'imagined': counts.imagined / max(counts.turns, 1)}
     metrics |= {f'stop/{reason}': reason == ending for reason in _STATUS}
     metrics |= {f'reward/{key}': value for key, value in verdict.rewards.items() if key != 'reward'}
     if not task.environment_only:
@@ -209,6 +210,7 @@ class _Episode:
         protocol, counts = self.conversation.protocol, self.counts
         response, warnings = protocol.read_turn(token_ids)
         counts.warnings += len(warnings)
+        counts.imagined += protocol.imagines(token_ids)
         if response.error:
             counts.parse_errors += 1
             return '', [Span(Role.FEEDBACK, response.error)]

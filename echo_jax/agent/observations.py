@@ -4,6 +4,7 @@ Runs the selected commands of one turn in a sandbox. The texts are those of
 docs/protocol.md#observation-text and docs/protocol.md#truncation. This module knows no tokens.
 """
 
+import re
 import time
 
 import ml_collections
@@ -16,6 +17,19 @@ from echo_jax.types import Role
 NO_COMMANDS = Span(
     Role.FEEDBACK, 'No commands provided. Please provide commands to execute or set done.'
 )
+
+
+# What a policy writes that plays the terminal itself: the tag that opens an observation in the chat
+# template, or the words of `describe`.
+_IMAGINED = re.compile(r"<tool_response>|' (?:failed|executed successfully)\. Output: ")
+
+
+def imagines(text: str) -> bool:
+    """Whether the text of an agent's turn holds the beginning of an observation.
+
+    Nobody made it: a turn is the agent's own words, and no observation is appended before its end.
+    """
+    return _IMAGINED.search(text) is not None
 
 
 def truncate(text: str, limit: int, strategy: str) -> list[Span]:

@@ -15,6 +15,7 @@ from echo_jax.agent import prompts
 from echo_jax.agent.dialects import find_dialect, qwen3_xml
 from echo_jax.agent.dialects.dialect import Command, Dialect, ParsedResponse
 from echo_jax.agent.encoding import SENTINEL, TURN_END, Encoder, Span
+from echo_jax.agent.observations import imagines
 from echo_jax.policy import Generation
 from echo_jax.types import Role
 
@@ -123,6 +124,10 @@ class Protocol:
         else:
             answer = self.dialect.strip_thinking(text)
         return self.dialect.parse_response(answer), self.dialect.format_warnings(text)
+
+    def imagines(self, token_ids: np.ndarray) -> bool:
+        """Whether a turn holds an observation that the agent made up (docs/protocol.md#a-turn)."""
+        return imagines(self.encoder.decode(token_ids))
 
     def select(self, commands: list[Command]) -> list[Command]:
         """The commands of a turn that are run (docs/protocol.md#a-turn)."""

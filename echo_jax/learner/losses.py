@@ -18,7 +18,7 @@ from echo_jax.learner.mismatch import CORRECTIONS, MASKING
 from echo_jax.learner.options import check_options
 from echo_jax.learner.policy_losses import SURROGATES, Bounds, Surrogate, Tokens
 from echo_jax.learner.ratios import Array, bounded
-from echo_jax.types import ENV_TARGETS, Batch
+from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, Batch
 
 
 class Metric(NamedTuple):
@@ -157,8 +157,8 @@ def env_term(
     """The environment's loss, weighted cross-entropy on target tokens.
 
     The metrics are cross-entropies at temperature 1: of `logprobs_t1`, or of `logprobs` if these
-    are at temperature 1. They are over the targets, and over each role of `loss.targets` and of the
-    terminal's and the harness's words, whether its tokens are trained on or not.
+    are at temperature 1. They are over the targets, and over each role of an observation and of
+    `loss.targets`, whether its tokens are trained on or not.
     """
     target = batch.env_weight > 0
     loss = -jnp.sum(batch.env_weight * jnp.where(target, logprobs, 0.0))
@@ -168,7 +168,7 @@ def env_term(
         'env_ce': _mean(nats, target),
         'target_tokens': total(_count(target)),
     }
-    for role in dict.fromkeys(ENV_TARGETS['released'] + ENV_TARGETS[targets]):
+    for role in dict.fromkeys(OBSERVATION_ROLES + ENV_TARGETS[targets]):
         name = role.name.lower()
         # Nothing predicts a segment's first token. Padding has position 0 too.
         mask = (batch.roles == role) & (batch.positions > 0)

@@ -135,6 +135,8 @@ def results(
             'step': step,
             'eval/solve_rate': summary[f'solve_rate_{when}'],
             'eval/env_ce': summary[f'env_ce_{when}'],
+            # NaN, which no curve shows, if no command of these rollouts printed anything.
+            'eval/env_ce/output': summary.get(f'env_ce_output_{when}', float('nan')),
         }
         for step, when in ((0, 'before'), (summary['steps'], 'after'))
     ]
@@ -154,9 +156,12 @@ def show_summary(summary: dict) -> None:
     for name, key, form in (
         ('solve rate', 'solve_rate', '{:.1%}'),
         ('environment CE, nats a token', 'env_ce', '{:.3f}'),
+        ("the same, the terminal's output alone", 'env_ce_output', '{:.3f}'),
+        ('turns with an imagined observation', 'imagined', '{:.1%}'),
     ):
-        values = (summary[f'{key}_before'], summary[f'{key}_after'])
-        table.add_row(name, *(form.format(value) for value in values))
+        values = [summary.get(f'{key}_{when}') for when in ('before', 'after')]
+        if None not in values:  # some runs have no output to predict
+            table.add_row(name, *(form.format(value) for value in values))
     CONSOLE.print(table)
 
 
@@ -174,14 +179,19 @@ def show_rollout(tokenizer: transformers.PreTrainedTokenizerFast, rollout: Rollo
 def curves(file: pathlib.Path, rows: list[dict]) -> None:
     """Draws reward, environment CE and held-out solve rate over the steps of a run.
 
+    The environment CE is that of OUTPUT, what the terminal wrote, because the harness's own words
+    are soon known. In a run in which no command has printed anything it is that of all targets.
     What every step measures on its few tasks is noisy. It is drawn faint, and its running mean over
     10 steps is drawn full.
     """
     import matplotlib.figure  # only the end of a run draws
 
+    ce, of = ('env_ce', 'targets')
+    if any('train/env_ce/output' in row for row in rows):
+        ce, of = ('env_ce/output', "the terminal's output")
     panels = (
         ('reward and solve rate', 'rollout/reward', 'eval/solve_rate', 'held-out solve rate'),
-        ('environment CE, nats a token', 'train/env_ce', 'eval/env_ce', 'held-out rollouts'),
+        (f'CE of {of}, nats a token', f'train/{ce}', f'eval/{ce}', 'held-out rollouts'),
     )
     figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout='constrained')
     for axes, (title, noisy, heldout, heldout_label) in zip(figure.subplots(1, 2), panels):

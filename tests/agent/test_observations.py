@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from echo_jax.agent.observations import describe
+from echo_jax.agent.observations import describe, imagines
 from echo_jax.sandbox import CommandResult
 from echo_jax.types import Role
 from tests.support.episodes import DONE, assert_valid, bash, call
@@ -122,3 +122,22 @@ def test_several_commands_in_a_turn(make_task, episodes, selection, limit, ran):
         )
     ]
     assert rollout.metrics['commands'] == len(ran)
+
+
+@pytest.mark.parametrize('exit_code', [0, 1])
+def test_the_words_around_an_output_are_known_in_a_turn(exit_code):
+    result = CommandResult('x', '', exit_code, False)
+    shown = ''.join(span.text for span in describe('ls', result, 0, 'start'))
+    assert imagines(f'I look.\n{shown}')
+    assert not imagines(shown.replace('. Output: ', ', it says: '))
+
+
+def test_imagined_observations_are_counted_and_nothing_else_happens(make_task, episodes):
+    invented = "\n<tool_response>\nCommand 'ls' executed successfully. Output: f"
+    replies = [bash('printf x'), bash('printf x') + invented, 'I rest.' + invented, DONE]
+    rollout = episodes.run(make_task(), replies)
+    assert_valid(rollout)
+    assert rollout.metrics['imagined'] == 2 / 4
+    assert (rollout.metrics['commands'], rollout.metrics['parse_errors']) == (2, 1)
+    assert episodes.words(rollout, Role.OUTPUT) == 'xx'
+    assert episodes.run(make_task(), [bash('printf x'), DONE]).metrics['imagined'] == 0

@@ -46,6 +46,7 @@ def test_current_by_hand():
         'env_ce/output': 0.5,  # and no 'env_ce/feedback': there is none
         'action_tokens': 2,
         'target_tokens': 2,
+        'warning_tokens': 0,
         'feedback_tokens': 0,
         'wrapper_tokens': 1,
         'output_tokens': 1,

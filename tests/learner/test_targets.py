@@ -184,7 +184,8 @@ def test_metrics_follow_the_targets():
 
     # Position t has t nats: warning 5, wrapper 6, output 7, template 4, 8 and 9.
     released, warning, whole = map(metrics, ('released', 'warning', 'observation'))
-    assert released['env_ce'] == 6.5 and 'env_ce/warning' not in released
+    assert released['env_ce'] == 6.5 and released['env_ce/warning'] == 5  # measured, not learned
+    assert released['target_tokens'] == 2 and 'env_ce/scaffold' not in released
     assert (warning['env_ce'], warning['env_ce/warning'], warning['warning_tokens']) == (5, 5, 1)
     assert warning['env_ce/output'] == released['env_ce/output'] == 7
     assert (whole['env_ce'], whole['env_ce/scaffold'], whole['target_tokens']) == (6.5, 7, 6)

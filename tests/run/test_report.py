@@ -13,6 +13,7 @@ from echo_jax.run import report
 from echo_jax.types import Role, Rollout, Status
 
 # What a terminal would obey: colours, a title, a new clipboard, a lost line, writing right to left.
+WHEN = ('before', 'after')
 HOSTILE = '\x1b[31mred\x1b]0;title\x07\x1b]52;c;ZXZpbA==\x07\rgone\x9b2Jbell\x07\u202eleft\x00\x7f'
 
 
@@ -109,6 +110,22 @@ def test_curves_show_the_numbers(tmp_path):
     assert left.sum() > 200  # the reward differs
     assert not right.any()  # the CE does not
     assert (np.abs(flat - empty).max(-1) > 0.1)[:, 600:].sum() > 200
+    # Once a command has printed something, the CE is that of the output.
+    output = [{'step': s, 'train/env_ce/output': s, 'eval/env_ce/output': s / 2} for s in range(9)]
+    shown = image(output)
+    other = image([row | {'train/env_ce': 9.0, 'eval/env_ce': 9.0} for row in output])
+    assert (np.abs(shown - empty).max(-1) > 0.1)[:, 600:].sum() > 200
+    np.testing.assert_array_equal(shown, other)
+
+
+def test_the_table_leaves_out_what_a_run_does_not_know(terminal):
+    summary = {'steps': 3, 'solve_rate_before': 0.25, 'solve_rate_after': 0.5}
+    summary |= {f'{name}_{when}': 0.125 for name in ('env_ce', 'imagined') for when in WHEN}
+    report.show_summary(summary)
+    without = terminal.getvalue()
+    assert '50.0%' in without and '12.5%' in without and 'output alone' not in without
+    report.show_summary(summary | {f'env_ce_output_{when}': 0.75 for when in WHEN})
+    assert 'output alone' in terminal.getvalue() and '0.750' in terminal.getvalue()
 
 
 def test_progress_leaves_lines_where_no_terminal_is(monkeypatch):

@@ -117,7 +117,7 @@ RUNS: Mapping[str, Run] = {
             'loss.env_schedule.coefs': (0.02,),
         },
         logs=(
-            *('train/reference_kl', 'train/env_coef', 'train/warning_tokens'),
+            *('train/reference_kl', 'train/env_coef'),
             *('train/masked_fraction', 'train/mismatch_masked'),
         ),
     ),
@@ -137,7 +137,7 @@ RUNS: Mapping[str, Run] = {
             'loss.kl_coef': 0.05,
             'loss.count_infra_errors': True,
         },
-        logs=('train/kl_loss', 'train/mismatch_masked', 'train/warning_tokens'),
+        logs=('train/kl_loss', 'train/mismatch_masked'),
     ),
     'dual_clip': Run(
         {

@@ -42,8 +42,9 @@ SETTINGS = dict(
     checkpoint=dict(every=2),
 )
 NO_WARM_START = ('--config.warm_start.steps=0', '--config.warm_start.explore_steps=0')
-SUMMARY = (
-    *('solve_rate_before', 'solve_rate_after', 'env_ce_before', 'env_ce_after'),
+SUMMARY = (  # and env_ce_output_WHEN, if held-out rollouts have OUTPUT
+    *('solve_rate_before', 'env_ce_before', 'imagined_before'),
+    *('solve_rate_after', 'env_ce_after', 'imagined_after'),
     *('steps', 'rollouts', 'train_minutes'),
 )
 
