@@ -111,8 +111,9 @@ def test_every_loss_of_divided_arrays_is_that_of_whole_ones():
     assert process.returncode == 0, errors[-4000:]
 
 
-def test_a_traced_coefficient_and_the_balance(tmp_path):
-    """What `loss.env_schedule` and `loss.env_adaptive` need, on a mesh as on one device."""
+def test_the_coefficient_and_the_balance_of_the_two_gradients(tmp_path):
+    """What `loss.env_schedule`, `loss.env_adaptive` and `eval.balance` need, on a mesh as on one
+    device, in two micro-batches."""
 
     def computed(name, sizes, devices):
         output = tmp_path / f'{name}.npz'
@@ -131,15 +132,12 @@ def test_a_traced_coefficient_and_the_balance(tmp_path):
         for coef in ('0.0', '0.25')
     )
     assert len(others) > 5000
-    norms = [np.linalg.norm(others), np.linalg.norm(both - others) / 0.25]
+    env = (both - others) / 0.25
+    norms = [np.linalg.norm(others), np.linalg.norm(env)]
     np.testing.assert_allclose(norms, [found['grad_norm_policy'], found['grad_norm_env']], 1e-9)
-    assert min(norms) > 0.1
-
-
-def test_the_balance_on_two_devices_is_of_two_backward_passes():
-    process = run('mesh_balance.py', dtype='float64', devices=2)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-4000:]
+    cosine = others @ env / np.prod(norms)
+    np.testing.assert_allclose(cosine, found['grad_cosine'], 1e-9)
+    assert min(norms) > 0.1 and abs(cosine) > 1e-3
 
 
 def test_two_processes_compute_what_one_does(alone, tmp_path):

@@ -2,7 +2,7 @@
 
     mesh_env_coef.py OUTPUT.npz '{"data": 2, "fsdp": 2}'
 
-OUTPUT gets the balance of the two gradients, and of the step with each of COEFS,
+OUTPUT gets what `make_balance` measures, and of the step with each of COEFS,
 `gradient/COEF/NAME` by the parameters' flat names and `metric/COEF/NAME`, the sum of each metric.
 It needs float64.
 """
@@ -26,7 +26,7 @@ COEFS = (0.0, 0.25)  # whole in float32, which the traced one is
 
 def main(output, sizes):
     config = recipe(sizes, 'float64')
-    config.loss.kl_coef = 0.1
+    config.loss.kl_coef, config.batch.micro_rows = 0.1, 4
     config.optimizer.max_grad_norm = 1e9  # so that the first moment is the gradient, times 1 - b1
     sharded = ShardedModel.of(config)
     params = draw_params(sharded, 'float64')
