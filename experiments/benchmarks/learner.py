@@ -9,8 +9,9 @@ padding is not counted as tokens. The same step with benchmarks/attention.py's p
 of segment_attention takes turns with it, and so does `learner.step.make_balance`, which
 `eval.balance` adds to some steps. The result holds medians of the rounds without the first. A ratio
 above 1 means that segment_attention's step is faster; `balance_steps` is the measurement's time in
-steps, and `balance_share` that over `eval.every`, what it adds to a run's learning. The two `_mib`
-are the memory that XLA plans for, beside what is passed in. Prints one JSON line.
+steps, `balance_cpu_steps` the same of CPU seconds, which a busy machine changes less, and
+`balance_share` the latter over `eval.every`, what it adds to a run's learning. The two `_mib` are
+the memory that XLA plans for, beside what is passed in. Prints one JSON line.
 """
 
 import argparse
@@ -126,12 +127,15 @@ def main() -> None:
     made = {name: make_run(config, batch, attend) for name, attend in ways.items()}
     made['balance'] = make_measurement(config, batch)
     runs = {name: run for name, (run, _) in made.items()}
-    seconds = {name: [] for name in runs}
+    seconds, cpu_seconds = ({name: [] for name in runs} for _ in range(2))
     for number in range(args.rounds + 1):
         for name, run in runs.items():
+            began = time.process_time()
             taken = run()
             if number:
                 seconds[name].append(taken)
+                cpu_seconds[name].append(time.process_time() - began)
+    cpu = {name: statistics.median(times) for name, times in cpu_seconds.items()}
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     result = {
         'benchmark': 'learner',
@@ -143,7 +147,8 @@ def main() -> None:
         'plain_tokens_per_s': round(tokens / medians['plain']),
         'ratio': round(medians['plain'] / medians['segment'], 3),
         'balance_steps': round(medians['balance'] / medians['segment'], 2),
-        'balance_share': round(medians['balance'] / medians['segment'] / config.eval.every, 3),
+        'balance_cpu_steps': round(cpu['balance'] / cpu['segment'], 2),
+        'balance_share': round(cpu['balance'] / cpu['segment'] / config.eval.every, 3),
         'step_mib': round(made['segment'][1], 1),
         'balance_mib': round(made['balance'][1], 1),
         'load': round(os.getloadavg()[0], 1),
