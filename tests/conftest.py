@@ -50,18 +50,26 @@ def finished(programs, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='session')
-def run_of(programs, finished, tmp_path_factory) -> Callable[[str], pathlib.Path]:
+def run_of(programs, finished, tmp_path_factory, request) -> Callable[[str], pathlib.Path]:
     """The workdir of a finished run of support/every_option.py. Copy it before writing to it."""
-    from tests.support.every_option import flags_of  # here: the rollout environment has no JAX
+    # Here, because the rollout environment has no JAX.
+    from tests.support.every_option import RUNS, flags_of, write_tasks
 
     done = {'plain': finished}
 
     def run(name: str) -> pathlib.Path:
         if name not in done:
-            workdir = tmp_path_factory.mktemp(name) / 'run'
-            flags, without = flags_of(name)
-            programs.train(workdir, *flags, without=without)
-            done[name] = workdir
+            folder, run = tmp_path_factory.mktemp(name), RUNS[name]
+            flags, without = flags_of(name, write_tasks(folder))
+            environment = {}
+            if run.devices > 1:
+                environment['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={run.devices}'
+            if run.needs_docker:
+                environment['DOCKER_HOST'] = request.getfixturevalue('daemon').url
+            programs.train(
+                folder / 'run', *flags, recipe=run.recipe, without=without, **environment
+            )
+            done[name] = folder / 'run'
         return done[name]
 
     return run

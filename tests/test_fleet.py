@@ -109,7 +109,13 @@ def assert_whole(fleet: Fleet) -> list[dict]:
 
 @pytest.mark.parametrize(
     'fleet',
-    [('--config.max_staleness=2', '--config.model.tie_word_embeddings=False')],
+    [
+        (
+            '--config.max_staleness=2',
+            '--config.model.tie_word_embeddings=False',
+            '--config.policy.keyframe_every=2',
+        )
+    ],
     indirect=True,
 )
 def test_steps_ahead_are_drawn_while_the_learner_learns(fleet):

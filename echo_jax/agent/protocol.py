@@ -23,7 +23,7 @@ from echo_jax.types import Role
 format_warnings = qwen3_xml.format_warnings
 parse_response = qwen3_xml.parse_response
 
-_CHOICES = {
+CHOICES = {
     'system_prompt': ('full', 'brief'),
     'truncation': ('start', 'end', 'start_end'),
     'thinking': ('keep_all', 'strip_rollout', 'strip_all'),
@@ -74,7 +74,7 @@ class Protocol:
     def __init__(
         self, tokenizer: transformers.PreTrainedTokenizerFast, config: ml_collections.ConfigDict
     ):
-        for key, choices in _CHOICES.items():
+        for key, choices in CHOICES.items():
             if config[key] not in choices:
                 raise ValueError(f'protocol.{key} is {config[key]!r}; choose one of {choices}')
         if config.max_commands_per_turn < 1:

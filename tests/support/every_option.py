@@ -4,31 +4,83 @@ RUNS is the table; a new value of an option goes into one of its runs. tests/tes
 does the runs and fails if a value is in none of them.
 """
 
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ml_collections
 
 from configs import base, tiny
+from echo_jax.agent import protocol
+from echo_jax.agent.dialects import DIALECTS
 from echo_jax.learner.env_coef import SCHEDULES
 from echo_jax.learner.options import NAMES
 from echo_jax.learner.updates import MINI
+from echo_jax.model import attention
+from echo_jax.model.qwen3 import REMAT
 from echo_jax.run.inert import flat, inert_keys
+from echo_jax.tasks.generate import generate_tasks
+from tests.support import divided
 from tests.support.small_run import SETTINGS
 
-# The sections whose options the runs cover.
-SECTIONS = ('batch', 'loss')
-# What an option that is a name may be, by the tables of the code itself.
+_OPTIMIZER = {'name': ('adamw', 'muon'), 'warmup_from': ('zero', 'one')}
+_SANDBOXES = ('local', 'docker', 'harbor')
+_SPENT = ('discard', 'verify')
+# What an option that is a name may be, by the tables of the code itself if it has one.
 KNOWN: Mapping[str, Sequence] = {
     **{f'loss.{key}': names for key, names in NAMES.items()},
     'loss.env_schedule.name': SCHEDULES,
     'batch.mini': MINI,
+    **{f'protocol.{key}': names for key, names in protocol.CHOICES.items()},
+    'protocol.dialect': tuple(DIALECTS),
+    'protocol.at_max_total_tokens': _SPENT,
+    'protocol.at_agent_timeout': _SPENT,
+    'model.dtype': ('bfloat16', 'float32'),
+    'model.attention': attention.KINDS,
+    'model.remat': tuple(REMAT),
+    **{f'sharding.{axis}': ('tensor',) for axis in ('vocab', 'heads', 'kv_heads', 'mlp')},
+    **{f'optimizer.{key}': names for key, names in _OPTIMIZER.items()},
+    **{f'warm_start.optimizer.{key}': names for key, names in _OPTIMIZER.items()},
+    'policy.backend': ('jax', 'vllm'),
+    'sandbox.backend': _SANDBOXES,
+    'warm_start.sandbox': _SANDBOXES,
+    'sandbox.shell': ('fresh', 'persistent'),
+    'sandbox.hardening': ('docker', 'strict'),
+}
+# Options that are any text.
+TEXTS = ('model.path', 'tasks.train', 'tasks.heldout', 'sandbox.harbor_environment')
+_HARBOR = 'Harbor has an environment of its own, without JAX: tests/sandbox/test_harbor_*.py'
+_VLLM = 'vLLM has an environment of its own: tests/test_fleet.py'
+# What none of the runs can have on one CPU, and why, or where else it is run.
+ELSEWHERE: Mapping[str, str] = {
+    "model.attention = 'splash'": 'needs a TPU: tests/learner/test_platforms.py',
+    "model.attention = 'cudnn'": 'needs CUDA: tests/learner/test_platforms.py',
+    "model.attention = 'pallas'": 'needs CUDA: tests/learner/test_platforms.py',
+    "model.remat = 'offload'": 'needs an accelerator: tests/learner/test_platforms.py',
+    'model.path': 'needs a model in files: tests/test_export.py',
+    "policy.backend = 'vllm'": _VLLM,
+    'max_staleness': _VLLM,
+    'policy.keyframe_every': _VLLM,
+    'policy.tensor_parallel': 'needs several GPUs',
+    'policy.gpu_memory_utilization': 'needs a GPU',
+    "sandbox.backend = 'harbor'": _HARBOR,
+    "warm_start.sandbox = 'harbor'": _HARBOR,
+    'sandbox.harbor_environment': _HARBOR,
 }
 
 
 class Run(NamedTuple):
-    values: Mapping[str, object]  # of the recipe's keys, beside tiny.py's and SETTINGS
+    values: Mapping[str, object]  # of the recipe's keys, beside its own and SETTINGS
     logs: tuple[str, ...] = ()  # metrics of every row that there are only with these values
+    recipe: str = 'configs/tiny.py'
+    devices: int = 1
+
+    @property
+    def needs_docker(self) -> bool:
+        return 'docker' in (
+            self.values.get('sandbox.backend'),
+            self.values.get('warm_start.sandbox'),
+        )
 
 
 NO_WARM_START = {'warm_start.steps': 0, 'warm_start.explore_steps': 0}
@@ -172,29 +224,126 @@ RUNS: Mapping[str, Run] = {
         },
         logs=('rollout/masked_truncated', 'train/env_filtered/correct'),
     ),
+    # The transcripts of the warm start run commands, so the protocol has something to read.
+    'conversation': Run(
+        {
+            'seed': 1,
+            'num_steps': 2,
+            'protocol.system_prompt': 'full',
+            'protocol.max_prompt_tokens': 1200,
+            'protocol.max_context_tokens': 1600,
+            'protocol.max_total_tokens': 1600,
+            'batch.seq_len': 1600,
+            'protocol.command_selection': 'all',
+            'protocol.command_timeout': 20,
+            'protocol.max_output_chars': 8,
+            'protocol.truncation': 'start_end',
+            'protocol.thinking': 'strip_rollout',
+            'protocol.parse_after_think': True,
+            'protocol.at_max_total_tokens': 'discard',
+            'protocol.at_agent_timeout': 'discard',
+            'sandbox.shell': 'fresh',
+            'sandbox.agent_timeout': 50.0,
+            'sandbox.verifier_timeout': 40.0,
+            'model.dtype': 'bfloat16',
+            'model.remat': 'none',
+            'optimizer.name': 'muon',
+            'optimizer.warmup_from': 'zero',
+            'optimizer.warmup_steps': 1,
+            'optimizer.weight_decay': 0.1,
+            'optimizer.max_grad_norm': 1.0,
+            'warm_start.optimizer.name': 'adamw',
+            'warm_start.optimizer.warmup_from': 'zero',
+            'warm_start.optimizer.b1': 0.8,
+            'warm_start.optimizer.weight_decay': 0.1,
+            'warm_start.optimizer.decay_steps': 2,
+            'warm_start.habits': ('solve', 'leave'),
+            'eval.balance': False,
+            'eval.temperature': 1.0,
+            'checkpoint.keep': 1,
+            'tasks.train': '{tasks}/train',
+            'tasks.heldout': '{tasks}/heldout',
+        }
+    ),
+    'divided': Run(
+        {
+            'num_epochs': 1,
+            'tasks.train_count': 4,
+            'warm_start.steps': 2,
+            'warm_start.explore_steps': 1,
+            'warm_start.sandbox': 'docker',
+            'mesh.data': 2,
+            'mesh.fsdp': 1,
+            'mesh.context': 2,
+            'mesh.tensor': 2,
+            'model.model_type': 'qwen3',
+            'model.num_key_value_heads': 2,
+            'model.tie_word_embeddings': False,
+            'model.attention': 'blocks',
+            'model.remat': 'attention',
+            'protocol.command_selection': 'last',
+            'protocol.max_commands_per_turn': 2,
+            'protocol.max_output_chars': 8,
+            'protocol.truncation': 'end',
+            'protocol.thinking': 'strip_all',
+            'optimizer.b1': 0.8,
+            'optimizer.decay_steps': 2,
+        },
+        recipe='tests/support/divided.py',
+        devices=8,
+    ),
+    'containers': Run(
+        {
+            'num_steps': 2,
+            **NO_WARM_START,
+            'sandbox.backend': 'docker',
+            'sandbox.memory_mb': 128,
+            'sandbox.cpus': 1.0,
+            'sandbox.runtime': 'runc',
+            'sandbox.build_network': False,
+            'verifier.kill_agent_processes': True,
+        }
+    ),
+    'strict_containers': Run(
+        {
+            **NO_WARM_START,
+            'num_steps': 2,
+            'sandbox.backend': 'docker',
+            'sandbox.memory_mb': 128,
+            'sandbox.hardening': 'strict',
+            'sandbox.user': 0,
+        }
+    ),
 }
 
 
-def flags_of(name: str) -> tuple[list[str], list[str]]:
+def write_tasks(folder: pathlib.Path) -> pathlib.Path:
+    """A folder with the tasks of the runs that name tasks: `train` and `heldout`."""
+    for split, count in (('train', 40), ('heldout', 6)):
+        generate_tasks(folder / split, split=split, count=count)
+    return folder
+
+
+def flags_of(name: str, tasks: str | pathlib.Path = '') -> tuple[list[str], list[str]]:
     """The flags of a run of RUNS, and what of SETTINGS is left out: both for `Programs.train`."""
     values = RUNS[name].values
-    flags = [f'--config.{key}={value}' for key, value in values.items()]
-    return flags, [*values, *(['warm_start'] if values.get('warm_start.steps') == 0 else [])]
+    flags = [f'--config.{key}={value}'.format(tasks=tasks) for key, value in values.items()]
+    return flags, [*values, *inert_keys(config_of(name))]
 
 
 def config_of(name: str) -> ml_collections.ConfigDict:
     """The recipe of a run of RUNS."""
-    config = tiny.get_config()
+    config = (tiny if RUNS[name].recipe == 'configs/tiny.py' else divided).get_config()
     settings = flat(ml_collections.ConfigDict(SETTINGS))
     config.update_from_flattened_dict(settings | dict(RUNS[name].values))
     return config
 
 
 def uncovered(runs: Sequence[str]) -> list[str]:
-    """What of SECTIONS none of these runs has: 'key = value', or the key if it is a number.
+    """What none of these runs has: 'key = value', or the key if it is a number or any text.
 
-    A name or a bool is to have each of its values, and a number, or a tuple of them, another than
-    the default. A value counts only where its key has an effect (run/inert.py).
+    A name or a bool is to have each of its values, and a number, a tuple or a text another than the
+    default. A value counts only where its key has an effect (run/inert.py).
     """
     found: dict[str, set] = {}
     for name in runs:
@@ -206,8 +355,6 @@ def uncovered(runs: Sequence[str]) -> list[str]:
     missing = []
     for key, default in flat(base.get_config()).items():
         values = found.get(key, set())
-        if key.partition('.')[0] not in SECTIONS:
-            continue
         if key in KNOWN or isinstance(default, bool):
             wanted = KNOWN.get(key, (False, True))
             missing += [f'{key} = {value!r}' for value in wanted if value not in values]

@@ -113,20 +113,31 @@ class Programs:
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     def train_flags(
-        self, workdir: pathlib.Path, *flags: str, variant: str = '', without: Sequence[str] = ()
+        self,
+        workdir: pathlib.Path,
+        *flags: str,
+        recipe: str = 'configs/tiny.py',
+        variant: str = '',
+        without: Sequence[str] = (),
     ) -> list[str]:
         """`without`: keys of SETTINGS, or sections, that `flags` leave without an effect."""
-        config = f'--config=configs/tiny.py{variant}'
+        config = f'--config={recipe}{variant}'
         inert = tuple(f'--config.{key}' for key in without)
         settings = [flag for flag in config_flags(SETTINGS) if not flag.startswith(inert)]
         return [config, f'--workdir={workdir}', *settings, *flags]
 
     def train(
-        self, workdir: pathlib.Path, *flags: str, variant: str = '', without: Sequence[str] = ()
+        self,
+        workdir: pathlib.Path,
+        *flags: str,
+        recipe: str = 'configs/tiny.py',
+        variant: str = '',
+        without: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         """A run to its end; raises if it does not get there."""
-        flags = self.train_flags(workdir, *flags, variant=variant, without=without)
-        done = self.run('train', *flags)
+        flags = self.train_flags(workdir, *flags, recipe=recipe, variant=variant, without=without)
+        done = self.run('train', *flags, **environment)
         assert done.returncode == 0, (done.returncode, done.stdout[-2000:], done.stderr)
 
     def fails(self, program: str, *flags: str, **environment: str) -> str:
