@@ -71,14 +71,12 @@ def test_measuring_the_balance_changes_no_bit_of_an_update(loss):
     assert {name: values[name] for name in plain} == plain
 
 
+@pytest.mark.slow
 def test_a_group_is_equal_by_the_rewards_that_are_learned():
     """Less their KL, equal rewards are not equal: nothing is dropped, and the metric says so."""
     rollouts = [
         make_rollout('PPAAROOA', reward=1.0, sample=0, first_token=1),
         make_rollout('PAAROO', reward=1.0, sample=1, first_token=20),
     ]
-    kl = {'kl_coef': 0.5, 'kl_in': 'reward', 'kl': 'k2'}
-    for options, dropped in (({}, 1.0), (kl, 0.0)):
-        _, _, values = learned(rollouts, 0.5, equal_groups='drop', **options)
-        assert values['rollout/dropped_groups'] == dropped
-        assert (values['train/action_tokens'] > 0) == (not dropped)
+    _, _, values = learned(rollouts, 0.5, equal_groups='drop', kl_coef=0.5, kl_in='reward', kl='k2')
+    assert values['rollout/dropped_groups'] == 0 and values['train/action_tokens'] == 3 + 2
