@@ -408,6 +408,14 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.tasks.train = ''
     # The held-out tasks, likewise. Generated ones have words that training never sees.
     c.tasks.heldout = ''
+    # The families of generated tasks, which take turns: some of the ten that are the default, each
+    # a small job on files of its own; 'machine', whose tasks of a seed are all on one machine with
+    # tools of its own, while the transcripts of the warm start are of other machines;
+    # 'new_machine', the same with other tools in every task.
+    c.tasks.families = (
+        *('copy', 'find', 'rename', 'config', 'count'),
+        *('delete', 'after', 'folder', 'join', 'last'),
+    )
     # The number of training tasks that are generated.
     c.tasks.train_count = 1500
     # The number of held-out tasks that are generated.

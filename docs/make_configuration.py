@@ -15,7 +15,16 @@ from echo_jax.run.inert import INERT, flat, keys_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / 'docs' / 'configuration.md'
-RECIPES = ('tiny', 'qwen3_0p6b', 'qwen3_1p7b', 'qwen3_4b', 'qwen3_8b', 'qwen3_14b', 'qwen3_32b')
+RECIPES = (
+    'tiny',
+    'machine',
+    'qwen3_0p6b',
+    'qwen3_1p7b',
+    'qwen3_4b',
+    'qwen3_8b',
+    'qwen3_14b',
+    'qwen3_32b',
+)
 TABLE = '| key | default | meaning | recipes with another value |\n|---|---|---|---|'
 HEAD = """\
 # Configuration

@@ -9,16 +9,17 @@ import sys
 
 import pytest
 
-from configs import base
+from configs import base, machine
 from docs import make_configuration
 from echo_jax.model import huggingface
 from echo_jax.model.family import count_params
 from echo_jax.run.inert import check_inert, flat
 from echo_jax.run.workdir import Workdir
+from echo_jax.tasks.generate import FAMILIES
 from tests.support.small_run import ROOT
 
 LARGE = sorted(path.stem for path in ROOT.glob('configs/qwen3_*.py'))
-ALL = ['tiny', *LARGE]
+ALL = ['tiny', 'machine', *LARGE]
 # Parameters of the public models, a tied table counted once.
 PARAMETERS = {
     'qwen3_0p6b': 596_049_920,
@@ -69,9 +70,22 @@ def test_a_recipe_says_only_what_differs_from_the_defaults(name):
 def test_grpo_differs_in_the_environment_term_alone(name):
     echo, grpo = flat(get_config(name)), flat(get_config(name, 'grpo'))
     assert {key for key in echo if echo[key] != grpo[key]} == {'loss.env_coef'}
-    assert (echo['loss.env_coef'], grpo['loss.env_coef']) == (0.05, 0.0)
-    with pytest.raises(ValueError, match="variants 'echo' and 'grpo', not 'nope'"):
+    weight = 0.3 if name == 'machine' else 0.05
+    assert (echo['loss.env_coef'], grpo['loss.env_coef']) == (weight, 0.0)
+    with pytest.raises(ValueError, match=r"variants .*'echo'.*'grpo'.*, not 'nope'"):
         get_config(name, 'nope')
+
+
+@pytest.mark.parametrize('variant', machine.VARIANTS)
+def test_variants_of_the_machine(variant):
+    values, echo = flat(get_config('machine', variant)), flat(get_config('machine'))
+    differ = {key: values[key] for key in values if values[key] != echo[key]}
+    assert differ == machine.VARIANTS[variant]
+    check_inert(get_config('machine', variant))
+
+
+def test_families_are_generated_ones():
+    assert base.get_config().tasks.families == tuple(FAMILIES)
 
 
 def test_sizes_differ_in_the_model_and_rows_alone():

@@ -18,7 +18,7 @@ from echo_jax.agent.observations import describe
 from echo_jax.agent.prompts import messages
 from echo_jax.agent.protocol import format_reply
 from echo_jax.sandbox import CommandResult
-from echo_jax.tasks.generate import SYLLABLES, WORDS, demonstration
+from echo_jax.tasks.generate import SYLLABLES, WORDS, demonstration, usage
 from echo_jax.types import Task
 
 # Qwen3's tokens in Qwen3's order. The added ones are never cut but are ordinary text otherwise.
@@ -108,6 +108,8 @@ def training_texts(
             if command is not None:
                 # Commands print names, nearly always; what counts here is the text around them.
                 yield _observation(command, '0\n', exit_code=0)
+        if (misuse := usage(task)) is not None:
+            yield _observation(*misuse, exit_code=2)
     yield _observation('cat 0.txt', 'cat: 0.txt: No such file or directory\n', exit_code=1)
 
 

@@ -257,6 +257,17 @@ INERT = (
         deciding=('tasks.heldout',),
         reason='if tasks.heldout names tasks: none are generated',
     ),
+    Inert(
+        keys=('tasks.families',),
+        when=lambda config: bool(
+            config.tasks.train and config.tasks.heldout and config.warm_start.steps == 0
+        ),
+        deciding=('tasks.train', 'tasks.heldout', 'warm_start.steps'),
+        reason=(
+            'if tasks.train and tasks.heldout name tasks and warm_start.steps = 0: no task is '
+            'generated'
+        ),
+    ),
     # warm_start.explore_steps is not here: it is at most warm_start.steps, and so 0.
     Inert(
         keys=(

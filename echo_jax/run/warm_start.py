@@ -134,13 +134,13 @@ def write_transcripts(
 ) -> dict[str, list[Rollout]]:
     """The scripted rollouts, 'explore' and 'practice'; those in the store are not drawn again.
 
+    If all steps are of exploration there is no practice, and no training task is gone about.
     Rollouts whose sandbox failed are left out. Raises SandboxError if all of them failed.
     """
     config, options = work.config, work.config.warm_start
-    tasks = {
-        'explore': work.tasks('explore'),
-        'practice': work.tasks('train')[: options.demonstrations],
-    }
+    tasks = {'explore': work.tasks('explore')}
+    if options.explore_steps < options.steps:
+        tasks['practice'] = work.tasks('train')[: options.demonstrations]
     habits = {'explore': ['solve'], 'practice': options.habits}
     transcripts = {}
     with sandbox_maker(config, options.sandbox) as make_sandbox:

@@ -198,7 +198,8 @@ class Workdir:
             'explore': self.config.warm_start.explorations,
         }
         count, folder = counts[split], self.path / 'tasks' / split
-        generate_tasks(folder, split=split, count=count, seed=self.config.seed)
+        seed, families = self.config.seed, list(tasks.families)
+        generate_tasks(folder, split=split, count=count, seed=seed, families=families)
         return tasksets.read(folder, self.config, cache)
 
     def tokenizer(self) -> transformers.PreTrainedTokenizerFast:

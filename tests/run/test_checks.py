@@ -91,6 +91,10 @@ CHOICES = {
     'num_steps': ({'num_epochs': 2}, {'num_epochs': None}),
     'tasks.train_count': ({'tasks.train': 'set'}, {'tasks.train': ''}),
     'tasks.heldout_count': ({'tasks.heldout': 'set'}, {'tasks.heldout': ''}),
+    'tasks.families': (
+        {'tasks.train': 'set', 'tasks.heldout': 'set', 'warm_start.steps': 0},
+        {'tasks.train': 'set', 'tasks.heldout': '', 'warm_start.steps': 0},
+    ),
     'warm_start.rollouts': ({'warm_start.steps': 0}, {'warm_start.steps': 3}),
     'warm_start.demonstrations': (
         {'warm_start.steps': 3, 'warm_start.explore_steps': 3},

@@ -5,7 +5,7 @@ python -m echo_jax.tasks.generate --output=DIR --split=train --count=500 --seed=
 
 import argparse
 
-from echo_jax.tasks.generate import FAMILIES, SPLITS, generate_tasks
+from echo_jax.tasks.generate import FAMILIES, MACHINE_FAMILIES, SPLITS, generate_tasks
 
 
 def main() -> None:
@@ -14,7 +14,8 @@ def main() -> None:
     parser.add_argument('--split', default='train', choices=(*SPLITS, 'explore'))
     parser.add_argument('--count', type=int, default=500)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--families', default=','.join(FAMILIES), help='comma-separated')
+    families = f'comma-separated; beside these, {" and ".join(MACHINE_FAMILIES)}'
+    parser.add_argument('--families', default=','.join(FAMILIES), help=families)
     args = parser.parse_args()
     try:
         generate_tasks(

@@ -17,6 +17,7 @@ class Draft:
     commands: list[str]  # a look first, then the action; one line each, one turn each
     # path -> text after the task is done, None if nothing may be there. Other files stay as is.
     changes: dict[str, str | None]
+    tools: dict[str, str] = dataclasses.field(default_factory=dict)  # in PATH: name -> script
 
 
 # A family: (random stream, eight distinct words, three distinct numbers) -> draft.

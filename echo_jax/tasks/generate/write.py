@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from echo_jax.tasks.generate.drafts import FAMILIES, Draft
 from echo_jax.tasks.generate.explore import explore
+from echo_jax.tasks.generate.machine import MACHINE_FAMILIES
+from echo_jax.tasks.generate.machine import draft as draft_on_machine
 from echo_jax.tasks.generate.words import NUMBERS, SPLITS, WORDS
 from echo_jax.types import Task
 
@@ -20,15 +22,20 @@ def draft_task(
 ) -> tuple[str, Draft]:
     """The task id and the draft of one task; families take turns by index.
 
-    `split` is 'train', 'heldout' (words disjoint from training's) or 'explore'. Raises ValueError
+    `families` are of FAMILIES and MACHINE_FAMILIES. `split` is 'train', 'heldout' (words disjoint
+    from training's) or 'explore', the sessions, which are alike in all FAMILIES. Raises ValueError
     for another split or family.
     """
     if split not in (*SPLITS, 'explore'):
         raise ValueError(f"split {split!r} is unknown; take 'train', 'heldout' or 'explore'")
-    unknown = set(families) - set(FAMILIES)
+    unknown = set(families) - {*FAMILIES, *MACHINE_FAMILIES}
     if unknown or not families:
-        raise ValueError(f'families {sorted(unknown)} are unknown; take some of {list(FAMILIES)}')
-    name = 'session' if split == 'explore' else families[index % len(families)]
+        known = [*FAMILIES, *MACHINE_FAMILIES]
+        raise ValueError(f'families {sorted(unknown)} are unknown; take some of {known}')
+    family = families[index % len(families)]
+    name = 'session' if split == 'explore' else family
+    if family in MACHINE_FAMILIES:
+        return f'{split}-{index:05d}-{name}', draft_on_machine(seed, split, index, family)
     rng = random.Random(f'{seed}/{split}/{name}/{index}')
     part = 'train' if split == 'explore' else split
     words, numbers = rng.sample(WORDS[part], 8), rng.sample(NUMBERS[part], 3)
@@ -56,6 +63,7 @@ allow_internet = false
 workdir = "/app"
 """
 _DOCKERFILE = 'FROM debian:bookworm-slim\nWORKDIR /app\nCOPY files/ /app/\n'
+_TOOLS = 'COPY tools/ /usr/local/bin/\n'
 _TEST_SH = """\
 #!/bin/bash
 # Reward 1 if /app is as the task asks, else 0. Builtins alone: no process but this one.
@@ -86,16 +94,18 @@ def write_task(directory: pathlib.Path, family: str, draft: Draft) -> None:
     texts = {
         'task.toml': _TASK_TOML.format(family=family),
         'instruction.md': draft.instruction + '\n',
-        'environment/Dockerfile': _DOCKERFILE,
+        'environment/Dockerfile': _DOCKERFILE + (_TOOLS if draft.tools else ''),
         'solution/solve.sh': '#!/bin/bash\n' + ''.join(f'{line}\n' for line in draft.commands),
         'tests/test.sh': _TEST_SH.format(checks=_checks(draft)),
     }
     texts |= {f'environment/files/{path}': f'{text}\n' for path, text in draft.files.items()}
+    tools = {f'environment/tools/{name}': script for name, script in draft.tools.items()}
+    texts |= tools
     for folder in sorted({os.path.dirname(path) for path in texts}):
         (directory / folder).mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         (directory / path).write_text(text, encoding='utf-8')
-        if path.endswith('.sh'):
+        if path in tools or path.endswith('.sh'):
             (directory / path).chmod(0o755)
 
 
@@ -162,8 +172,22 @@ def demonstration(task: Task) -> list[tuple[str, str | None, bool]]:
     commands = [line for line in lines if line.strip() and not line.startswith('#')]
     if not commands:
         raise ValueError(f'{path} has no command; a demonstration needs one command a line')
-    turns = [(_THOUGHTS.get(line.split()[0], 'Look first.'), line, False) for line in commands]
+    other = 'Seal it.' if (task.path / 'environment' / 'tools').is_dir() else 'Look first.'
+    turns = [(_THOUGHTS.get(line.split()[0], other), line, False) for line in commands]
     return [*turns, ('Done.', None, True)]
+
+
+def usage(task: Task) -> tuple[str, str] | None:
+    """A command that calls the task's first tool, and the usage line that a wrong call prints.
+
+    None if the machine of the task has no tools of its own.
+    """
+    if not (task.path / 'environment' / 'tools').is_dir():
+        return None
+    _, command, _ = demonstration(task)[0]
+    assert command is not None  # a solution begins with one
+    name, option, _ = command.split()
+    return command, f'usage: {name} {option} FILE\n'
 
 
 def practice(task: Task, habit: str) -> list[tuple[str, str | None, bool]]:
