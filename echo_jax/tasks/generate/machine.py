@@ -64,7 +64,9 @@ def draft(seed: int, split: str, index: int, family: str) -> Draft:
 
     Tasks and sessions are of one, two and three tools in turn.
     """
-    rng = random.Random(f'{seed}/{split}/{family}/{index}')
+    # Sessions are the same whatever machine the tasks are on, so that families can be compared.
+    kind = 'session' if split == 'explore' else family
+    rng = random.Random(f'{seed}/{split}/{kind}/{index}')
     own, known = _machines(seed)
     taken = {tool.name for tool in (*own, *known)}
     words = {part: [word for word in WORDS[part] if word not in taken] for part in WORDS}
