@@ -34,7 +34,7 @@ from echo_jax.tasks.generate import generate_tasks
 from echo_jax.types import Task
 
 _WHOLE = '.whole'  # is written last when a folder is shared
-_TOKENIZER_TASKS = 500  # training tasks that the small tokenizer is trained on
+TOKENIZER_TASKS = 500  # training tasks that the small tokenizer is trained on
 
 
 class Workdir:
@@ -210,7 +210,7 @@ class Workdir:
         if not self.take('tokenizer'):
             protocol = self.config.protocol
             texts = training_texts(
-                self.tasks('train')[:_TOKENIZER_TASKS],
+                self.tasks('train')[:TOKENIZER_TASKS],
                 protocol.system_prompt,
                 find_dialect(protocol.dialect),
             )
