@@ -1,5 +1,6 @@
 """The machine study: its statistics by hand arithmetic, its controls, runs and report for real."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -67,11 +68,13 @@ def test_steps_to_the_last_rate():
     assert stats.steps_to_last(fast, slow, window=2) == 4
     assert stats.steps_to_last(slow, slow, window=2) == 6
     assert stats.steps_to_last(slow, fast, window=2) is None
+    assert stats.steps_to_last([0.2, 0.6], [0.1, 0.5], window=10) == 2
 
 
 def test_rates_by_the_number_of_tools():
     assert stats.by_count([1, 0, 0, 1, 1, 0], [1, 2, 3, 1, 2, 3]) == [1.0, 0.5, 0.0]
     assert np.allclose(stats.smoothed([1.0, 2.0, 3.0, 4.0], 2), [1.5, 2.5, 3.5])
+    assert np.allclose(stats.smoothed([1.0, 2.0], 10), [1.5])
 
 
 # --------------------------------------------------------------------------------------- controls
@@ -152,6 +155,10 @@ def test_options_of_usage_lines_are_found(world):
         decode = world.protocol.encoder.decode
         assert decode(each.tokens[at : at + 1]) == line.split()[2][1:]
         assert decode(each.tokens[at - 5 : at + 3]) == line.strip()
+        cut = dataclasses.replace(each, tokens=each.tokens[: at + 1], roles=each.roles[: at + 1])
+        assert options(world)(cut).tolist() == [at]
+        told = dataclasses.replace(each, roles=np.full_like(each.roles, Role.WRAPPER))
+        assert not len(options(world)(told))
 
 
 def letters(world: World, rollouts: list[Rollout]) -> list[int]:

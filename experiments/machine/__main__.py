@@ -1,6 +1,6 @@
 """The machine study: makes its runs, keeps what they showed, and writes the report.
 
-    python -m experiments.machine --runs=runs/machine_study
+    python -m experiments.machine
     python -m experiments.machine --seeds=0 --arms=echo,grpo,shuffled --output=runs/seed_0
 
 Every run is a process of its own. It goes on from where it stands, and one that is done is not
@@ -10,6 +10,7 @@ folder showed, and experiments.machine.report makes the page's tables and figure
 """
 
 import pathlib
+import signal
 
 from absl import app, flags
 
@@ -21,9 +22,11 @@ from experiments.machine.study import Study
 
 
 def main(_) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs too, as Ctrl-C does
     wanted = runs(_ARMS.value, [int(seed) for seed in _SEEDS.value])
     study = Study(pathlib.Path(_RUNS.value), wanted)
-    study.make(_JOBS.value)
+    if _JOBS.value:
+        study.make(_JOBS.value)
     output = pathlib.Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / 'results.json', dumps(study.results()))
@@ -35,5 +38,7 @@ if __name__ == '__main__':
     _OUTPUT = flags.DEFINE_string('output', str(report.HERE), 'Folder of results and report.')
     _ARMS = flags.DEFINE_list('arms', list(ARMS), 'Which arms to run.')
     _SEEDS = flags.DEFINE_list('seeds', list(map(str, SEEDS)), 'Which seeds; an arm has its first.')
-    _JOBS = flags.DEFINE_integer('jobs', 1, 'How many runs are made at a time.', lower_bound=1)
+    _JOBS = flags.DEFINE_integer(
+        'jobs', 1, 'How many runs are made at a time; 0: none, only the report.', lower_bound=0
+    )
     app.run(main)

@@ -27,6 +27,7 @@ from echo_jax.learner import updates
 from echo_jax.run.workdir import read_tokenizer
 from echo_jax.types import Batch, Role, Rollout
 
+_ANY, _NONE = -1, -2  # any token of the terminal's output; one of another role
 MiniBatches = Callable[..., list[Batch]]  # the signature of updates.mini_batches
 
 
@@ -81,18 +82,17 @@ def permuted(
 def usage_options(rollout: Rollout, tokenizer: transformers.PreTrainedTokenizerFast) -> np.ndarray:
     """The indices of the letters in the usage lines of the terminal's output, int [n].
 
-    A line is `usage: finu -i FILE`, in which the letter stands between the tokens ` -` and ` `.
+    A line is `usage: finu -i FILE`, in which the name has two tokens. What follows the letter does
+    not matter: the end of a rollout's tokens may have cut it off.
     """
-    usage, dash, space, file = (
-        tokenizer.encode(text, add_special_tokens=False) for text in ('usage', ' -', ' ', 'FILE')
-    )
-    if any(len(ids) != 1 for ids in (usage, dash, space, file)):
+    usage, dash = (tokenizer.encode(text, add_special_tokens=False) for text in ('usage: ', ' -'))
+    if (len(usage), len(dash)) != (2, 1):
         raise ValueError('the tokenizer cuts usage lines into smaller parts; see model.vocab_size')
-    tokens = np.where(rollout.roles == Role.OUTPUT, rollout.tokens, -1)
-    form = [*dash, None, *space, *file]
+    form = np.array([*usage, _ANY, _ANY, *dash, _ANY])
+    tokens = np.where(rollout.roles == Role.OUTPUT, rollout.tokens, _NONE)
     windows = np.lib.stride_tricks.sliding_window_view(tokens, len(form))
-    matches = [windows[:, i] == wanted for i, wanted in enumerate(form) if wanted is not None]
-    return np.flatnonzero(np.logical_and.reduce(matches) & (windows[:, 1] >= 0)) + 1
+    matches = (windows == form) | ((form == _ANY) & (windows != _NONE))
+    return np.flatnonzero(matches.all(axis=1)) + len(form) - 1
 
 
 def _stacked(first: Batch, second: Batch) -> Batch:

@@ -192,8 +192,8 @@ def band(axes, results: Results, arm: str, key: str, window: int = 1) -> None:
     runs = [results.run(arm, seed)['series'].get(key, []) for seed in results.seeds(arm)]
     if not runs or not all(runs):
         return
-    steps = [step for step, _ in runs[0]][window - 1 :]
     values = np.array([stats.smoothed([v for _, v in run], window) for run in runs])
+    steps = [step for step, _ in runs[0]][-values.shape[1] :]
     label = f'{ARMS[arm].title} ({len(runs)} seeds)' if len(runs) > 1 else ARMS[arm].title
     axes.plot(steps, values.mean(axis=0), color=COLOURS[arm], label=label, linewidth=1.5)
     axes.fill_between(

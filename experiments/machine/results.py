@@ -1,7 +1,6 @@
 """What the study keeps of a finished run: its curves, and what became of every held-out task."""
 
 import json
-import pathlib
 
 import numpy as np
 
@@ -10,7 +9,6 @@ from echo_jax.run.workdir import Workdir
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.tasks.generate import demonstration
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Task
-from experiments.machine.arms import ARMS, Run
 
 # Of each step, if it has them.
 SERIES = (
@@ -28,16 +26,14 @@ SERIES = (
 DIGITS = 5  # after the point
 
 
-def read_run(run: Run, folder: pathlib.Path) -> dict:
-    """What the report needs to know of a finished run. Raises ValueError if it is of other settings
-    than its arm's.
+def read_run(work: Workdir) -> dict:
+    """What the report needs to know of a finished run.
 
     'series' holds for each metric [[step, value], ...]; 'heldout' for each task, in their order,
     the number of its tools, and before and after training whether it was solved, and whether the
     first command was right: 1 or 0.
     """
-    work = Workdir(folder, ARMS[run.arm].config(run.seed))
-    rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (work.path / 'metrics.jsonl').read_text().splitlines()]
     series = {
         key: [[row['step'], round(row[key], DIGITS)] for row in rows if key in row]
         for key in SERIES
@@ -54,9 +50,7 @@ def read_run(run: Run, folder: pathlib.Path) -> dict:
         }
     series['rollout/first_right'] = first.of_training(len(rows))
     return {
-        'arm': run.arm,
-        'seed': run.seed,
-        'summary': json.loads((folder / 'summary.json').read_text()),
+        'summary': json.loads((work.path / 'summary.json').read_text()),
         'series': {key: points for key, points in series.items() if points},
         'heldout': {'tools': [count_tools(task) for task in heldout], **outcomes},
     }

@@ -63,7 +63,11 @@ def interval(values: Sequence[float]) -> Mean:
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
-    """The means of `window` consecutive values; the first is that of step `window`."""
+    """The means of `window` consecutive values, or of all if they are fewer.
+
+    The first mean is that of step `window`, the last that of the last step.
+    """
+    window = min(window, len(values))
     return np.convolve(values, np.full(window, 1 / window), 'valid')
 
 
@@ -72,8 +76,9 @@ def steps_to_last(rewards: Sequence[float], of: Sequence[float], window: int = 1
 
     Both are training rewards, one a step. None if it is never reached.
     """
-    reached = np.flatnonzero(smoothed(rewards, window) >= smoothed(of, window)[-1])
-    return int(reached[0]) + window if len(reached) else None
+    means = smoothed(rewards, window)
+    reached = np.flatnonzero(means >= smoothed(of, window)[-1])
+    return len(rewards) - len(means) + int(reached[0]) + 1 if len(reached) else None
 
 
 def by_count(values: Sequence[int], counts: Sequence[int]) -> list[float]:

@@ -58,6 +58,7 @@ class Study:
         if self.is_done(run) or run in self._running:
             return False
         is_first = run.source == run or run.source not in self._wanted
+        # A run draws its held-out rollouts before its first step.
         return is_first or self._steps_of(run.source) > 0 or (self._folder / run.name).exists()
 
     def steps(self) -> int:
@@ -84,21 +85,29 @@ class Study:
         environment = {'JAX_PLATFORMS': 'cpu', **os.environ}
         with (self._folder / f'{run.name}.log').open('a') as log:
             self._running[run] = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the study, which ends its runs
             )
         print(f'{run.name} started', flush=True)
 
     def _take_over(self, run: Run) -> None:
         """Makes the workdir of a run, with what it shares with its source."""
-        mine, theirs = (ARMS[each.arm].config(run.seed) for each in (run, run.source))
+        source = self._open(run.source)  # raises if it is a run of other settings
         partial = self._folder / f'{run.name}.partial'
         shutil.rmtree(partial, ignore_errors=True)
-        Workdir(partial, mine)  # which writes its config
-        for part in WARM_START + SAME_TASKS * (mine.tasks == theirs.tasks):
+        mine = Workdir(partial, ARMS[run.arm].config(run.seed))
+        same_tasks = mine.config.tasks == source.config.tasks
+        for part in (*WARM_START, *SAME_TASKS) if same_tasks else WARM_START:
             # As links, since there are thousands of files, and nothing writes into one of them.
-            source = self._folder / run.source.name / part
-            shutil.copytree(source, partial / part, copy_function=os.link)
+            shutil.copytree(source.path / part, partial / part, copy_function=os.link)
         partial.rename(self._folder / run.name)
+
+    def _open(self, run: Run) -> Workdir:
+        return Workdir(self._folder / run.name, ARMS[run.arm].config(run.seed))
 
     def _look_after(self) -> None:
         """Forgets the runs that ended. Raises SystemExit if one failed."""
@@ -118,8 +127,8 @@ class Study:
 
     def _result(self, run: Run) -> dict:
         """What a run showed, as it was read once and kept beside its folder."""
-        Workdir(self._folder / run.name, ARMS[run.arm].config(run.seed))  # raises if it is another
+        work = self._open(run)
         kept = self._folder / f'{run.name}.json'
         if not kept.exists():
-            write_whole(kept, json.dumps(read_run(run, self._folder / run.name)))
+            write_whole(kept, json.dumps({'arm': run.arm, 'seed': run.seed, **read_run(work)}))
         return json.loads(kept.read_text())
