@@ -382,3 +382,8 @@ def test_the_study_for_real(programs, monkeypatch, tmp_path):
         assert len(re.findall(rf'^\| {re.escape(ARMS[arm].title)} \| [01] \| ', text, re.M)) == 2
     for figure in ('result.png', 'curves.png'):
         assert (tmp_path / figure).read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_page_shows_the_results_that_are_stored():
+    stored = report.Results(json.loads((report.HERE / 'results.json').read_text()))
+    assert report.tables(stored) in (report.HERE / 'README.md').read_text()

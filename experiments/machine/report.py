@@ -123,8 +123,9 @@ def _pairs(results: Results, first: str, second: str) -> str:
             )
         )
     differences = [pair.difference for pair in pairs.values()]
-    sign = f'{stats.sign_test(differences):.2g}, over seeds'
-    lines.append(_row('mean', '', '', _interval(differences), '', sign, ''))
+    if len(pairs) > 1:
+        sign = f'{stats.sign_test(differences):.2g}, over seeds'
+        lines.append(_row('mean', '', '', _interval(differences), '', sign, ''))
     return '\n'.join(lines)
 
 
@@ -204,10 +205,11 @@ def band(axes, results: Results, arm: str, key: str, window: int = 1) -> None:
 def draw_result(results: Results, file: pathlib.Path) -> None:
     """ECHO, GRPO and the shuffled control at a glance."""
     arms = [arm for arm in ('echo', 'grpo', 'shuffled') if results.seeds(arm)]
-    figure = matplotlib.figure.Figure(figsize=(10, 3.8), layout='constrained')
-    curve, bars = figure.subplots(1, 2)
+    figure = matplotlib.figure.Figure(figsize=(14, 4), layout='constrained')
+    first, reward, bars = figure.subplots(1, 3)
     for number, arm in enumerate(arms):
-        band(curve, results, arm, 'rollout/reward', WINDOW)
+        band(first, results, arm, 'rollout/first_right', WINDOW)
+        band(reward, results, arm, 'rollout/reward', WINDOW)
         rates = np.array([_numbers(results.run(arm, s))[1:5] for s in results.seeds(arm)])
         places = np.arange(4) + 0.27 * (number - (len(arms) - 1) / 2)
         bars.bar(places, rates.mean(axis=0), 0.25, color=COLOURS[arm], alpha=0.6)
@@ -215,10 +217,11 @@ def draw_result(results: Results, file: pathlib.Path) -> None:
             bars.plot(places, rate, '.', color=COLOURS[arm], ms=5)
     start = [np.mean(results.solved(arm, s, 'before')) for arm in arms for s in results.seeds(arm)]
     bars.plot([-0.45, 0.45], [np.mean(start)] * 2, '--', color='black', lw=1, label='warm start')
-    curve.set(title=f'training reward, mean of {WINDOW} steps', xlabel='learner step')
+    first.set(title=f'first call right in training, mean of {WINDOW} steps', xlabel='learner step')
+    reward.set(title=f'training reward, mean of {WINDOW} steps', xlabel='learner step')
     bars.set(title='held-out tasks solved after training; a dot is a seed')
     bars.set_xticks(range(4), ['all', 'one tool', 'two tools', 'three tools'])
-    _finish(curve, bars)
+    _finish(first, reward, bars)
     figure.savefig(file, dpi=120)
 
 
