@@ -384,6 +384,20 @@ def test_the_study_for_real(programs, monkeypatch, tmp_path):
         assert (tmp_path / figure).read_bytes().startswith(b'\x89PNG')
 
 
+def test_a_study_that_is_stopped_ends_its_runs(programs, monkeypatch, tmp_path):
+    monkeypatch.setenv('PATH', programs.environment['PATH'])  # by which `programs` finds them
+    alive = []
+
+    def stop(seconds: float) -> None:
+        alive.extend(programs.alive())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('experiments.machine.study.time.sleep', stop)
+    with pytest.raises(KeyboardInterrupt):
+        Study(tmp_path, runs(['echo', 'tiny'], [0])).make(jobs=2)
+    assert len(alive) == 2 and programs.alive() == []
+
+
 def test_the_page_shows_the_results_that_are_stored():
     stored = report.Results(json.loads((report.HERE / 'results.json').read_text()))
     assert report.tables(stored) in (report.HERE / 'README.md').read_text()
