@@ -12,8 +12,9 @@ folder showed, and experiments.machine.report makes the page's tables and figure
 import pathlib
 import signal
 
-from absl import app, flags
+from absl import flags
 
+from echo_jax.run import entry
 from echo_jax.run.workdir import write_whole
 from experiments.machine import report
 from experiments.machine.arms import ARMS, SEEDS, runs
@@ -41,4 +42,4 @@ if __name__ == '__main__':
     _JOBS = flags.DEFINE_integer(
         'jobs', 1, 'How many runs are made at a time; 0: none, only the report.', lower_bound=0
     )
-    app.run(main)
+    entry.run(main)
