@@ -401,3 +401,50 @@ def test_a_study_that_is_stopped_ends_its_runs(programs, monkeypatch, tmp_path):
 def test_the_page_shows_the_results_that_are_stored():
     stored = report.Results(json.loads((report.HERE / 'results.json').read_text()))
     assert report.tables(stored) in (report.HERE / 'README.md').read_text()
+
+
+def stored(arm: str, seed: int, solved: list[int], rewards: list[float]) -> dict:
+    """A run of six held-out tasks, of which none was solved before training."""
+    before = {'solved': [0] * 6, 'first_right': [1, 0, 0, 0, 0, 0]}
+    after = {'solved': solved, 'first_right': [1, 1, 1, 0, 0, 0]}
+    return {
+        'arm': arm,
+        'seed': seed,
+        'summary': {'env_ce_before': 0.5, 'env_ce_after': 0.25 + seed, 'train_minutes': 12.4},
+        'series': {'rollout/reward': [[step, r] for step, r in enumerate(rewards, 1)]},
+        'heldout': {'tools': [1, 2, 3, 1, 2, 3], 'before': before, 'after': after},
+    }
+
+
+def test_the_tables_by_hand():
+    slow, fast = [0.1] * 10 + [0.2] * 5, [0.1] * 3 + [0.4] * 12
+    text = report.tables(
+        report.Results(
+            [
+                stored('echo', 0, [1, 1, 0, 1, 1, 0], fast),  # 4 of 6
+                stored('grpo', 0, [1, 0, 0, 1, 0, 0], slow),  # 2 of 6
+                stored('echo', 1, [1, 1, 1, 1, 1, 1], slow),
+                stored('grpo', 1, [1, 1, 0, 0, 0, 0], fast),
+                stored('grpo_no_kl', 1, [1, 0, 0, 0, 0, 0], fast),
+            ]
+        )
+    )
+    rows = text.splitlines()
+    # Differences of 1/3 and 2/3: mean 1/2, standard error 1/6, t of one degree of freedom 12.706.
+    assert (
+        '| ECHO, 0.3 | 2 | 0.000 | 0.833 | 1.00 / 1.00 / 0.50 | 0.17 to 0.50 | 0.50 to 0.75 '
+        '| +0.500 (-1.618 to +2.618) |'
+    ) in rows
+    assert (
+        '| GRPO without KL | 1 | 0.000 | 0.167 | 0.50 / 0.00 / 0.00 | 0.17 to 0.50 | 0.50 to 1.25 '
+        '| -0.167 |'
+    ) in rows
+    # Seed 0: ECHO alone solves two. The variance of the differences is (4 / 9 + 8 / 9) / 5. Means
+    # of ten of its rewards reach 0.15, GRPO's last, at step 10: (3 * 0.1 + 7 * 0.4) / 10 = 0.31.
+    error = math.sqrt((2 * (2 / 3) ** 2 + 4 * (1 / 3) ** 2) / 5 / 6)
+    assert f'| 0 | 0.667 | 0.333 | +0.333 ({error:.3f}) | 2, 0 | 0.5 | 10 |' in rows
+    # Seed 1: four alone, 2 / 2**4. ECHO's means end at 0.15, GRPO's at 0.4.
+    assert any(r.startswith('| 1 | 1.000 | 0.333 | +0.667 (') for r in rows)
+    assert any(r.endswith('| 4, 0 | 0.12 | never |') for r in rows)
+    assert '| mean |  |  | +0.500 (-1.618 to +2.618) |  | 0.5, over seeds |  |' in rows
+    assert '| GRPO | 1 | 0.000 | 0.333 | 0.50 / 0.50 / 0.00 |' in text  # and every run

@@ -52,6 +52,10 @@ class Results:
     def run(self, arm: str, seed: int) -> dict:
         return self._by_run[arm, seed]
 
+    def has(self, key: str) -> bool:
+        """Whether a run has this series."""
+        return any(key in run['series'] for run in self._by_run.values())
+
     def solved(self, arm: str, seed: int, when: str = 'after') -> list[int]:
         return self.run(arm, seed)['heldout'][when]['solved']
 
@@ -190,11 +194,12 @@ def _row(*cells: str) -> str:
 
 def band(axes, results: Results, arm: str, key: str, window: int = 1) -> None:
     """Draws a series of an arm: its mean over the seeds, and from the lowest to the highest."""
-    runs = [results.run(arm, seed)['series'].get(key, []) for seed in results.seeds(arm)]
-    if not runs or not all(runs):
+    runs = [dict(results.run(arm, seed)['series'].get(key, [])) for seed in results.seeds(arm)]
+    steps = sorted(set.intersection(*map(set, runs))) if runs else []
+    if not steps:
         return
-    values = np.array([stats.smoothed([v for _, v in run], window) for run in runs])
-    steps = [step for step, _ in runs[0]][-values.shape[1] :]
+    values = np.array([stats.smoothed([run[step] for step in steps], window) for run in runs])
+    steps = steps[-values.shape[1] :]
     label = f'{ARMS[arm].title} ({len(runs)} seeds)' if len(runs) > 1 else ARMS[arm].title
     axes.plot(steps, values.mean(axis=0), color=COLOURS[arm], label=label, linewidth=1.5)
     axes.fill_between(
@@ -229,25 +234,28 @@ def draw_curves(results: Results, file: pathlib.Path) -> None:
     """All arms on the machine: the dose of the environment term above, the controls below."""
     doses = ('grpo', 'echo_0p05', 'echo', 'echo_1p0')
     controls = [arm for arm in COLOURS if arm not in ('echo_0p05', 'echo_1p0')]
-    panels = (
+    panels = [
         ('rollout/reward', f'training reward, mean of {WINDOW} steps', WINDOW),
         ('rollout/first_right', f'first call right in training, mean of {WINDOW} steps', WINDOW),
         ('eval/env_ce', 'environment CE, held-out, nats a token', 1),
-    )
-    figure = matplotlib.figure.Figure(figsize=(15, 8), layout='constrained')
-    for row, arms in zip(figure.subplots(2, 3), (doses, controls)):
+        ('train/grad_cosine', "cosine between the terms' gradients", 1),
+    ]
+    panels = [panel for panel in panels if results.has(panel[0])]
+    figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 8), layout='constrained')
+    for row, arms in zip(figure.subplots(2, len(panels)), (doses, controls)):
         for axes, (key, title, window) in zip(row, panels):
             for arm in arms:
                 if key != 'eval/env_ce' or ARMS[arm].config(0).loss.targets == 'output':
                     band(axes, results, arm, key, window)
             axes.set(title=title, xlabel='learner step')
-            _finish(axes)
+            _finish(axes, from_zero=key != 'train/grad_cosine')
     figure.savefig(file, dpi=100)
 
 
-def _finish(*panels) -> None:
+def _finish(*panels, from_zero: bool = True) -> None:
     for axes in panels:
-        axes.set_ylim(bottom=0)
+        if from_zero:
+            axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
