@@ -6,6 +6,7 @@ Writes the tables into README.md, between its marks, and curves.png and result.p
 """
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -148,7 +149,10 @@ def _runs(results: Results) -> str:
 
 
 def _numbers(run: dict) -> list[float]:
-    """Start, end, the end by number of tools, first call right and CE before and after."""
+    """Start, end, the end by number of tools, first call right and CE before and after.
+
+    The CE is NaN if the terminal wrote nothing before training.
+    """
     heldout, summary = run['heldout'], run['summary']
     before, after = heldout['before'], heldout['after']
     return [
@@ -157,21 +161,18 @@ def _numbers(run: dict) -> list[float]:
         *stats.by_count(after['solved'], heldout['tools'])[:3],
         float(np.mean(before['first_right'])),
         float(np.mean(after['first_right'])),
-        summary['env_ce_before'],
-        summary['env_ce_after'],
+        *(summary.get(f'env_ce_output_{when}', math.nan) for when in ('before', 'after')),
     ]
 
 
 def _cells(arm: str, numbers: Sequence[float]) -> list[str]:
     """The cells of `_HEADER`. What asks for tools is left out of runs that have none."""
     start, end, one, two, three, right_before, right_after, ce_before, ce_after = numbers
-    config = ARMS[arm].config(0)
     rates = [f'{start:.3f}', f'{end:.3f}']
     tools = [f'{one:.2f} / {two:.2f} / {three:.2f}', f'{right_before:.2f} to {right_after:.2f}']
     ce = f'{ce_before:.2f} to {ce_after:.2f}'
-    if config.loss.targets != 'output':
-        ce += f" ('{config.loss.targets}')"
-    return [*rates, *(tools if 'machine' in config.tasks.families[0] else ['-', '-']), ce]
+    has_tools = 'machine' in ARMS[arm].config(0).tasks.families[0]
+    return [*rates, *(tools if has_tools else ['-', '-']), ce]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -237,7 +238,7 @@ def draw_curves(results: Results, file: pathlib.Path) -> None:
     panels = [
         ('rollout/reward', f'training reward, mean of {WINDOW} steps', WINDOW),
         ('rollout/first_right', f'first call right in training, mean of {WINDOW} steps', WINDOW),
-        ('eval/env_ce', 'environment CE, held-out, nats a token', 1),
+        ('eval/env_ce/output', 'environment CE (output), held-out, nats a token', 1),
         ('train/grad_cosine', "cosine between the terms' gradients", 1),
     ]
     panels = [panel for panel in panels if results.has(panel[0])]
@@ -245,8 +246,7 @@ def draw_curves(results: Results, file: pathlib.Path) -> None:
     for row, arms in zip(figure.subplots(2, len(panels)), (doses, controls)):
         for axes, (key, title, window) in zip(row, panels):
             for arm in arms:
-                if key != 'eval/env_ce' or ARMS[arm].config(0).loss.targets == 'output':
-                    band(axes, results, arm, key, window)
+                band(axes, results, arm, key, window)
             axes.set(title=title, xlabel='learner step')
             _finish(axes, from_zero=key != 'train/grad_cosine')
     figure.savefig(file, dpi=100)

@@ -21,7 +21,8 @@ SERIES = (
     'train/grad_norm_env',
     'train/grad_cosine',
     'train/env_ce/output',
-    'eval/env_ce',
+    'eval/env_ce/output',
+    'rollout/imagined',
 )
 DIGITS = 5  # after the point
 
