@@ -104,6 +104,7 @@ RUNS: Mapping[str, Run] = {
             # Without rewards all groups are equal, so every step draws as many as it may.
             'loss.equal_groups': 'redraw',
             'loss.redraw_limit': 2,
+            'tasks.families': ('machine', 'new_machine'),
         },
         logs=('rollout/redrawn_groups', 'train/grad_norm_last'),
     ),
