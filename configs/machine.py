@@ -48,6 +48,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.tasks.train_count = 640  # each is worked on once
     c.tasks.heldout_count = 192  # 64 each with one, two and three tools
 
+    c.eval.every = 10
+
     c.warm_start.steps = 150
     c.warm_start.explore_steps = 150
     c.warm_start.explorations = 2000
