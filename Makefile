@@ -4,7 +4,7 @@ VENV := .venv
 ROLLOUT := .venv-rollout
 HARBOR := .venv-harbor
 HARBOR_PYTHON ?= python3.12
-WORKDIR ?= runs/tiny
+WORKDIR ?= runs/machine
 # On a machine with a TPU or a GPU: make JAX_PLATFORMS= test
 export JAX_PLATFORMS ?= cpu
 BASH_FILES = .ci/run $(shell find launch echo_jax tests -name '*.sh')
@@ -45,8 +45,9 @@ rollout: $(ROLLOUT)/installed  ## the environment .venv-rollout for a rollout wo
 
 harbor: $(HARBOR)/installed  ## the environment .venv-harbor for Harbor's sandboxes, with HARBOR_PYTHON (python3.12)
 
-quickstart: setup  ## trains the tiny agent on this machine's CPU, into WORKDIR (runs/tiny)
-	$(VENV)/bin/python -m echo_jax.train --config=configs/tiny.py --workdir=$(WORKDIR)
+quickstart: setup  ## trains a small agent on this machine's CPU, into WORKDIR (runs/machine), and shows it beside GRPO
+	$(VENV)/bin/python -m echo_jax.train --config=configs/machine.py --workdir=$(WORKDIR)
+	$(VENV)/bin/python -m experiments.machine.beside --workdir=$(WORKDIR)
 
 check: lint  ## lint and the quick tests, in about two minutes: what to run before every commit
 	$(VENV)/bin/python -m pytest -n auto -m "not slow"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from experiments.machine import report, results, stats
+from experiments.machine import beside, report, results, stats
 from experiments.machine.arms import ARMS, SEEDS, Arm, Run, runs
 from experiments.machine.study import Study
 from tests.support.small_run import config_flags
@@ -169,6 +169,20 @@ def test_the_study_for_real(programs, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r'is a run of another config.*\n.*grpo_1 failed'):
         Study(folder, [Run('grpo', 1)]).make(jobs=1)
     assert len(Study(folder, wanted).results()) == 3
+
+    # A single run beside a published one.
+    published = tmp_path / 'published.json'
+    published.write_text(results.dumps([kept['shuffled'] | {'arm': 'grpo', 'seed': 0}]))
+    two = beside.both(folder / 'echo_0', published)
+    assert two.run('echo', 0) == kept['echo']
+    _, start, echo, grpo = (list(column.cells) for column in beside.table(two).columns)
+    assert len(start) == len(echo) == len(grpo) == 6
+    shown = (start, 'echo', 'before'), (echo, 'echo', 'after'), (grpo, 'grpo', 'after')
+    for column, arm, when in shown:
+        assert column[0] == f'{np.mean(two.solved(arm, 0, when)):.1%}'
+    published.write_text(results.dumps([kept['shuffled'] | {'arm': 'grpo', 'seed': 3}]))
+    with pytest.raises(ValueError, match=r'seed 0; GRPO is published for \[3\]'):
+        beside.both(folder / 'echo_0', published)
 
     (tmp_path / 'results.json').write_text(results.dumps(study.results()))
     assert json.loads((tmp_path / 'results.json').read_text()) == study.results()
