@@ -18,7 +18,7 @@ from echo_jax.learner.policy_losses import SURROGATES
 from echo_jax.learner.step import ShardedModel
 from echo_jax.types import Status
 from tests.support.hand_losses import by_token, example, tables
-from tests.support.random_rollouts import make_rollout, small_config
+from tests.support.random_rollouts import add_model, make_rollout, small_config
 
 
 def all_of(status, **changes):
@@ -115,15 +115,7 @@ def test_a_step(policy):
     """The real model's step, with old log-probabilities, on every row by every reduction."""
     config = small_config(policy=policy, old_logprobs='recomputed', mask_truncated=True)
     config.batch.epochs = 2
-    config.model.update(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        head_dim=8,
-    )
-    config.mesh.fsdp = 1
+    add_model(config, vocab_size=100)
     model = ShardedModel.of(config, jax.devices()[:1])
     step, _, first_state = model.step(config.optimizer)
     params = jax.device_get(model.random_params())

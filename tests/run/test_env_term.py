@@ -12,7 +12,7 @@ from echo_jax.learner.losses import finish_metrics
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.types import Status
-from tests.support.random_rollouts import make_rollout, small_config
+from tests.support.random_rollouts import add_model, make_rollout, small_config
 from tests.support.tokenizers import TINY, build
 
 
@@ -26,15 +26,7 @@ def rollouts():
 
 def recipe(**loss):
     config = small_config(**loss)
-    config.model.update(
-        vocab_size=500,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        head_dim=8,
-    )
-    config.mesh.fsdp = 1
+    add_model(config, vocab_size=500)
     return config
 
 

@@ -1,5 +1,6 @@
 """Rollouts for the learner's tests: spelled out by hand, or drawn by hypothesis."""
 
+import ml_collections
 import numpy as np
 from hypothesis import strategies as st
 
@@ -46,6 +47,19 @@ def small_config(groups=3, group_size=3, seq_len=24, micro_rows=2, pack=True, **
     config.protocol.max_total_tokens = seq_len
     config.loss.update(loss)
     return config
+
+
+def add_model(config: ml_collections.ConfigDict, vocab_size: int) -> None:
+    """Gives a recipe of `small_config` a model of one layer, and one device to lie on."""
+    config.model.update(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+    )
+    config.mesh.fsdp = 1
 
 
 @st.composite
