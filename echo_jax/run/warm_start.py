@@ -5,6 +5,7 @@ does, with a loss of its own: cross-entropy, on which no option of the recipe's 
 scripted policy wrote the rollouts through the protocol, in real sandboxes.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -141,13 +142,18 @@ def write_transcripts(
     tasks = {'explore': work.tasks('explore')}
     if options.explore_steps < options.steps:
         tasks['practice'] = work.tasks('train')[: options.demonstrations]
+    # Nobody reads a transcript's reward, and tests are a third of what it costs.
+    untested = {
+        name: [dataclasses.replace(task, environment_only=True) for task in some]
+        for name, some in tasks.items()
+    }
     habits = {'explore': ['solve'], 'practice': options.habits}
     transcripts = {}
     with sandbox_maker(config, options.sandbox) as make_sandbox:
         for name in tasks:
             draw = functools.partial(
                 collect,
-                list(enumerate(tasks[name])),
+                list(enumerate(untested[name])),
                 config=config,
                 make_sandbox=make_sandbox,
                 protocol=protocol,

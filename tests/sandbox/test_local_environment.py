@@ -1,6 +1,7 @@
 """The environment that a local sandbox makes of a task's Dockerfile. Linux only."""
 
 import asyncio
+import json
 import os
 import pathlib
 import shutil
@@ -8,7 +9,7 @@ import shutil
 import pytest
 
 from echo_jax import types
-from echo_jax.sandbox import CommandResult, SandboxError, local
+from echo_jax.sandbox import CommandResult, SandboxError, channels, local
 from tests.support.processes import descendants, soon
 from tests.support.sandboxes import SEC, opened
 
@@ -49,6 +50,17 @@ def test_dockerfile_is_followed(made):
     )
     expected = '/srv/box\nmade\nsrc\nvalue.txt\nwith space\nABtwo words\nvalue .\nok\n'
     assert result == CommandResult(expected, '', 0, False)
+
+
+def test_new_directories_of_any_name_can_be_written(made):
+    names = ['a b', r'back\slash', r'\040', 'tab\there', '#hash', 'new\nline', ' edge ']
+    quoted = [channels.quote(f'/{name}') for name in names]
+    made_them = ', '.join(json.dumps(f'/{name}') for name in names)
+    result = made(
+        f'FROM debian:bookworm\nWORKDIR /app\nRUN ["mkdir", {made_them}]\n',
+        f'for d in {" ".join(quoted)}; do echo ok >"$d/w" && cat "$d/w"; done',
+    )
+    assert result == CommandResult('ok\n' * len(names), '', 0, False)
 
 
 def test_copies_are_those_of_buildkit(made, environment):

@@ -359,10 +359,13 @@ _OPEN_IN_USR += [f'/usr/local/{name}' for name in ('bin', 'etc', 'include', 'lib
 
 
 def _system_directories(steps: Iterable[dockerfile.Step], workdir: str) -> list[str]:
-    """The directories of /usr that must be open while the Dockerfile is followed."""
+    """The directories of /usr that must be open while the Dockerfile is followed: none if it runs
+    no command and copies nothing there.
+    """
     targets = [step.target for step in steps if isinstance(step, dockerfile.Copy)]
     targets += [step.path for step in steps if isinstance(step, dockerfile.Directory)]
-    found = set(_OPEN_IN_USR)
+    anywhere = '/' in targets or any(isinstance(step, dockerfile.Run) for step in steps)
+    found = set(_OPEN_IN_USR if anywhere else ())
     for target in map(_real, (*targets, workdir)):
         inside = [
             str(p) for p in (pathlib.PurePosixPath(target), *pathlib.PurePosixPath(target).parents)

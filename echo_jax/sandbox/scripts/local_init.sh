@@ -44,13 +44,15 @@ place() {
 
 # While the task's Dockerfile is followed, `/` can be written. So can those directories of /usr that
 # are named, one a line: an overlay lays them over the host's own. Only a directory that lies in the
-# overlay from the start can, since no file of the host's root can be copied up to it.
+# overlay from the start can, since no file of the host's root can be copied up to it. Without a name
+# there is no overlay, since nothing is to be written there.
 build_begin() {
   root=rw
+  [[ $1 ]] || return 0
   mkdir /.usr && mount -t tmpfs -o "mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs /.usr || return
-  mkdir -p /.usr/upper /.usr/work
-  local d
-  while IFS= read -r d; do [[ -d $d ]] && mkdir -p "/.usr/upper/${d#/usr}"; done <<<"$1"
+  local d new=(/.usr/upper /.usr/work)
+  while IFS= read -r d; do [[ -d $d ]] && new+=("/.usr/upper/${d#/usr}"); done <<<"$1"
+  mkdir -p "${new[@]}"
   d=lowerdir=/usr,upperdir=/.usr/upper,workdir=/.usr/work,userxattr
   mount -t overlay -o "$d" overlay /usr && overlaid=1 # else a RUN finds /usr read-only, and says so
   umount -l /.usr
@@ -60,17 +62,20 @@ build_begin() {
 # Then `/` and /usr are read-only again, but for the new directories at the top and the working
 # directory $1. What there is in /tests is kept, in a file that only this process can reach.
 build_end() {
-  local d of_root
+  local d device of_root='' binds=()
   root=ro
-  of_root=$(stat -c %d /)
-  for d in /*; do
-    case $d in /etc | /dev | /proc | /usr) continue ;; esac
-    [[ -d $d && ! -L $d && $(stat -c %d "$d") == "$of_root" ]] && mount --bind "$d" "$d"
-  done
-  if [[ $overlaid ]]; then
-    [[ $1 != /usr/* ]] || mount --bind "$1" "$1"
-    mount -o remount,bind,ro /usr || return
-  fi
+  while IFS= read -r -d '' device && IFS= read -r -d '' d; do
+    of_root=${of_root:-$device}
+    case $d in / | /etc | /dev | /proc | /usr) continue ;; esac
+    [[ -d $d && ! -L $d && $device == "$of_root" ]] && binds+=("$d")
+  done < <(stat --printf '%d\0%n\0' / /*)
+  [[ ! $overlaid || $1 != /usr/* ]] || binds+=("$1")
+  for d in "${binds[@]}"; do
+    d=${d//\\/\\134} d=${d// /\\040} d=${d//$'\t'/\\011} d=${d//$'\n'/\\012}
+    echo "$d $d none bind"
+  done >/etc/fstab # one process for all of them
+  { mount -a -T /etc/fstab && : >/etc/fstab; } || return
+  [[ ! $overlaid ]] || mount -o remount,bind,ro /usr || return
   if [[ -d /tests && ! -L /tests ]]; then
     tar -C /tests -cf /.tests . && exec {tests}</.tests
     rm -f /.tests
