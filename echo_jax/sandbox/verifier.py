@@ -32,8 +32,8 @@ class OneAccount(Protocol):
 
     async def upload(self, path: pathlib.Path, target: str) -> None: ...
 
-    async def run_apart(
-        self, command: str, timeout: float, env: Mapping[str, str] | None = None
+    async def run_script(
+        self, script: str, timeout: float, env: Mapping[str, str] | None = None
     ) -> CommandResult: ...
 
 
@@ -44,7 +44,7 @@ async def verify(sandbox: OneAccount) -> Verdict:
     If something cannot be removed, there is no reward. SandboxError passes through.
     """
     await sandbox.reset()
-    cleared = await sandbox.run_apart(read_script('verifier_clear'), _SETUP_SECONDS)
+    cleared = await sandbox.run_script(read_script('verifier_clear'), _SETUP_SECONDS)
     if cleared.exit_code != 0:
         return no_reward('what the agent left in /tests or /logs/verifier cannot be removed')
     try:
@@ -53,16 +53,16 @@ async def verify(sandbox: OneAccount) -> Verdict:
     except SandboxError as error:
         # A sandbox that still answers was made unfit by the agent (a full disk): that is no
         # INFRA_ERROR, or the agent could choose to have no reward instead of a bad one.
-        await sandbox.run_apart('true', _SETUP_SECONDS)
+        await sandbox.run_script('true', _SETUP_SECONDS)
         return no_reward(f'the tests cannot be put into the sandbox: {error}')
     # No module of the agent's own: its site-packages would come before the system's, and Python
     # runs usercustomize.py there as it starts.
     env = {'PYTHONNOUSERSITE': '1'} | sandbox.task.verifier_env
     limit = sandbox.task.verifier_timeout_sec
-    tested = await sandbox.run_apart(read_script('verifier_run'), limit, env)
+    tested = await sandbox.run_script(read_script('verifier_run'), limit, env)
     # A command of its own, in a shell that is there whatever the tests killed.
     numbers = f'set -- {MAX_REWARD_BYTES} {OUTPUT_BYTES}\n'
-    told = await sandbox.run_apart(numbers + read_script('verifier_read'), _SETUP_SECONDS)
+    told = await sandbox.run_script(numbers + read_script('verifier_read'), _SETUP_SECONDS)
     return read_verdict(told.stdout, late=limit if tested.timed_out else None)
 
 

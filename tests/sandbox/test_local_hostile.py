@@ -84,7 +84,7 @@ def test_no_capabilities_and_no_way_to_get_any(session):
 def test_host_uid_is_not_root(task, backend):
     async def main():
         async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
-            await sandbox.run('sleep 30 & sleep 0.2', SEC)
+            await sandbox.run('sleep 30 & until [[ $(</proc/$!/comm) == sleep ]]; do :; done', SEC)
             inside = [p for p in descendants(os.getpid()) if comm(p) == 'sleep']
             uids = {int(status(p, 'Uid').split()[0]) for p in inside}
             return uids, {status(p, 'NoNewPrivs') for p in inside}

@@ -49,7 +49,7 @@ place() {
 build_begin() {
   root=rw
   [[ $1 ]] || return 0
-  mkdir /.usr && mount -t tmpfs -o "mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs /.usr || return
+  mount -t tmpfs -o "X-mount.mkdir,mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs /.usr || return
   local d new=(/.usr/upper /.usr/work)
   while IFS= read -r d; do [[ -d $d ]] && new+=("/.usr/upper/${d#/usr}"); done <<<"$1"
   mkdir -p "${new[@]}"
@@ -62,19 +62,21 @@ build_begin() {
 # Then `/` and /usr are read-only again, but for the new directories at the top and the working
 # directory $1. What there is in /tests is kept, in a file that only this process can reach.
 build_end() {
-  local d device of_root='' binds=()
+  local d point binds=()
+  local -A mounted=()
   root=ro
-  while IFS= read -r -d '' device && IFS= read -r -d '' d; do
-    of_root=${of_root:-$device}
-    case $d in / | /etc | /dev | /proc | /usr) continue ;; esac
-    [[ -d $d && ! -L $d && $device == "$of_root" ]] && binds+=("$d")
-  done < <(stat --printf '%d\0%n\0' / /*)
+  while read -r _ _ _ _ point _; do mounted[$point]=1; done </proc/self/mountinfo
+  for d in /*; do
+    case $d in /etc | /dev | /proc | /usr) continue ;; esac
+    [[ ! -d $d || -L $d ]] || binds+=("$d")
+  done
   [[ ! $overlaid || $1 != /usr/* ]] || binds+=("$1")
+  : >/etc/fstab
   for d in "${binds[@]}"; do
-    d=${d//\\/\\134} d=${d// /\\040} d=${d//$'\t'/\\011} d=${d//$'\n'/\\012}
-    echo "$d $d none bind"
-  done >/etc/fstab # one process for all of them
-  { mount -a -T /etc/fstab && : >/etc/fstab; } || return
+    d=${d//\\/\\134} d=${d// /\\040} d=${d//$'\t'/\\011} d=${d//$'\n'/\\012} # as in mountinfo
+    [[ ${mounted[$d]-} ]] || echo "$d $d none bind"
+  done >/etc/fstab
+  [[ ! -s /etc/fstab ]] || { mount -a -T /etc/fstab && : >/etc/fstab; } || return # one process for all
   [[ ! $overlaid ]] || mount -o remount,bind,ro /usr || return
   if [[ -d /tests && ! -L /tests ]]; then
     tar -C /tests -cf /.tests . && exec {tests}</.tests

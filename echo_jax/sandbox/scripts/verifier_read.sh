@@ -17,4 +17,4 @@ echo "$kind"
 head -c "$(($1 + 1))" "$f"
 printf '\n\036output\n'
 f=/logs/verifier/test-stdout.txt
-if [ -f "$f" ] && [ ! -L "$f" ]; then tail -c "$2" "$f"; fi
+if [ -s "$f" ] && [ -f "$f" ] && [ ! -L "$f" ]; then tail -c "$2" "$f"; fi
