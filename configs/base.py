@@ -445,16 +445,20 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The optimizer of the warm start. Its keys have the meaning of those of `optimizer`.
     c.warm_start.optimizer = c.optimizer.copy_and_resolve_references()
 
-    # How the held-out tasks are measured: before and after training with new rollouts, and in
-    # between by the environment cross-entropy of those drawn before.
+    # How the held-out tasks are measured: before and after training with new rollouts of all, in
+    # between with new rollouts of some, and by the environment cross-entropy of those drawn before.
     c.eval = ml_collections.ConfigDict()
     # The temperature of the rollouts of held-out tasks.
     c.eval.temperature = 0.6
-    # The number of rollouts of every held-out task, drawn before training and again after it.
+    # The number of rollouts of every held-out task that is measured.
     c.eval.samples = 8
-    # The number of steps between two measurements of the environment cross-entropy and of
-    # `eval.balance`.
+    # The number of steps between two measurements: of the environment cross-entropy, of
+    # `eval.balance`, and of the solve rate of `eval.tasks`.
     c.eval.every = 20
+    # The number of held-out tasks, the first ones, of which new rollouts are drawn every
+    # `eval.every` steps; None is all of them, 0 is none. Before and after training all are drawn.
+    # Workers draw them beside the next step's rollouts; 'jax' draws them after those.
+    c.eval.tasks = placeholder(int)
     # Whether the gradients of the environment term and of the others are measured beside each
     # other, in the first step, in every `eval.every`-th and in the last: their norms and their
     # cosine, also with `loss.env_coef = 0`. It costs two more passes forward and back in these
@@ -467,4 +471,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.checkpoint.every = 20
     # The number of saves that are kept, the newest.
     c.checkpoint.keep = 2
+    # Whether the save of the highest solve rate of `eval.tasks` is kept too. A run then also saves
+    # in every `eval.every`-th step.
+    c.checkpoint.keep_best = False
     return c.lock()

@@ -74,5 +74,6 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
 
     c.eval.samples = 1
     c.eval.every = 5
+    c.eval.tasks = 0
     c.checkpoint.every = 10
     return c

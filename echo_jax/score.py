@@ -16,13 +16,11 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags, logging
-from flax import nnx
 
-from echo_jax.learner.checkpoint import CheckpointError, open_saved
+from echo_jax.learner.checkpoint import CheckpointError
 from echo_jax.learner.step import ShardedModel
-from echo_jax.model import huggingface
 from echo_jax.run import entry
-from echo_jax.run.scoring import check_tokens, read_tokens, score_tokens
+from echo_jax.run.scoring import check_tokens, load_params, read_tokens, score_tokens
 from echo_jax.run.workdir import Workdir
 
 _MODEL = flags.DEFINE_string('model', '', 'Hugging Face directory.')
@@ -50,21 +48,6 @@ def _config(model: dict, rows: int, length: int, dtype: str) -> ml_collections.C
     )
 
 
-def _params(model: ShardedModel, work: Workdir | None, step: int | None) -> nnx.State:
-    """The parameters of the run's `step` or its last; without a run, of the model directory."""
-    if work is None:
-        settings = model.config.model
-        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=settings.dtype), model.abstract)
-        return huggingface.load_params(settings.path, abstract, model.placed)
-    wanted = jax.tree.map(
-        lambda leaf, place: leaf.update(sharding=place), model.abstract, model.placed
-    )
-    checkpointer, step = open_saved(work.url('checkpoints', 'train'), step)
-    state, _, _ = checkpointer.restore({'params': wanted}, step)
-    checkpointer.close()
-    return state['params']
-
-
 def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.ERROR)
@@ -89,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     length = -(-tokens.shape[1] // block) * block
     model = ShardedModel.of(_config(settings, rows, length, _DTYPE.value))
     check_tokens(tokens, model.model.vocab_size, _PAD_ID.value)
-    params = _params(model, work, _STEP.value)
+    params = load_params(model, work, _STEP.value)
     score = functools.partial(model.score(_TEMPERATURE.value), params)
     logprobs = score_tokens(score, tokens, rows, length, _PAD_ID.value)
     partial = output.with_name(output.name + '.partial')

@@ -23,11 +23,12 @@ from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.checks import check_config, sandboxes_here
 from echo_jax.run.env_term import EnvTerm
+from echo_jax.run.heldout import Heldout
 from echo_jax.run.inert import inert_keys
 from echo_jax.run.learning import Learner
-from echo_jax.run.measures import env_ce, eval_metrics, headline, heldout
+from echo_jax.run.measures import headline
 from echo_jax.run.redraw import redraw_equal
-from echo_jax.run.sources import GroupsAhead, count_steps, draw_heldout, make_source, read_splits
+from echo_jax.run.sources import GroupsAhead, count_steps, make_source, read_splits
 from echo_jax.run.warm_start import first_params
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
@@ -67,6 +68,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     step, abstract_state, initial_state = model.step(config.optimizer, traced_env_coef=traced)
     env_term = EnvTerm(config, num_steps, tokenizer, score, model.balance())
     learner = Learner(config, model, step, env_term, reference)
+    heldout = Heldout(source, splits['heldout'], config, num_steps, score)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)
     if leads:
@@ -79,42 +81,43 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         state, extra, done = restored
         tasks.set_state(extra['tasks'])
         clock.resume(extra['seconds'])
-        env_term.adapted = extra['env_coef']
+        env_term.adapted, heldout.best = extra['env_coef'], tuple(extra['best'])
         report.CONSOLE.print(f'resumed at step {done} of {num_steps}')
     metrics.resume(done)
     if leads:
         WeightStore(work.url('weights')).rewind(done)
     source.publish(state.params, done)
-    fixed = draw_heldout(source, splits['heldout'], config, version=0, store='heldout_before')
-    before = heldout('before', fixed, env_ce(score, params, fixed, config))
+    before = heldout.draw('before', params, version=0)
+    heldout.post(done)  # again, if the run stopped before it was there
     del params
 
     # ---------------------------------------------------------------------- reinforcement learning
     ahead = GroupsAhead(tasks, source, config, num_steps)
 
     def save():
+        checkpointer.keep_best(heldout.best_version)
         if checkpointer.latest() != done:
             if leads:  # first, so that there is no checkpoint without its rows
                 work.share('metrics.jsonl', 'tensorboard')
-            position = {'tasks': ahead.position, 'env_coef': env_term.adapted}
-            checkpointer.save(done, state, position | {'seconds': clock.seconds()})
+            extra = {'tasks': ahead.position, 'env_coef': env_term.adapted, 'best': heldout.best}
+            checkpointer.save(done, state, extra | {'seconds': clock.seconds()})
 
     try:
         with report.Progress('train', num_steps, done) as progress:
             while done < num_steps:
                 started = time.monotonic()
                 rollouts, redrawn = redraw_equal(ahead.draw(done), source, splits, config, done)
+                evaluated = heldout.collect()
                 drawn = time.monotonic()
                 state, values = learner.learn(state, rollouts, done)
                 ahead.trained()
                 done += 1
                 source.publish(state.params, done)
-                values |= redrawn | {'time/sampling': drawn - started}
+                heldout.post(done)
+                values |= redrawn | evaluated | {'time/sampling': drawn - started}
                 values['time/learning'] = time.monotonic() - drawn
-                if done % config.eval.every == 0 and done < num_steps:
-                    values |= eval_metrics(env_ce(score, state.params, fixed, config))
-                metrics.write(done, values)
-                if done % config.checkpoint.every == 0:
+                metrics.write(done, values | heldout.env_ce(done, state.params))
+                if done % config.checkpoint.every == 0 or heldout.wants_save(done):
                     save()
                 progress.show(done, **headline(values))
         save()
@@ -125,18 +128,17 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         checkpointer.close()
 
     # ------------------------------------------------------------------------------ what it learned
-    after = draw_heldout(source, splits['heldout'], config, version=done, store='heldout_after')
-    source.close()
     summary = {
         **before,
-        **heldout('after', after, env_ce(score, state.params, fixed, config)),
+        **heldout.draw('after', state.params, version=done),
         'steps': done,
         'rollouts': done * config.batch.groups * config.group_size,
         'train_minutes': clock.seconds() / 60,
     }
+    source.close()
     metrics.close()
     if leads:
-        report.results(work, tokenizer, metrics, summary, after)
+        report.results(work, tokenizer, metrics, summary, heldout.rollouts)
     return summary
 
 

@@ -94,6 +94,9 @@ class Task:
     # task with any of it runs with sandbox.backend = 'harbor'; other sandboxes refuse it.
     needs_harbor: tuple[str, ...] = ()
     environment_only: bool = False  # its rollouts carry the environment loss and no policy gradient
+    # For people, who sort results by them; nothing is decided by either.
+    metadata: dict[str, object] = dataclasses.field(default_factory=dict)  # of task.toml
+    source: str = ''  # the set that it was read from
 
 
 @dataclasses.dataclass

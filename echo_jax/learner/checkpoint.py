@@ -38,13 +38,18 @@ class Checkpointer:
         self._directory = _absolute(directory)
         check_reach(self._directory)
         self._saved = None
+        self._kept = _NewestAndBest(keep)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.LatestN(keep),
+            preservation_policy=self._kept,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def keep_best(self, step: int | None) -> None:
+        """From now on keeps `step`, if it is saved, beside the last ones; None: the last alone."""
+        self._kept.best = step
 
     def save(self, step: int, state: Any, extra: dict) -> None:
         """Begins to save `state`, a pytree of jax.Array, and `extra`, plain JSON, as `step`.
@@ -156,6 +161,18 @@ class Checkpointer:
                     f'{found.get(name, "absent")} there, {wanted.get(name, "absent")} in this '
                     "config; use the run's own config, or another workdir"
                 )
+
+
+class _NewestAndBest(checkpoint_managers.PreservationPolicy):
+    """What Orbax keeps: the last `keep` steps, and the best one if there is one."""
+
+    def __init__(self, keep: int):
+        self._keep = keep
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints, *, context):
+        newest = [info.step for info in checkpoints[-self._keep :]]
+        return [info.step in newest or info.step == self.best for info in checkpoints]
 
 
 def open_saved(directory: str | os.PathLike, step: int | None = None) -> tuple[Checkpointer, int]:

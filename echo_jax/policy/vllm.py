@@ -22,6 +22,7 @@ import numpy as np
 from echo_jax.policy import Generation, PolicyError, vllm_rank
 from echo_jax.store.kvstore import CorruptError, MissingError
 from echo_jax.store.weights import WeightStore
+from echo_jax.types import Batch
 
 # vLLM reads these when it is imported. VLLM_CPU_KVCACHE_SPACE is in GiB.
 _ENVIRONMENT = {
@@ -66,12 +67,21 @@ class VllmPolicy:
     `engine` is vLLM's AsyncLLM, for its own statistics and for calls to its ranks.
     """
 
-    def __init__(self, engine, store: WeightStore, max_model_len: int, probe_tolerance: float):
+    def __init__(
+        self,
+        engine,
+        store: WeightStore,
+        max_model_len: int,
+        probe_tolerance: float,
+        version: int = -1,
+    ):
+        """version: of the weights that the engine has; -1: none, `load` brings the first."""
         self.engine, self._store = engine, store
         self._max_model_len, self._probe_tolerance = max_model_len, probe_tolerance
-        self.version = -1
+        self.version = version
         self.swap: Swap | None = None
-        self._refusal = 'the policy has no weights yet; call load first'  # '': it samples
+        # Why it does not sample; '' if it does.
+        self._refusal = '' if version >= 0 else 'the policy has no weights yet; call load first'
         self._proven: _Probe | None = None
         self._numbers = itertools.count()
         self._loading = asyncio.Lock()
@@ -84,7 +94,7 @@ class VllmPolicy:
     async def start(
         cls,
         model_dir: str | os.PathLike,
-        weights_url: str,
+        weights_url: str | None,
         *,
         dtype: str,
         max_model_len: int,
@@ -94,7 +104,9 @@ class VllmPolicy:
     ) -> 'VllmPolicy':
         """Starts the engine, which blocks the event loop for the minute that it takes.
 
-        model_dir: a Hugging Face directory, of which only config.json is read.
+        model_dir: a Hugging Face directory, of which only config.json is read if there is a store.
+        weights_url: the store that `load` reads; None: the engine loads the directory's weights, as
+            version 0, and takes no others.
         dtype: what the engine's weights and activations are.
         max_model_len: tokens of a context and what is sampled after it.
         max_num_seqs: turns that decode together.
@@ -111,7 +123,8 @@ class VllmPolicy:
             probe_tolerance = PROBE_TOLERANCE[dtype]
         arguments = dict(
             model=os.fspath(model_dir),
-            load_format='dummy',  # the first `load` brings real ones
+            # The first `load` brings real ones if there is a store.
+            load_format='dummy' if weights_url else 'auto',
             skip_tokenizer_init=True,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -123,7 +136,8 @@ class VllmPolicy:
             disable_log_stats=True,
         )
         engine = _start_engine(arguments | engine_args)
-        policy = cls(engine, WeightStore(weights_url), max_model_len, probe_tolerance)
+        store, version = WeightStore(weights_url or 'memory://'), -1 if weights_url else 0
+        policy = cls(engine, store, max_model_len, probe_tolerance, version)
         await policy._call('end_with', os.getpid())
         return policy
 
@@ -169,6 +183,26 @@ class VllmPolicy:
             np.full(len(tokens), version, np.int32),
             completion.finish_reason,
         )
+
+    async def score(self, batch: Batch) -> np.ndarray:
+        """float32 [R, T]: the log-probability at temperature 1 of every token given those before it
+        in its segment; 0 for a segment's first token and for padding.
+
+        Only `tokens` and `segment_ids` are read. A segment has at most max_model_len - 1 tokens.
+        """
+        logprobs = np.zeros(batch.tokens.shape, np.float32)
+
+        async def fill(row: int, segment: int) -> None:
+            (places,) = np.nonzero(batch.segment_ids[row] == segment)
+            if len(places) > 1:
+                found = await self._prompt_logprobs(batch.tokens[row, places].tolist())
+                logprobs[row, places[1:]] = found
+
+        async with asyncio.TaskGroup() as running:
+            for row, segments in enumerate(batch.segment_ids):
+                for segment in range(1, segments.max(initial=0) + 1):
+                    running.create_task(fill(row, segment))
+        return logprobs
 
     async def load(self, version: int) -> None:
         """Swaps to a published version; running turns end first, and turns that begin then wait.
@@ -233,6 +267,11 @@ class VllmPolicy:
             outputs = self.engine.generate(prompt, params, str(next(self._numbers)))
             return [output async for output in outputs][-1]
 
+    async def _prompt_logprobs(self, tokens: list[int]) -> np.ndarray:
+        """float32 [n - 1], at temperature 1: of all tokens but the first."""
+        output = await self._request(tokens, max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        return np.array(output.prompt_logprobs.logprobs, np.float32)
+
     async def _fetch(self, version: int, arrays: dict[str, dict]) -> None:
         """Has every rank read its part; raises the store's errors as the store does."""
         await self._call('begin_fetch', self._store.url, version, arrays)
@@ -267,8 +306,7 @@ class VllmPolicy:
         if not await self._drop_prefixes():
             return np.inf, 'the prefix cache of the version before could not be dropped'
         tokens, learner = probe['tokens'], np.asarray(probe['logprobs'], np.float32)[1:]
-        output = await self._request(tokens, max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        engine = np.array(output.prompt_logprobs.logprobs, np.float32)  # of all but the first token
+        engine = await self._prompt_logprobs(tokens)
         gap = float(np.abs(engine - learner).mean())
         if not gap <= self._probe_tolerance:  # a NaN is no success
             return gap, (

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -25,6 +26,7 @@ EXPECTED = (ValueError, OSError, FloatingPointError, SandboxError, MissingError)
 # raises one of the last three.
 _FLAG_ERRORS = (flags.Error, ValueError, OSError, SyntaxError)
 _KEY_ERRORS = (AttributeError, LookupError, TypeError)
+T = TypeVar('T')
 _nones: list[str] = []  # keys that flags have set to None
 
 
@@ -152,8 +154,8 @@ class Stop:
         if self.requested:
             raise Stopped
 
-    def run(self, work: Coroutine) -> None:
-        """Runs `work` to its end. If a stop is requested, cancels it and raises Stopped."""
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns. If a stop is requested, cancels it and raises Stopped."""
 
         async def cancellable():
             task = asyncio.ensure_future(work)
@@ -162,16 +164,17 @@ class Stop:
             if self.requested:  # before there was anything to cancel
                 task.cancel()
             try:
-                await task
+                return await task
             finally:
                 self._cancel = None
 
         try:
-            asyncio.run(cancellable())
+            result = asyncio.run(cancellable())
         except asyncio.CancelledError:
             self.check()
             raise
         self.check()
+        return result
 
 
 @dataclasses.dataclass

@@ -246,6 +246,13 @@ INERT = (
         reason='if num_epochs names the number of epochs, which gives the steps',
     ),
     Inert(
+        keys=('checkpoint.keep_best',),
+        when=lambda config: config.eval.tasks == 0,
+        deciding=('eval.tasks',),
+        reason='with eval.tasks = 0, which measures no solve rate in between',
+        values=(True,),
+    ),
+    Inert(
         keys=('tasks.train_count',),
         when=lambda config: bool(config.tasks.train),
         deciding=('tasks.train',),

@@ -5,15 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ml_collections
 import numpy as np
+from numpy.typing import ArrayLike
 
 from echo_jax.learner import batching
 from echo_jax.learner.targets import target_mask
-from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, SOLVED_REWARD, Rollout
-
-
-def solve_rate(rollouts: Sequence[Rollout]) -> float:
-    """The share of rollouts whose reward is at least 0.5; one without a reward is unsolved."""
-    return float(np.mean([r.reward >= SOLVED_REWARD for r in rollouts]))
+from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, Batch, Rollout
 
 
 def pass_at_k(solved: Sequence[bool], k: int) -> float:
@@ -22,24 +18,14 @@ def pass_at_k(solved: Sequence[bool], k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def pass_rates(results: Sequence[dict], samples: int) -> dict[str, float]:
-    """{'1': pass@1, '2': pass@2, '4': ...}, in powers of two up to `samples`, means over tasks.
-
-    `results` hold 'task_id' and 'correct', one for each of the `samples` samples of every task.
-    """
-    by_task: dict[str, list[bool]] = {}
-    for result in results:
-        by_task.setdefault(result['task_id'], []).append(result['correct'])
-    ks = [2**i for i in range(samples.bit_length())]
-    return {str(k): float(np.mean([pass_at_k(s, k) for s in by_task.values()])) for k in ks}
-
-
 def env_ce(
-    score: Callable, params, rollouts: Sequence[Rollout], config: ml_collections.ConfigDict
+    score: Callable[[Batch], ArrayLike],
+    rollouts: Sequence[Rollout],
+    config: ml_collections.ConfigDict,
 ) -> dict[str, float]:
     """The mean of -log p at temperature 1 over environment tokens, in nats a token.
 
-    `score(params, batch) -> [R, T]` is what `learner.step.make_score` makes. 'all' is the mean over
+    `score(batch) -> [R, T]` gives the log-probability of every token. 'all' is the mean over
     the tokens of `loss.targets` in all rollouts; the other keys are the roles of these tokens and
     of observations, in lower case. A role that no rollout has is left out. No limit, filter or rule
     takes any of them out, so that runs which differ in these can be compared.
@@ -56,7 +42,7 @@ def env_ce(
             for rollout in part
         ]
         batch = batching.make_supervised_batch(part, config, masks=masks)
-        logprobs = np.asarray(score(params, batch), np.float64)
+        logprobs = np.asarray(score(batch), np.float64)
         for role in roles:
             chosen = (batch.roles == role) & (batch.env_weight > 0)
             sums[role] -= logprobs[chosen].sum()
@@ -74,14 +60,6 @@ def imagined(rollouts: Sequence[Rollout]) -> float:
     return float(np.mean([r.metrics.get('imagined', 0.0) for r in rollouts]))
 
 
-def heldout(when: str, rollouts: Sequence[Rollout], ce: Mapping[str, float]) -> dict[str, float]:
-    """What summary.json says of held-out rollouts, `when` 'before' or 'after', and of `env_ce`."""
-    values = {'solve_rate': solve_rate(rollouts), 'env_ce': ce['all']}
-    values |= {'env_ce_output': ce['output']} if 'output' in ce else {}
-    values['imagined'] = imagined(rollouts)
-    return {f'{name}_{when}': value for name, value in values.items()}
-
-
 def seconds_under_time(values: dict[str, float]) -> dict[str, float]:
     """The metrics with `rollout/seconds_NAME` renamed to `time/episode_NAME`.
 
@@ -92,11 +70,6 @@ def seconds_under_time(values: dict[str, float]) -> dict[str, float]:
         f'time/episode_{name.removeprefix(mark)}' if name.startswith(mark) else name: value
         for name, value in values.items()
     }
-
-
-def eval_metrics(ce: Mapping[str, float]) -> dict[str, float]:
-    """What `env_ce` gives, as metrics of a step: `eval/env_ce` and `eval/env_ce/ROLE`."""
-    return {f'eval/env_ce/{role}'.removesuffix('/all'): value for role, value in ce.items()}
 
 
 def headline(values: Mapping[str, float]) -> dict[str, float]:

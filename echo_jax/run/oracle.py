@@ -4,7 +4,7 @@ The oracle must earn the reward and the nop must not, or something is wrong with
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -60,9 +60,11 @@ async def run_without_model(
     oracle: bool,
     at_once: int,
     samples: int = 1,
+    done: Collection[tuple[str, int]] = (),
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """The outcomes of oracle or nop, task by task; at most `at_once` sandboxes live at one time.
+    """The outcomes of oracle or nop, task by task, but for those samples that are `done`,
+    (task_id, sample_id); at most `at_once` sandboxes live at one time.
 
     A task that the sandboxes refuse, or whose sandboxes fail several times, is an INFRA_ERROR with
     a reason; the other tasks go on.
@@ -76,7 +78,12 @@ async def run_without_model(
         return outcome
 
     async with asyncio.TaskGroup() as running:
-        started = [running.create_task(one(task, i)) for task in tasks for i in range(samples)]
+        started = [
+            running.create_task(one(task, i))
+            for task in tasks
+            for i in range(samples)
+            if (task.task_id, i) not in done
+        ]
     return [sample.result() for sample in started]
 
 
@@ -111,29 +118,30 @@ def run_agent(
     config: ml_collections.ConfigDict,
     agent: str,
     samples: int = 1,
+    done: Collection[tuple[str, int]] = (),
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """The outcomes of 'oracle' or 'nop' in the config's sandboxes, with a progress bar."""
-    outcomes: list[Outcome] = []
+    """The outcomes of `run_without_model` in the config's sandboxes, with a progress bar."""
+    rewards: list[float] = []
 
-    def on_outcome(outcome: Outcome) -> None:
-        outcomes.append(outcome)
-        progress.show(len(outcomes), reward=sum(o.reward for o in outcomes) / len(outcomes))
-
-    async def run() -> None:
-        ordered = await run_without_model(
-            tasks,
-            make_sandbox,
-            oracle=agent == 'oracle',
-            at_once=config.sandbox.at_once,
-            samples=samples,
-            on_outcome=on_outcome,
-        )
-        outcomes[:] = ordered
+    def show(outcome: Outcome) -> None:
+        on_outcome(outcome)
+        rewards.append(outcome.reward)
+        progress.show(len(done) + len(rewards), reward=sum(rewards) / len(rewards))
 
     total = len(tasks) * samples
-    with Progress(agent, total) as progress, sandbox_maker(config) as make_sandbox:
-        stop.run(run())
-    return outcomes
+    with Progress(agent, total, len(done)) as progress, sandbox_maker(config) as make_sandbox:
+        return stop.run(
+            run_without_model(
+                tasks,
+                make_sandbox,
+                oracle=agent == 'oracle',
+                at_once=config.sandbox.at_once,
+                samples=samples,
+                done=done,
+                on_outcome=show,
+            )
+        )
 
 
 def faults(outcomes: Sequence[Outcome], agent: str) -> dict[str, str]:

@@ -134,6 +134,8 @@ def results(
         {
             'step': step,
             'eval/solve_rate': summary[f'solve_rate_{when}'],
+            'eval/solve_rate/low': summary[f'solve_rate_low_{when}'],
+            'eval/solve_rate/high': summary[f'solve_rate_high_{when}'],
             'eval/env_ce': summary[f'env_ce_{when}'],
             # NaN, which no curve shows, if no command of these rollouts printed anything.
             'eval/env_ce/output': summary.get(f'env_ce_output_{when}', float('nan')),
@@ -159,9 +161,15 @@ def show_summary(summary: dict) -> None:
         ("the same, the terminal's output alone", 'env_ce_output', '{:.3f}'),
         ('turns with an imagined observation', 'imagined', '{:.1%}'),
     ):
-        values = [summary.get(f'{key}_{when}') for when in ('before', 'after')]
-        if None not in values:  # some runs have no output to predict
-            table.add_row(name, *(form.format(value) for value in values))
+        cells = []
+        for when in ('before', 'after'):
+            value, low = summary.get(f'{key}_{when}'), summary.get(f'{key}_low_{when}')
+            if value is not None:  # some runs have no output to predict
+                ends = (low, summary.get(f'{key}_high_{when}'))
+                span = ' ({} to {})'.format(*map(form.format, ends)) if low is not None else ''
+                cells.append(form.format(value) + span)
+        if len(cells) == 2:
+            table.add_row(name, *cells)
     CONSOLE.print(table)
 
 
@@ -181,6 +189,7 @@ def curves(file: pathlib.Path, rows: list[dict]) -> None:
 
     The environment CE is that of OUTPUT, what the terminal wrote, because the harness's own words
     are soon known. In a run in which no command has printed anything it is that of all targets.
+    Around the solve rate, dotted lines are the ends of its 95% interval.
     What every step measures on its few tasks is noisy. It is drawn faint, and its running mean over
     10 steps is drawn full.
     """
@@ -200,6 +209,8 @@ def curves(file: pathlib.Path, rows: list[dict]) -> None:
         means = [np.mean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
         axes.plot(steps, means, color='tab:blue', label='training')
         axes.plot(*_points(rows, heldout), 'o-', color='tab:orange', label=heldout_label, ms=4)
+        for end in ('low', 'high'):  # of the 95% interval over tasks
+            axes.plot(*_points(rows, f'{heldout}/{end}'), ':', color='tab:orange', linewidth=1)
         axes.set(title=title, xlabel='learner step')
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

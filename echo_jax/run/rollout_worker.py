@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
@@ -167,15 +167,20 @@ async def start(
     await _until(lambda: work.served_model().exists(), 'the learner to write model/')
     weights = WeightStore(work.url('weights'))
     await _until(lambda: weights.latest() is not None, 'the learner to publish its weights')
-    settings = {
+    settings = engine_settings(config) | engine
+    policy = await VllmPolicy.start(work.served_model(), work.url('weights'), **settings)
+    return RolloutWorker(work, policy, name)
+
+
+def engine_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What a recipe says of an engine, as `VllmPolicy.start` takes it."""
+    return {
         'dtype': config.model.dtype,
         'max_model_len': config.protocol.max_total_tokens,
         'max_num_seqs': config.policy.slots,
         'tensor_parallel_size': config.policy.tensor_parallel,
         'gpu_memory_utilization': config.policy.gpu_memory_utilization,
     }
-    policy = await VllmPolicy.start(work.served_model(), work.url('weights'), **settings | engine)
-    return RolloutWorker(work, policy, name)
 
 
 async def open_run(config: ml_collections.ConfigDict, workdir: str) -> Workdir:

@@ -1,13 +1,33 @@
-"""Token arrays to score: read, checked, and scored in batches."""
+"""A model to score with, and token arrays: read, checked, and scored in batches."""
 
 from collections.abc import Callable
 
 import jax
 import numpy as np
+from flax import nnx
 
 from echo_jax.learner.batching import make_token_batch
+from echo_jax.learner.checkpoint import open_saved
+from echo_jax.learner.step import ShardedModel
+from echo_jax.model import huggingface
 from echo_jax.run.report import Progress
+from echo_jax.run.workdir import Workdir
 from echo_jax.types import Batch
+
+
+def load_params(model: ShardedModel, work: Workdir | None, step: int | None) -> nnx.State:
+    """The parameters of the run's `step` or its last; without a run, of the model directory."""
+    if work is None:
+        settings = model.config.model
+        abstract = jax.tree.map(lambda leaf: leaf.update(dtype=settings.dtype), model.abstract)
+        return huggingface.load_params(settings.path, abstract, model.placed)
+    wanted = jax.tree.map(
+        lambda leaf, place: leaf.update(sharding=place), model.abstract, model.placed
+    )
+    checkpointer, step = open_saved(work.url('checkpoints', 'train'), step)
+    state, _, _ = checkpointer.restore({'params': wanted}, step)
+    checkpointer.close()
+    return state['params']
 
 
 def read_tokens(file: str) -> np.ndarray:

@@ -264,28 +264,6 @@ def count_steps(config: ml_collections.ConfigDict, tasks: int) -> int:
     return steps
 
 
-def draw_heldout(
-    source: Source,
-    heldout: Sequence[Task],
-    config: ml_collections.ConfigDict,
-    *,
-    version: int,
-    store: str,
-) -> list[Rollout]:
-    """`eval.samples` rollouts of every held-out task, by weights of `version` or later."""
-    due = DueGroups(
-        store=store,
-        split='heldout',
-        first_group=0,
-        task_ids=tuple(task.task_id for task in heldout),
-        group_size=config.eval.samples,
-        temperature=config.eval.temperature,
-        version=version,
-    )
-    source.post(due)
-    return [rollout for group in source.wait(due) for rollout in group]
-
-
 def groups_of_step(config: ml_collections.ConfigDict) -> int:
     """How many numbers of groups a step has: its tasks, and those that it may draw anew."""
     redraws = config.loss.redraw_limit if config.loss.equal_groups == 'redraw' else 0

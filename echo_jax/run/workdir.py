@@ -62,7 +62,7 @@ class Workdir:
         theirs = json.loads(found)
         if ours != theirs:
             raise ValueError(
-                f'{self._root} is a run of another config ({_difference(theirs, ours)}); '
+                f'{self._root} is a run of another config ({difference(theirs, ours)}); '
                 'resume it with its own, or give another --workdir'
             )
 
@@ -287,8 +287,8 @@ def write_whole(file: pathlib.Path, text: str) -> None:
     partial.rename(file)
 
 
-def _difference(theirs: dict, ours: dict) -> str:
-    """The first key in which two configs differ, with both values."""
+def difference(theirs: dict, ours: dict) -> str:
+    """The first key in which two trees of settings differ, with both values."""
     theirs, ours = _flat(theirs), _flat(ours)
     key = next(k for k in [*ours, *theirs] if ours.get(k, '-') != theirs.get(k, '-'))
     return f'{key} is {theirs.get(key, "absent")!r} there, {ours.get(key, "absent")!r} here'

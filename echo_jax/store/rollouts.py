@@ -92,6 +92,11 @@ class RolloutStore:
         there = set(self.groups(min(ids, default=0)))
         return [group_id for group_id in ids if group_id not in there]
 
+    def remove(self, ids: Iterable[int]) -> None:
+        """Removes groups, which may be written anew; one that is not there does no harm."""
+        for group_id in ids:
+            del self._kvstore[_key(group_id)]
+
     def _decode(self, group_id: int, found: ts.KvStore.ReadResult) -> list[Rollout]:
         if found.state == 'missing':
             raise MissingError(f'group {group_id} is not in {self.url}; take ids from groups()')

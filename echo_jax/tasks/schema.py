@@ -49,7 +49,7 @@ _KEYS = (
     # Harbor copies these to the host after a run. Only a separate verifier reads them.
     _Key('', 'artifacts', 'list'),
     _Key('', 'task', 'table'),  # for people and registries, as is metadata
-    _Key('', 'metadata', 'table'),
+    _Key('', 'metadata', 'table', 'metadata'),
     _Key('', 'agent', 'table'),
     _Key('', 'verifier', 'table'),
     _Key('', 'environment', 'table'),

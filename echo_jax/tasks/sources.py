@@ -64,7 +64,10 @@ def load_sources(
     owners: dict[str, pathlib.Path] = {}
     for path, environment_only in _parse(sources):
         one = _load_source(path, cache)
-        tasks = [dataclasses.replace(t, environment_only=environment_only) for t in one.tasks]
+        tasks = [
+            dataclasses.replace(t, environment_only=environment_only, source=str(path))
+            for t in one.tasks
+        ]
         for task in tasks:
             owner = owners.setdefault(task.task_id, path)
             if owner is not path:

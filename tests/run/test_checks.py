@@ -89,6 +89,7 @@ CHOICES = {
         {'sandbox.backend': 'harbor', 'warm_start.steps': 3},
     ),
     'num_steps': ({'num_epochs': 2}, {'num_epochs': None}),
+    'checkpoint.keep_best': ({'eval.tasks': 0}, {'eval.tasks': 10}),
     'tasks.train_count': ({'tasks.train': 'set'}, {'tasks.train': ''}),
     'tasks.heldout_count': ({'tasks.heldout': 'set'}, {'tasks.heldout': ''}),
     'tasks.families': (

@@ -261,7 +261,10 @@ RUNS: Mapping[str, Run] = {
             'warm_start.habits': ('solve', 'leave'),
             'eval.balance': False,
             'eval.temperature': 1.0,
+            'eval.tasks': 2,
+            'eval.every': 1,
             'checkpoint.keep': 1,
+            'checkpoint.keep_best': True,
             'tasks.train': '{tasks}/train',
             'tasks.heldout': '{tasks}/heldout',
         }

@@ -38,13 +38,15 @@ SETTINGS = dict(
     warm_start=dict(
         steps=6, explore_steps=3, rollouts=4, explorations=6, demonstrations=6, save_every=2
     ),
-    eval=dict(every=2),
+    eval=dict(every=2, tasks=3),
     checkpoint=dict(every=2),
 )
 NO_WARM_START = ('--config.warm_start.steps=0', '--config.warm_start.explore_steps=0')
 SUMMARY = (  # and env_ce_output_WHEN, if held-out rollouts have OUTPUT
-    *('solve_rate_before', 'env_ce_before', 'imagined_before'),
-    *('solve_rate_after', 'env_ce_after', 'imagined_after'),
+    *('solve_rate_before', 'solve_rate_low_before', 'solve_rate_high_before'),
+    *('env_ce_before', 'imagined_before'),
+    *('solve_rate_after', 'solve_rate_low_after', 'solve_rate_high_after'),
+    *('env_ce_after', 'imagined_after'),
     *('steps', 'rollouts', 'train_minutes'),
 )
 

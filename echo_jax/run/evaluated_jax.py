@@ -1,0 +1,59 @@
+"""Opens a model to be evaluated in this process, on the recipe's mesh."""
+
+import contextlib
+import functools
+from collections.abc import AsyncIterator
+
+import jax
+import ml_collections
+from flax import nnx
+
+from echo_jax.learner.step import ShardedModel
+from echo_jax.model import params as model_params
+from echo_jax.policy.jax import JaxPolicy
+from echo_jax.run.evaluated import Opened, Place
+from echo_jax.run.scoring import load_params
+from echo_jax.run.sources import draw_in_waves
+from echo_jax.store.weights import WeightStore
+
+
+@contextlib.asynccontextmanager
+async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIterator[Opened]:
+    """The model of `place.in_recipe`. Raises ValueError if its weights are not there, or do not fit
+    the memory.
+    """
+    model = ShardedModel.of(config)
+    policy = JaxPolicy(
+        model.model,
+        model.graphdef,
+        slots=config.policy.slots,
+        cache_tokens=config.protocol.max_total_tokens,
+    )
+    try:
+        params, version = _weights(place, model)
+        await policy.load(params, version)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        raise ValueError(
+            f'{place.name} does not fit the memory of {jax.device_count()} x '
+            f'{jax.devices()[0].device_kind} ({str(error)[:200]}); use more devices, or '
+            'lower policy.slots'
+        ) from error
+    score = functools.partial(model.score(), params)
+    yield Opened(policy, draw_in_waves, score, version)
+
+
+def _weights(place: Place, model: ShardedModel) -> tuple[nnx.State, int]:
+    """The parameters as a sampler has them, and their version."""
+    if place.run is None or place.step is not None:
+        params = load_params(model, place.run, place.step)
+        return model.serving()(params), place.step or 0
+    weights = WeightStore(place.run.url('weights'))
+    version = weights.latest()
+    if version is None:
+        raise ValueError(
+            f'{place.name} has published no weights yet; run echo_jax.train on it first'
+        )
+    params = model_params.unflatten(model.abstract, weights.read(version))
+    return jax.device_put(params, model.placed), version

@@ -1,0 +1,55 @@
+"""Opens a model to be evaluated in a vLLM engine, in the rollout environment. No JAX."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import ml_collections
+import numpy as np
+
+from echo_jax.agent.collect import collect
+from echo_jax.policy.vllm import VllmPolicy
+from echo_jax.run.evaluated import Opened, Place
+from echo_jax.run.rollout_worker import engine_settings
+from echo_jax.run.workdir import Workdir
+from echo_jax.store.weights import WeightStore
+from echo_jax.types import Batch
+
+
+@contextlib.asynccontextmanager
+async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIterator[Opened]:
+    """The directory that `place` names, or the newest weights of a run whose workers have vLLM.
+
+    Raises ValueError if the run's weights are not for an engine, PolicyError if vLLM refuses them.
+    """
+    settings = engine_settings(config)
+    settings['max_model_len'] += 1  # a whole rollout is scored as a prompt, with one token after it
+    if place.run is None:
+        policy, version = await VllmPolicy.start(place.name, None, **settings), 0
+    else:
+        version = _published(place.run, place.step)
+        model, url = place.run.served_model(), place.run.url('weights')
+        policy = await VllmPolicy.start(model, url, **settings)
+        await policy.load(version)
+    loop = asyncio.get_running_loop()
+
+    def score(batch: Batch) -> np.ndarray:
+        return asyncio.run_coroutine_threadsafe(policy.score(batch), loop).result()
+
+    try:
+        yield Opened(policy, collect, score, version)
+    finally:
+        await policy.close()
+
+
+def _published(run: Workdir, step: int | None) -> int:
+    """The newest version of a run, if an engine can load it; ValueError if it cannot."""
+    weights = WeightStore(run.url('weights'))
+    version = weights.latest()
+    if step is not None or version is None or 'probe' not in weights.about(version):
+        raise ValueError(
+            f'{run.url()}: an engine loads the newest weights of a run with '
+            "policy.backend='vllm'; for others write a directory with echo_jax.export, and give it "
+            'as --model'
+        )
+    return version

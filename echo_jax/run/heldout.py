@@ -1,0 +1,156 @@
+"""The held-out tasks of a run: all of them before and after training, some of them in between.
+
+Nothing that is drawn here is trained on.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from echo_jax.run.intervals import Estimate
+from echo_jax.run.measures import env_ce, imagined
+from echo_jax.run.results import pass_rates, result_of
+from echo_jax.run.sources import Source
+from echo_jax.store.due import DueGroups
+from echo_jax.types import Batch, Role, Rollout, Task
+
+
+class Heldout:
+    """Draws rollouts of the held-out tasks by the weights of some versions, and measures them.
+
+    Every host of a learner has one, and all make the same calls.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tasks: Sequence[Task],
+        config: ml_collections.ConfigDict,
+        num_steps: int,
+        score: Callable[[Any, Batch], Any],
+    ):
+        """score: (parameters, batch) -> log-probabilities [R, T], of `ShardedModel.score`."""
+        self._source, self._tasks, self._config = source, list(tasks), config
+        self._num_steps, self._score = num_steps, score
+        self._fixed: list[Rollout] = []  # drawn before training: the environment CE's
+        self._posted: DueGroups | None = None  # not waited for yet
+        self.rollouts: list[Rollout] = []  # the newest of all tasks
+        # The best solve rate between start and end, and its version: (-1, 0) before there is one.
+        self.best: tuple[float, int] = (-1.0, 0)
+
+    def draw(self, when: str, params: Any, version: int) -> dict[str, float]:
+        """What summary.json says of all tasks, `when` 'before' or 'after' training.
+
+        `params` are the weights of `version`, which is published.
+        """
+        due = self._due(f'heldout_{when}', self._tasks, version)
+        self._source.post(due)
+        self.rollouts = self._wait(due)
+        self._fixed = self._fixed or self.rollouts
+        ce = env_ce(functools.partial(self._score, params), self.rollouts, self._config)
+        return summary(when, self.rollouts, ce)
+
+    def post(self, done: int) -> None:
+        """Lets an evaluation of version `done` be drawn, if it is time for one."""
+        tasks = self._tasks[: self._config.eval.tasks]
+        if self._is_time(done) and tasks:
+            self._posted = self._due(f'heldout_{done:06d}', tasks, done)
+            self._source.post(self._posted)
+
+    def collect(self) -> dict[str, float]:
+        """The metrics of the evaluation that was posted before, if one was. Waits for its rollouts.
+
+        It is called in the next step, after that step's own rollouts are there: workers draw both
+        together.
+        """
+        if self._posted is None:
+            return {}
+        due = self._posted
+        rollouts = self._wait(due)
+        self._posted = None
+        values = evaluation_metrics(rollouts)
+        if values.get('eval/solve_rate', -1.0) > self.best[0]:
+            self.best = (values['eval/solve_rate'], due.version)
+        return values
+
+    def env_ce(self, done: int, params: Any) -> dict[str, float]:
+        """The environment CE of the rollouts drawn before training, as metrics, if it is time."""
+        if not self._is_time(done):
+            return {}
+        return eval_metrics(
+            env_ce(functools.partial(self._score, params), self._fixed, self._config)
+        )
+
+    @property
+    def best_version(self) -> int | None:
+        """The version whose save is kept beside the last ones, if one is."""
+        return self.best[1] if self._config.checkpoint.keep_best else None
+
+    def wants_save(self, done: int) -> bool:
+        """Whether version `done` has to be saved, since it may be the best."""
+        return self._config.checkpoint.keep_best and self._is_time(done)
+
+    def _is_time(self, done: int) -> bool:
+        return done % self._config.eval.every == 0 and 0 < done < self._num_steps
+
+    def _due(self, store: str, tasks: Sequence[Task], version: int) -> DueGroups:
+        return DueGroups(
+            store=store,
+            split='heldout',
+            first_group=0,
+            task_ids=tuple(task.task_id for task in tasks),
+            group_size=self._config.eval.samples,
+            temperature=self._config.eval.temperature,
+            version=version,
+        )
+
+    def _wait(self, due: DueGroups) -> list[Rollout]:
+        return [rollout for group in self._source.wait(due) for rollout in group]
+
+
+def summary(when: str, rollouts: Sequence[Rollout], ce: dict[str, float]) -> dict[str, float]:
+    """What summary.json says of held-out rollouts, `when` 'before' or 'after', and of `env_ce`."""
+    # A run whose every rollout is an INFRA_ERROR has solved nothing.
+    rate = _rates(rollouts).get('1', Estimate(0.0, 0.0, 1.0))
+    values = _spread('solve_rate', rate, '_') | {'env_ce': ce['all']}
+    values |= {'env_ce_output': ce['output']} if 'output' in ce else {}
+    values['imagined'] = imagined(rollouts)
+    return {f'{name}_{when}': value for name, value in values.items()}
+
+
+def evaluation_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Metrics `eval/...` of rollouts that were drawn between start and end.
+
+    Those of INFRA_ERRORs have no part in it, and if there are no others there are no rates.
+    """
+    rates = _rates(rollouts)
+    values = _spread('eval/solve_rate', rates.pop('1', None), '/')
+    values |= {f'eval/pass@{k}': rate.mean for k, rate in rates.items()}
+    acting = [r.policy_versions[r.roles == Role.ACTION] for r in rollouts]
+    versions = np.concatenate(acting) if acting else np.zeros(0)
+    if len(versions):
+        values |= {
+            'eval/version': float(versions.min()),
+            'eval/version_newest': float(versions.max()),
+        }
+    return values
+
+
+def eval_metrics(ce: dict[str, float]) -> dict[str, float]:
+    """What `env_ce` gives, as metrics of a step: `eval/env_ce` and `eval/env_ce/ROLE`."""
+    return {f'eval/env_ce/{role}'.removesuffix('/all'): value for role, value in ce.items()}
+
+
+def _rates(rollouts: Sequence[Rollout]) -> dict[str, Estimate]:
+    samples = max((r.sample_id for r in rollouts), default=0) + 1
+    return pass_rates([result_of(r) for r in rollouts], samples)
+
+
+def _spread(name: str, rate: Estimate | None, mark: str) -> dict[str, float]:
+    """A rate and the ends of its interval, by their names; nothing if there is no rate."""
+    if rate is None:
+        return {}
+    return {name: rate.mean, f'{name}{mark}low': rate.low, f'{name}{mark}high': rate.high}
