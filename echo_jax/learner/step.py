@@ -70,26 +70,45 @@ def micro_batches(batch: Batch, micro_rows: int) -> tuple[Batch, jax.Array]:
     return micro, jnp.max(jnp.where(filled, jnp.arange(filled.size) + 1, 0))
 
 
-def _sum_over_micro_batches(f: Callable[[Batch], Any], batch: Batch, micro_rows: int) -> Any:
-    """The sum of f(micro-batch), a tree of arrays, over the micro-batches that hold tokens."""
+def _over_micro_batches(
+    f: Callable[[Batch], tuple[Any, Any]], batch: Batch, micro_rows: int
+) -> tuple[Any, Any]:
+    """(sums, values) of f(micro-batch) = (values to add up, arrays [micro_rows, T] to keep), trees,
+    over the micro-batches that hold tokens. What is kept is [R, T], and 0 for the others.
+    """
     micro, count = micro_batches(batch, micro_rows)
 
     def value_at(i):
         return f(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro))
 
     def add(i, so_far):
-        return jax.tree.map(jnp.add, so_far, value_at(i))
+        sums, kept = so_far
+        values, arrays = value_at(i)
+        kept = jax.tree.map(lambda all, one: all.at[i].set(one), kept, arrays)
+        return jax.tree.map(jnp.add, sums, values), kept
 
     if len(micro.tokens) == 1:
         return value_at(0)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_at, 0))
+    shapes, kept_shapes = jax.eval_shape(value_at, 0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    kept = jax.tree.map(lambda x: jnp.zeros(micro.tokens.shape, x.dtype), kept_shapes)
+    kept = jax.tree.map(lambda x: partition.constrain(x, None, 'rows', 'tokens'), kept)
     # `count` is known only when the step runs. `lax.scan`, whose length is fixed, would spend a
     # forward and a backward pass on each micro-batch of padding, and packing leaves many of them.
-    return jax.lax.fori_loop(0, count, add, zeros)
+    sums, kept = jax.lax.fori_loop(0, count, add, (zeros, kept))
+    return sums, jax.tree.map(lambda x: x.reshape(batch.tokens.shape), kept)
+
+
+def _sum_over_micro_batches(f: Callable[[Batch], Any], batch: Batch, micro_rows: int) -> Any:
+    """The sum of f(micro-batch), a tree of arrays, over the micro-batches that hold tokens."""
+    return _over_micro_batches(lambda micro: (f(micro), ()), batch, micro_rows)[0]
 
 
 def make_loss(graphdef, config: ml_collections.ConfigDict) -> Callable[..., tuple]:
-    """`loss(params, batch, env_coef, reference) -> (scalar, metrics)`, the objective."""
+    """`loss(params, batch, env_coef, reference) -> (scalar, (metrics, scores))`, the objective.
+
+    The scores are TokenScores [R, T].
+    """
     temperature = config.policy.temperature
 
     def loss(params, batch, env_coef, reference):
@@ -102,7 +121,8 @@ def make_loss(graphdef, config: ml_collections.ConfigDict) -> Callable[..., tupl
         if config.loss.kl_coef:
             frozen = token_scores(graphdef, reference, batch, temperature)
             extra['reference_logprobs'] = frozen.logprobs
-        return echo_loss(scores.logprobs, batch, config, env_coef, **extra)
+        value, metrics = echo_loss(scores.logprobs, batch, config, env_coef, **extra)
+        return value, (metrics, scores)
 
     return loss
 
@@ -118,24 +138,32 @@ def make_cross_entropy(graphdef, temperature: float) -> Callable[..., tuple]:
 
 
 def make_step(
-    graphdef, optimizer: optax.GradientTransformation, config: ml_collections.ConfigDict
-) -> Callable[..., tuple[TrainState, Metrics]]:
+    graphdef,
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    keeps_scores: bool = False,
+) -> Callable[..., tuple]:
     """`step(state, batch, env_coef, reference=None) -> (state, metrics)`, to be jitted.
 
     `env_coef` may be a Python number (0 leaves the term out of the computation) or traced.
     `reference` holds the frozen parameters that `loss.kl_coef` pulls towards. `finish_metrics`
-    makes numbers of the metrics.
+    makes numbers of the metrics. If it `keeps_scores`, the step returns a third value: TokenScores
+    of float16 [R, T], of the forward pass that it learned from.
     """
     loss = make_loss(graphdef, config)
 
     def step(state: TrainState, batch: Batch, env_coef, reference=None):
         def gradients(micro):
-            # The loss is among the metrics too.
-            return jax.grad(loss, has_aux=True)(state.params, micro, env_coef, reference)
+            grads, (metrics, scores) = jax.grad(loss, has_aux=True)(
+                state.params, micro, env_coef, reference
+            )
+            kept = jax.tree.map(lambda x: x.astype(jnp.float16), scores) if keeps_scores else ()
+            return (grads, metrics), kept  # the loss is among the metrics too
 
-        grads, metrics = _sum_over_micro_batches(gradients, batch, config.batch.micro_rows)
+        (grads, metrics), scores = _over_micro_batches(gradients, batch, config.batch.micro_rows)
         metrics['grad_norm'] = total(optax.tree.norm(grads))
-        return _updated(state, grads, optimizer), metrics
+        state = _updated(state, grads, optimizer)
+        return (state, metrics, scores) if keeps_scores else (state, metrics)
 
     return step
 
@@ -259,16 +287,23 @@ class ShardedModel:
         # Drawn in place: the whole model may not fit the memory of one device.
         return jax.jit(draw, out_shardings=self.placed)()
 
-    def step(self, optimizer_config: ml_collections.ConfigDict, traced_env_coef: bool = False):
+    def step(
+        self,
+        optimizer_config: ml_collections.ConfigDict,
+        traced_env_coef: bool = False,
+        keeps_scores: bool = False,
+    ):
         """(jitted step, abstract state with shardings, function from parameters to first state).
 
         `traced_env_coef`: the step takes env_coef as an array, which a schedule changes, instead of
-        a number that is compiled into it.
+        a number that is compiled into it. `keeps_scores`: see `make_step`; every host gets all.
         """
         others = (None, None) if traced_env_coef else (None,)  # env_coef, reference
         # As a number, env_coef 0 leaves the environment term out of the computation.
         static = () if traced_env_coef else 2
-        return self._stepping(make_step, optimizer_config, others, static)
+        make = functools.partial(make_step, keeps_scores=keeps_scores)
+        found = (None, sharding.everywhere(self.mesh)) if keeps_scores else (None,)
+        return self._stepping(make, optimizer_config, others, static, found)
 
     def supervised_step(self, optimizer_config: ml_collections.ConfigDict):
         """The same for `make_supervised_step`, whose step takes the state and a batch alone."""
@@ -280,8 +315,11 @@ class ShardedModel:
         optimizer_config: ml_collections.ConfigDict,
         others: tuple = (),
         static: int | tuple[int, ...] = (),
+        found: tuple = (None,),
     ):
-        """`others`: the shardings of what the step takes, traced, beside the state and a batch."""
+        """`others`: the shardings of what the step takes, traced, beside the state and a batch;
+        `found`: of what it returns beside the state.
+        """
         optimizer = make_optimizer(optimizer_config)
         init = functools.partial(init_state, optimizer=optimizer)
         shapes = jax.eval_shape(init, self.abstract)
@@ -290,7 +328,7 @@ class ShardedModel:
         step = jax.jit(
             self._traced(make(self.graphdef, optimizer, self.config)),
             in_shardings=(shardings, sharding.batch_sharding(self.mesh), *others),
-            out_shardings=(shardings, None),
+            out_shardings=(shardings, *found),
             donate_argnums=0,
             static_argnums=static,
         )

@@ -67,6 +67,17 @@ def mini_batches(
     return [weigh(part, config, mini_rows(config)) for part in parts]
 
 
+def rollouts_of(
+    rollouts: Sequence[Rollout], config: ml_collections.ConfigDict, step: int
+) -> list[list[Rollout]]:
+    """The rollouts that each of the `mini_batches` is made of, in their order."""
+    of = _cut(rollouts, config, step)
+    return [
+        [r for r in rollouts if of[_unit(r, config)] == number]
+        for number in range(config.batch.updates)
+    ]
+
+
 def order(config: ml_collections.ConfigDict, step: int) -> list[int]:
     """Which mini-batch each update of the step takes; every epoch takes all, shuffled anew."""
     return [
