@@ -465,6 +465,13 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # steps, changes no update, and takes the memory of one more gradient.
     c.eval.balance = True
 
+    # What a run writes down for people.
+    c.logging = ml_collections.ConfigDict()
+    # The number of steps, the newest, of whose tokens the learner's log-probabilities and entropies
+    # are kept for the viewer, 6 bytes a token; 0 keeps none. They are those of the pass that the
+    # step learns from, and cost no other.
+    c.logging.scores = 20
+
     # The learner's state on disk, from which a run resumes.
     c.checkpoint = ml_collections.ConfigDict()
     # The number of steps between two saves.

@@ -32,6 +32,7 @@ from echo_jax.run.sources import GroupsAhead, count_steps, make_source, read_spl
 from echo_jax.run.warm_start import first_params
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
+from echo_jax.store.scores import ScoreStore
 from echo_jax.store.weights import WeightStore
 from echo_jax.tasks.drawing import TaskIterator
 
@@ -64,10 +65,11 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coef else None
 
     # ---------------------------------------------------------- the state, new or from a checkpoint
-    traced = env_coef.is_traced(config.loss)
-    step, abstract_state, initial_state = model.step(config.optimizer, traced_env_coef=traced)
+    traced, keeps = env_coef.is_traced(config.loss), config.logging.scores > 0
+    step, abstract_state, initial_state = model.step(config.optimizer, traced, keeps)
     env_term = EnvTerm(config, num_steps, tokenizer, score, model.balance())
-    learner = Learner(config, model, step, env_term, reference)
+    scores = ScoreStore(work.url('scores', 'train')) if keeps and leads else None
+    learner = Learner(config, model, step, env_term, reference, scores)
     heldout = Heldout(source, splits['heldout'], config, num_steps, score)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)

@@ -6,7 +6,7 @@ Shapes here use T for the tokens of one rollout, R and T for the rows and column
 import dataclasses
 import enum
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -117,6 +117,17 @@ class Rollout:
     reason: str = ''  # one line on why there is no reward of the tests, if there is none
     tests_output: str = ''  # the end of what the task's tests printed
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # for people to read only
+
+
+class TokenScores(NamedTuple):
+    """What a model says of each token given those before it, in nats; arrays of one shape [..., T].
+
+    The first token is predicted by nothing, and has 0.
+    """
+
+    logprobs: Any  # log-probability at the sampling temperature
+    entropy: Any  # of the distribution that the token was drawn from, at the sampling temperature
+    logprobs_t1: Any  # at temperature 1; of an observation's token, -environment CE
 
 
 class Batch(NamedTuple):

@@ -23,8 +23,8 @@ from echo_jax.learner.updates import scores_before
 from echo_jax.model import huggingface, partition
 from echo_jax.model import params as model_params
 from echo_jax.model.family import ModelConfig
-from echo_jax.model.logprobs import TokenScores, score_tokens
-from echo_jax.types import Batch
+from echo_jax.model.logprobs import score_tokens
+from echo_jax.types import Batch, TokenScores
 
 
 class TrainState(NamedTuple):

@@ -17,19 +17,12 @@ import jax.numpy as jnp
 from echo_jax.model import partition
 from echo_jax.model.axes import STATES, TOKENS
 from echo_jax.model.precision import sum_dtype
+from echo_jax.types import TokenScores
 
 MAX_WORDS = 2048  # v
 MAX_LOGITS = 1 << 25  # m times v: 128 MiB in float32
 
 _HEAD = ('vocab', 'embed')
-
-
-class TokenScores(NamedTuple):
-    """What `score_tokens` says of each token given those before it, in nats, float32 [B, T]."""
-
-    logprobs: jax.Array  # at the sampling temperature; the only one that passes gradients
-    entropy: jax.Array  # of the distribution that the token was drawn from
-    logprobs_t1: jax.Array  # at temperature 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -47,7 +40,7 @@ def score_tokens(
       temperature: the logits are divided by it; the sampler's, so that both sides mean the same.
 
     Returns:
-      TokenScores (logprobs, entropy, logprobs_t1) of float32 [B, T].
+      TokenScores of float32 [B, T]; only `logprobs` passes gradients.
     """
     return _forward(hidden, unembedding, targets, temperature)[0]
 

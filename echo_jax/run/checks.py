@@ -61,6 +61,8 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         value = operator.attrgetter(key)(config)
         if value is not None and value < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
+    if config.logging.scores < 0:
+        raise ValueError(f'logging.scores is {config.logging.scores}; expected 0 or more steps')
     if config.eval.tasks is not None and config.eval.tasks < 0:
         raise ValueError(f'eval.tasks is {config.eval.tasks}; expected 0 or more, or None for all')
     check_cut(config)

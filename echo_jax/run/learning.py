@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from flax import nnx
@@ -19,7 +20,9 @@ from echo_jax.learner.step import ShardedModel, TrainState
 from echo_jax.learner.targets import Targets
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.measures import seconds_under_time
-from echo_jax.types import Role, Rollout
+from echo_jax.run.numbering import groups_of_step
+from echo_jax.store.scores import ScoreStore
+from echo_jax.types import Role, Rollout, TokenScores
 
 
 class Learner:
@@ -32,9 +35,13 @@ class Learner:
         step: Callable[..., tuple[TrainState, Any]],
         env_term: EnvTerm,
         reference: nnx.State | None,
+        scores: ScoreStore | None = None,
     ):
-        """step: of `ShardedModel.step`. reference: the frozen parameters of `loss.kl_coef`."""
+        """step: of `ShardedModel.step`, which keeps scores if there is a store for them.
+        reference: the frozen parameters of `loss.kl_coef`.
+        """
         self._config, self._model, self._step = config, model, step
+        self._scores = scores
         self._env_term, self._reference = env_term, reference
         self._with_old_logprobs = model.with_old_logprobs()
         self._score = model.score(config.policy.temperature)
@@ -51,13 +58,43 @@ class Learner:
             for batch in updates.mini_batches(learned, config, done, targets)
         ]
         values |= term.balance(done, state.params, batches[0], self._reference)
-        sums = []
+        sums, scores = [], {}
         for number in updates.order(config, done):
-            state, added = self._step(state, batches[number], term.coef(done), self._reference)
+            state, added, *kept = self._step(
+                state, batches[number], term.coef(done), self._reference
+            )
             sums.append(added)
+            scores.setdefault(number, kept)  # of the first epoch
+        if self._scores:
+            passes = [scores[number][0] for number in range(len(batches))]
+            self._keep(self._scores, passes, learned, done)
         values |= {f'train/{name}': v for name, v in updates.finish_updates(sums).items()}
         values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
         return state, values | eligibility.eligibility_metrics(learned, config.loss)
+
+    def _keep(
+        self,
+        store: ScoreStore,
+        scores: Sequence[TokenScores],
+        learned: Sequence[Rollout],
+        done: int,
+    ) -> None:
+        """Writes the scores of each mini-batch by rollout, and removes those of old steps.
+
+        A rollout that no update learned from has none.
+        """
+        groups: dict[int, dict[int, TokenScores]] = {}
+        parts = updates.rollouts_of(learned, self._config, done)
+        for part, found in zip(parts, jax.device_get(list(scores))):
+            columns = (batching.unpack(part, values, self._config) for values in found)
+            for rollout, *arrays in zip(part, *columns):
+                if eligibility.counts(rollout, self._config.loss):
+                    samples = groups.setdefault(rollout.group_id, {})
+                    samples[rollout.sample_id] = TokenScores(*arrays)
+        for group_id, samples in groups.items():
+            store.write_group(group_id, samples)
+        oldest = done + 1 - self._config.logging.scores
+        store.keep(max(oldest, 0) * groups_of_step(self._config))
 
     def _less_kl(self, rollouts: Sequence[Rollout], targets: Sequence[Targets]) -> list[Rollout]:
         """The rollouts with `loss.kl_coef` times their KL off their rewards, for `loss.kl_in`

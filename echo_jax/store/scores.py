@@ -13,28 +13,17 @@ import pathlib
 import re
 import zlib
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
 from echo_jax.store.chunks import compress, decompress, planes, unplanes
 from echo_jax.store.kvstore import CorruptError, open_kvstore, seal, unseal_first
+from echo_jax.types import TokenScores
 
 FORMAT = 1
 MAX_PAYLOAD = 1 << 28  # bytes of one group uncompressed, as of a group of rollouts
 _DTYPE = np.dtype('<f2')
-
-
-class TokenScores(NamedTuple):
-    """Of one rollout's tokens, by the weights that its step started from; float16 [T] each.
-
-    The first token is predicted by nothing, and has 0.
-    """
-
-    logprobs: np.ndarray  # log-probability, nats, at the sampling temperature
-    logprobs_t1: np.ndarray  # the same at temperature 1; of an observation, -environment CE
-    entropy: np.ndarray  # of the prediction at that token, nats, at the sampling temperature
 
 
 class ScoreStore:
@@ -50,7 +39,8 @@ class ScoreStore:
     def write_group(self, group_id: int, scores: Mapping[int, TokenScores]) -> None:
         """Writes the scores of rollouts of a group, by sample_id, in place of any that are there.
 
-        Raises ValueError for arrays that are not float16 [T], or not finite.
+        They are float16 [T], of the weights that the rollouts' step started from. Raises ValueError
+        for arrays that are not, or not finite.
         """
         if not 0 <= group_id < 10**12:
             raise ValueError(f'group_id is {group_id}; expected 0 to 10**12 - 1')

@@ -50,9 +50,8 @@ from echo_jax.learner import step as learner_step
 from echo_jax.learner.batching import make_batch
 from echo_jax.learner.losses import finish_metrics
 from echo_jax.model import attention, huggingface
-from echo_jax.model.logprobs import TokenScores
 from echo_jax.model.params import flatten
-from echo_jax.types import Batch
+from echo_jax.types import Batch, TokenScores
 
 _MODEL = (
     *('vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers'),

@@ -10,25 +10,28 @@ from echo_jax.learner.batching import make_batch, unpack
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.learning import Learner
-from echo_jax.types import Role
+from echo_jax.store.scores import ScoreStore
+from echo_jax.types import Role, Status
 from tests.support.random_rollouts import make_rollout, small_config
 from tests.support.tokenizers import TINY, build
 
 
-def learned(rollouts, reference, balance=False, **loss):
-    """The parameters after one step on the rollouts, and how the frozen model scores them."""
+def learned(rollouts, reference, balance=False, done=0, scores=None, batch=None, **loss):
+    """The parameters after step `done` + 1 on the rollouts, and how the frozen model scores them."""
     config = small_config(**{'env_coef': 0.0} | loss)
+    config.batch.update(batch or {})
+    config.logging.scores = 1
     sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, head_dim=8)
     config.model.update(vocab_size=500, num_hidden_layers=1, **sizes)
     config.mesh.fsdp = 1
     config.eval.balance = balance
     config.optimizer.warmup_from = 'one'
     model = ShardedModel.of(config, jax.devices()[:1])
-    step, _, first = model.step(config.optimizer)
+    step, _, first = model.step(config.optimizer, keeps_scores=scores is not None)
     term = EnvTerm(config, config.num_steps, build(TINY), model.score(), model.balance())
     frozen = jax.tree.map(lambda x: x * reference, model.random_params())
-    learner = Learner(config, model, step, term, frozen if loss.get('kl_coef') else None)
-    state, values = learner.learn(first(model.random_params()), rollouts, 0)
+    learner = Learner(config, model, step, term, frozen if loss.get('kl_coef') else None, scores)
+    state, values = learner.learn(first(model.random_params()), rollouts, done)
     batch = make_batch(rollouts, config)
     score = np.asarray(model.score(config.policy.temperature)(frozen, batch))
     return jax.tree.leaves(state.params), unpack(rollouts, score, config), values
@@ -69,6 +72,36 @@ def test_measuring_the_balance_changes_no_bit_of_an_update(loss):
     added = {f'train/grad_{name}' for name in ('norm_policy', 'norm_env', 'cosine')}
     assert values.keys() - plain.keys() == added
     assert {name: values[name] for name in plain} == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('batch', [{}, {'updates': 2, 'epochs': 2}], ids=['one', 'four updates'])
+def test_scores_are_kept_by_rollout_and_change_no_bit(tmp_path, batch):
+    rollouts = [
+        make_rollout('PPAAROOA', reward=1.0, group=9, sample=0, first_token=1),
+        make_rollout('PAAROO', reward=0.0, group=9, sample=1, first_token=20),
+        make_rollout('PAAO', reward=0.0, group=10, sample=0, first_token=40),
+        make_rollout('P', group=10, sample=1, first_token=60, status=Status.INFRA_ERROR),
+    ]
+    store = ScoreStore(tmp_path)
+    store.write_group(8, {})  # of the step before, which is not to be kept
+    given = dict(batch=batch, env_coef=0.3, old_logprobs='recomputed' if batch else 'current')
+    without, _, _ = learned(rollouts, 1.0, done=3, **given)
+    # The parameters before the step are the frozen ones, since these are 1.0 times the first.
+    kept, frozen, _ = learned(rollouts, 1.0, done=3, scores=store, **given)
+    for one, two in zip(without, kept, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert store.groups() == [9, 10]
+    found = {(group, i): one for group in (9, 10) for i, one in store.read_group(group).items()}
+    assert found.keys() == {(9, 0), (9, 1), (10, 0)}
+    for rollout, logprobs in zip(rollouts, frozen):
+        if rollout.status == Status.INFRA_ERROR:
+            continue
+        scores = found[rollout.group_id, rollout.sample_id]
+        assert [array.shape for array in scores] == [rollout.tokens.shape] * 3
+        if not batch:  # else the second mini-batch is scored after the update by the first
+            np.testing.assert_allclose(scores.logprobs, logprobs, rtol=2e-3)
+        assert (scores.entropy[1:] > 0).all() and (scores.logprobs_t1[1:] < 0).all()
 
 
 @pytest.mark.slow

@@ -262,6 +262,7 @@ RUNS: Mapping[str, Run] = {
             'eval.balance': False,
             'eval.temperature': 1.0,
             'eval.tasks': 2,
+            'logging.scores': 0,
             'eval.every': 1,
             'checkpoint.keep': 1,
             'checkpoint.keep_best': True,
