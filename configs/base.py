@@ -471,6 +471,12 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # are kept for the viewer, 6 bytes a token; 0 keeps none. They are those of the pass that the
     # step learns from, and cost no other.
     c.logging.scores = 20
+    # The project of Weights & Biases that the metrics go to, with the package wandb. If this is
+    # empty, none do.
+    c.logging.wandb = ''
+    # The port of a page for Prometheus, which the learner serves to the network, with its newest
+    # metrics and those that its workers report; with the package prometheus-client. 0: no page.
+    c.logging.prometheus_port = 0
 
     # The learner's state on disk, from which a run resumes.
     c.checkpoint = ml_collections.ConfigDict()

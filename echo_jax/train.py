@@ -73,9 +73,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     heldout = Heldout(source, splits['heldout'], config, num_steps, score)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
     tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)
-    if leads:
-        work.take('metrics.jsonl')
-    metrics = report.Metrics(work.path, writes=leads)
+    metrics = report.open_metrics(work, leads)
     restored = checkpointer.restore(abstract_state)
     if restored is None:
         state, done = initial_state(params), 0

@@ -15,6 +15,7 @@ from echo_jax.learner.step import ShardedModel
 from echo_jax.learner.updates import check_cut
 from echo_jax.model import huggingface
 from echo_jax.run.inert import check_inert, sandbox_kinds
+from echo_jax.run.sinks import check_packages
 from echo_jax.run.workdir import read_tokenizer
 from echo_jax.types import ENV_TARGETS
 
@@ -44,6 +45,7 @@ def check_config(config: ml_collections.ConfigDict, overrides: Iterable[str] = (
     check_inert(config, overrides)
     check_clashes(config.loss)
     _check_values(config)
+    check_packages(config)
     _check_learner(config)
 
 
@@ -63,6 +65,9 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f'{key} is {value}; expected at least 1')
     if config.logging.scores < 0:
         raise ValueError(f'logging.scores is {config.logging.scores}; expected 0 or more steps')
+    if not 0 <= config.logging.prometheus_port < 1 << 16:
+        port = config.logging.prometheus_port
+        raise ValueError(f'logging.prometheus_port is {port}; expected 1 to 65535, or 0 for none')
     if config.eval.tasks is not None and config.eval.tasks < 0:
         raise ValueError(f'eval.tasks is {config.eval.tasks}; expected 0 or more, or None for all')
     check_cut(config)

@@ -13,6 +13,7 @@ import rich.text
 import transformers
 
 from echo_jax.run.entry import printable
+from echo_jax.run.sinks import Sink, open_sinks
 from echo_jax.run.workdir import Workdir, write_whole
 from echo_jax.types import SOLVED_REWARD, Role, Rollout
 
@@ -35,11 +36,17 @@ class Metrics:
     `resume(step)` drops what a killed run wrote after the checkpoint that it goes on from.
     """
 
-    def __init__(self, workdir: pathlib.Path, name: str = 'metrics.jsonl', writes: bool = True):
-        """writes: False in all processes of a learner but one."""
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        name: str = 'metrics.jsonl',
+        writes: bool = True,
+        sinks: Sequence[Sink] = (),
+    ):
+        """writes: False in all processes of a learner but one. sinks: who gets each row too."""
         import tensorboardX  # it loads PyTorch if that is installed, which takes seconds
 
-        self._file, self._writes = workdir / name, writes
+        self._file, self._writes, self._sinks = workdir / name, writes, sinks
         folder = str(workdir / 'tensorboard')
         self._events = tensorboardX.SummaryWriter(folder, write_to_disk=writes)
 
@@ -69,9 +76,18 @@ class Metrics:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()  # now: a run in a bucket copies the file as it is
+        for sink in self._sinks:
+            sink(step, values)
 
     def close(self) -> None:
         self._events.close()
+
+
+def open_metrics(work: Workdir, leads: bool) -> Metrics:
+    """The metrics of a run's steps, which only the leading process of a learner writes."""
+    if leads:
+        work.take('metrics.jsonl')
+    return Metrics(work.path, writes=leads, sinks=open_sinks(work) if leads else ())
 
 
 class Progress:

@@ -17,7 +17,7 @@ from tests.support.tokenizers import TINY, build
 
 
 def learned(rollouts, reference, balance=False, done=0, scores=None, batch=None, **loss):
-    """The parameters after step `done` + 1 on the rollouts, and how the frozen model scores them."""
+    """The parameters after step `done` + 1, and how the frozen model scores the rollouts."""
     config = small_config(**{'env_coef': 0.0} | loss)
     config.batch.update(batch or {})
     config.logging.scores = 1

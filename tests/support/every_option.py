@@ -5,6 +5,7 @@ does the runs and fails if a value is in none of them.
 """
 
 import pathlib
+import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,12 @@ from echo_jax.run.inert import flat, inert_keys
 from echo_jax.tasks.generate import generate_tasks
 from tests.support import divided
 from tests.support.small_run import SETTINGS
+
+
+def free_port() -> int:
+    with socket.create_server(('localhost', 0)) as free:
+        return free.getsockname()[1]
+
 
 _OPTIMIZER = {'name': ('adamw', 'muon'), 'warmup_from': ('zero', 'one')}
 _SANDBOXES = ('local', 'docker', 'harbor')
@@ -263,6 +270,8 @@ RUNS: Mapping[str, Run] = {
             'eval.temperature': 1.0,
             'eval.tasks': 2,
             'logging.scores': 0,
+            'logging.wandb': 'tests',
+            'logging.prometheus_port': free_port(),
             'eval.every': 1,
             'checkpoint.keep': 1,
             'checkpoint.keep_best': True,

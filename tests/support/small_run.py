@@ -68,6 +68,7 @@ class Programs:
         self._mark = str(cache / 'marks-the-processes-of-these-tests')
         self.environment = os.environ | {
             'JAX_PLATFORMS': 'cpu',
+            'WANDB_MODE': 'offline',
             'JAX_COMPILATION_CACHE_DIR': str(cache),
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
             'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
