@@ -100,6 +100,9 @@ def test_metrics(finished):
         # Of loss.targets 'released', these three make the whole.
         means = [row[name] for name in roles - {'eval/env_ce/warning'}]
         assert not means or min(means) <= row['eval/env_ce'] <= max(means)
+    # Of the weights of the steps before.
+    drawn = {row['step']: row['eval/version'] for row in rows if 'eval/solve_rate' in row}
+    assert drawn == {3: 2, 5: 4}
     before, after = (summary(finished)[f'env_ce_{when}'] for when in ('before', 'after'))
     assert after < measured[4] < measured[2] < before
 
@@ -187,6 +190,7 @@ def test_killed_in_every_part(programs, finished, tmp_path):
         'transcripts': lambda: groups(workdir, 'warm_start_explore') and len(programs.alive()) > 1,
         'warm start': lambda: checkpoints(workdir, 'warm_start') == [2],
         'sampling': lambda: groups(workdir) > GROUPS,
+        'an evaluation in between': lambda: groups(workdir, 'heldout_000004') >= 1,
         'saving': lambda: any((workdir / 'checkpoints' / 'train').glob('*tmp*')),
         'the last evaluation': lambda: groups(workdir, 'heldout_after') >= 1,
     }
