@@ -55,7 +55,13 @@ KNOWN: Mapping[str, Sequence] = {
     'sandbox.hardening': ('docker', 'strict'),
 }
 # Options that are any text.
-TEXTS = ('model.path', 'tasks.train', 'tasks.heldout', 'sandbox.harbor_environment')
+TEXTS = (
+    'logging.wandb',
+    'model.path',
+    'tasks.train',
+    'tasks.heldout',
+    'sandbox.harbor_environment',
+)
 _HARBOR = 'Harbor has an environment of its own, without JAX: tests/sandbox/test_harbor_*.py'
 _VLLM = 'vLLM has an environment of its own: tests/test_fleet.py'
 # What none of the runs can have on one CPU, and why, or where else it is run.
