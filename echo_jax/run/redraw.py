@@ -10,7 +10,8 @@ import ml_collections
 import numpy as np
 
 from echo_jax.learner.eligibility import equal_groups
-from echo_jax.run.sources import Source, groups_of_step
+from echo_jax.run.numbering import groups_of_step
+from echo_jax.run.sources import Source
 from echo_jax.store.due import DueGroups
 from echo_jax.types import Rollout, Task
 

@@ -27,6 +27,7 @@ from echo_jax.model.family import published_arrays
 from echo_jax.policy.jax import JaxPolicy
 from echo_jax.run import report
 from echo_jax.run.entry import Stop, Stopped
+from echo_jax.run.numbering import groups_of_step
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.due import DueGroups, DueStore
@@ -284,12 +285,6 @@ def draw_heldout(
     )
     source.post(due)
     return [rollout for group in source.wait(due) for rollout in group]
-
-
-def groups_of_step(config: ml_collections.ConfigDict) -> int:
-    """How many numbers of groups a step has: its tasks, and those that it may draw anew."""
-    redraws = config.loss.redraw_limit if config.loss.equal_groups == 'redraw' else 0
-    return config.batch.groups + redraws
 
 
 class GroupsAhead:

@@ -63,11 +63,17 @@ def seal(document: dict) -> bytes:
 
 def unseal(data: bytes) -> dict:
     """The document that `seal` got, whatever follows it; CorruptError for any other bytes."""
+    return unseal_first(data)[0]
+
+
+def unseal_first(data: bytes) -> tuple[dict, bytes]:
+    """The same, and the bytes that follow the document."""
     line, _, text = data.partition(b'\n')
-    text = text[: int(line[9:])] if line[9:].isdigit() else text
+    length = int(line[9:]) if line[9:].isdigit() else len(text)
+    text, rest = text[:length], text[length:]
     if line != b'%08x %010d' % (zlib.crc32(text), len(text)):
         raise CorruptError(f'checksum of a {len(data)} byte document does not match')
-    return json.loads(text)
+    return json.loads(text), rest
 
 
 def read_sealed(kvstore: ts.KvStore, key: str) -> dict | None:

@@ -11,8 +11,7 @@ would take three and more, and a second key as commit marker.) The value is
     chunk    one zstd-compressed zarr3 chunk: a JSON header, then the columns of all rollouts one
              after another, each with its bytes in planes (all lowest bytes, ..., all highest)
 
-Planes make a group 13% smaller and 50% faster to compress; zstd (through TensorStore's codec, as
-Python 3.11 has none) compresses three times as fast as zlib level 1. Nothing is unpickled.
+store/chunks.py says why planes and why zstd. Nothing is unpickled.
 
 Groups of formats 1 and 2 can be read, too. They have no `reason` and no `tests_output`. The prefix
 of format 1 has 8 more bytes, which nothing reads any more, and `environment_only` was a metric of
@@ -29,7 +28,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import tensorstore as ts
 
-from echo_jax.store.kvstore import CorruptError, MissingError, open_array, open_kvstore, write_once
+from echo_jax.store.chunks import compress, decompress, planes, unplanes
+from echo_jax.store.kvstore import CorruptError, MissingError, open_kvstore, write_once
 from echo_jax.types import Role, Rollout, Status
 
 MAX_PAYLOAD = 1 << 28  # bytes of one group uncompressed; 32 x 32,768 tokens take 14 MB
@@ -178,10 +178,10 @@ def _encode(rollouts: Sequence[Rollout]) -> bytes:
     floats = np.array([*(rollout.reward for rollout in rollouts), *metrics], '<f8')
     columns = [np.concatenate([getattr(rollout, c) for rollout in rollouts]) for c in _COLUMNS]
     text = json.dumps(header).encode()
-    payload = b''.join([text, _planes(floats), *map(_planes, columns)])
+    payload = b''.join([text, planes(floats), *map(planes, columns)])
     if len(payload) > MAX_PAYLOAD:
         raise ValueError(f'group of {len(payload)} bytes; expected at most {MAX_PAYLOAD}')
-    chunk = _compress(payload)
+    chunk = compress(payload)
     sizes = len(payload), len(text), len(chunk)
     prefix = _PREFIXES[_NEWEST].pack(_NEWEST, group_id, *sizes, zlib.crc32(chunk), 0)[:-4]
     return prefix + struct.pack('<I', zlib.crc32(prefix)) + chunk
@@ -204,12 +204,12 @@ def _decode(group_id: int, data: bytes) -> list[Rollout]:
     sizes += [sum(map(_natural, lengths[c])) * dtype.itemsize for c, dtype in _COLUMNS.items()]
     if sum(sizes) != body.size:
         raise ValueError('lengths of its columns do not add up')
-    floats, *planes = np.split(body, np.cumsum(sizes)[:-1])
+    floats, *parts = np.split(body, np.cumsum(sizes)[:-1])
     columns = {
-        column: np.split(_unplanes(part, dtype), np.cumsum(lengths[column])[:-1])
-        for part, (column, dtype) in zip(planes, _COLUMNS.items())
+        column: np.split(unplanes(part, dtype), np.cumsum(lengths[column])[:-1])
+        for part, (column, dtype) in zip(parts, _COLUMNS.items())
     }
-    values = iter(_unplanes(floats, np.dtype('<f8')).tolist())
+    values = iter(unplanes(floats, np.dtype('<f8')).tolist())
     rewards = [next(values) for _ in range(count)]
     metrics = [{name: next(values) for name in names} for names in header['metrics']]
     if form == b'echogrp1':
@@ -255,7 +255,7 @@ def _unpack(group_id: int, data: bytes) -> tuple[bytes, dict, np.ndarray]:
     chunk = data[prefix.size :][:chunk_size]  # for what follows see kvstore.py
     if zlib.crc32(chunk) != chunk_crc:
         raise ValueError('checksum of the rollouts does not match')
-    payload = _decompress(chunk, size)
+    payload = decompress(chunk, size)
     return form, json.loads(payload[:header_size].tobytes()), payload[header_size:]
 
 
@@ -263,34 +263,3 @@ def _natural(number: int) -> int:
     if not isinstance(number, int) or not 0 <= number <= MAX_PAYLOAD:
         raise ValueError(f'a length of {number!r}')
     return number
-
-
-def _planes(column: np.ndarray) -> bytes:
-    """[n] of b-byte values to b runs of n bytes: high bytes hardly vary, so they vanish."""
-    values = np.ascontiguousarray(column).view(np.uint8)
-    return values.reshape(-1, column.itemsize).T.tobytes()
-
-
-def _unplanes(planes: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    count = planes.size // dtype.itemsize
-    values = planes.reshape(dtype.itemsize, count).T
-    return np.ascontiguousarray(values).reshape(-1).view(dtype)
-
-
-def _compress(payload: bytes) -> bytes:
-    memory = open_kvstore('memory://')
-    _open_chunk(memory, len(payload)).write(np.frombuffer(payload, np.uint8)).result()
-    return memory['c.0']
-
-
-def _decompress(chunk: bytes, size: int) -> np.ndarray:
-    """uint8 [size]; the codec stops at `size`, so a small chunk cannot fill the memory."""
-    memory = open_kvstore('memory://')
-    memory['c.0'] = chunk
-    return _open_chunk(memory, size).read().result()
-
-
-def _open_chunk(memory: ts.KvStore, size: int) -> ts.TensorStore:
-    """A zarr3 array of one chunk, for TensorStore's zstd: Python 3.11 has none."""
-    zstd = {'name': 'zstd', 'configuration': {'level': 1}}
-    return open_array(memory, [size], 'uint8', [size], [zstd])

@@ -4,7 +4,8 @@ import pytest
 
 from echo_jax.learner.batching import rollout_metrics
 from echo_jax.run.redraw import other_tasks, redraw_equal
-from echo_jax.run.sources import GroupsAhead, groups_of_step
+from echo_jax.run.numbering import groups_of_step, step_of_group
+from echo_jax.run.sources import GroupsAhead
 from echo_jax.store.due import DueGroups
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.tasks.drawing import TaskIterator
@@ -72,6 +73,7 @@ def test_by_hand(tmp_path):
     """Step 3 has the numbers 14 to 20: 3 of its own, and 4 that may be drawn anew."""
     config, done = recipe(), 2
     assert groups_of_step(config) == 7
+    assert [step_of_group(config, group) for group in (0, 6, 7, 14)] == [1, 1, 2, 3]
     anew = other_tasks(tasks(20), {f'task-{i}' for i in range(3)}, config, done)
     assert len(anew) == 4
     # Groups 14 and 16 are equal. Two tasks are drawn: the first is equal again, the second takes
