@@ -3,8 +3,8 @@
 import pytest
 
 from echo_jax.learner.batching import rollout_metrics
-from echo_jax.run.redraw import other_tasks, redraw_equal
 from echo_jax.run.numbering import groups_of_step, step_of_group
+from echo_jax.run.redraw import other_tasks, redraw_equal
 from echo_jax.run.sources import GroupsAhead
 from echo_jax.store.due import DueGroups
 from echo_jax.store.rollouts import RolloutStore

@@ -73,7 +73,7 @@ def test_any_damage_is_named(tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 0x41
         file.write_bytes(bytes(damaged))
-        with pytest.raises(CorruptError, match='scores of group 12 .*remove groups/000000000012'):
+        with pytest.raises(CorruptError, match=r'scores of group 12 .*remove groups/000000000012'):
             ScoreStore(tmp_path).read_group(12)
     for length in (0, 10, 40, len(whole) - 1):
         file.write_bytes(whole[:length])
