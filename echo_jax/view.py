@@ -19,7 +19,7 @@ from absl import flags
 
 from echo_jax.run import entry
 from echo_jax.run.report import CONSOLE, Progress
-from echo_jax.viewer.server import LOOPBACK, link, listen, serve
+from echo_jax.viewer.server import LOOPBACK, link, listen, make_server
 from echo_jax.viewer.site import Site
 from echo_jax.viewer.static import check_folder, export
 
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
             run.index.start()
         where = link(_HOST.value, listening.getsockname()[1], token)
         CONSOLE.print(f'open {where} (Ctrl-C ends it)', markup=False, soft_wrap=True)
-        serve(site, listening, token)
+        make_server(site, listening, token).run(sockets=[listening])
 
 
 if __name__ == '__main__':

@@ -54,13 +54,21 @@ def glance(
         'summary': summary,
         'workers': _workers(work),
         'now': now,
-        'changed': metrics.changed,
+        'changed': _changed(work, metrics),
         'groups_found': index.found,
         'groups_read': index.read,
         'rollouts': len(index.rows),
         'problems': list(index.problems.values())[:20],
         'problem_count': len(index.problems),
     }
+
+
+def _changed(work: Workdir, metrics: MetricsLog) -> float:
+    """When metrics.jsonl last changed, seconds since 1970; in a bucket, when that was seen."""
+    file = work.path / 'metrics.jsonl'
+    return (
+        file.stat().st_mtime if work.url() == str(work.path) and file.exists() else metrics.changed
+    )
 
 
 def _mean(columns: dict[str, list[float]], name: str) -> float | None:

@@ -29,6 +29,7 @@ from echo_jax.viewer.site import Site
 
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 # plotly.js opens an empty <style>, whose rules it then adds by script; the hash is that of nothing.
+# The style of its maps is not let in, since there are none.
 _POLICY = (
     "default-src 'self'; style-src 'self' "
     "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='; img-src 'self' data: blob:; "
@@ -62,17 +63,15 @@ def link(host: str, port: int, token: str) -> str:
     return f'http://{name}:{port}/{query}'
 
 
-def serve(site: Site, listening: socket.socket, token: str) -> None:
-    """Serves until Ctrl-C or SIGTERM. `token`: '' if none is asked for."""
-    app = make_app(site, token, *listening.getsockname()[:2])
-    server = uvicorn.Server(
+def make_server(site: Site, listening: socket.socket, token: str) -> uvicorn.Server:
+    """`.run(sockets=[listening])` serves until Ctrl-C or SIGTERM. `token`: '' if none is asked."""
+    app = _make_app(site, token, *listening.getsockname()[:2])
+    return uvicorn.Server(
         uvicorn.Config(app, log_level='warning', lifespan='off', server_header=False)
     )
-    server.run(sockets=[listening])
 
 
-def make_app(site: Site, token: str, host: str, port: int) -> ASGIApp:
-    """The application that serves `site` on this address."""
+def _make_app(site: Site, token: str, host: str, port: int) -> ASGIApp:
     files = page_files(live=True)
 
     def page(request: Request) -> Response:

@@ -31,7 +31,7 @@ function runCard(run) {
     ['solve rate', solvedText(solved), 'Of the held-out tasks, before and after training'],
     ['held-out env CE', changeText(solved, 'env_ce_output', 'env_ce'), 'On the same rollouts, before and after training'],
     ['a step takes', duration(now.seconds_a_step), 'Mean of the last 20 steps'],
-    ['last row', now.changed ? `${duration(now.now - now.changed)} before ${new Date(now.now * 1000).toLocaleTimeString()}` : '–', 'When metrics.jsonl was last seen to change'],
+    ['last row', now.changed && !now.finished ? `${duration(Math.max(now.now - now.changed, 0))} ago` : null, 'When metrics.jsonl last changed'],
     ['staleness', now.staleness === null ? '–' : `${show(now.staleness)}, at most ${show(now.max_staleness)}`, 'Steps between the weights that sampled and those that are trained'],
   ]));
   if (now.sampling_share !== null) card.append(shares(now));
@@ -116,12 +116,15 @@ function colorChoice(conversations, repaint) {
   return choice;
 }
 
-function rolloutFacts(run, rollout) {
+// `whose`: what a page says elsewhere, which run and which rollout it is, is left out there.
+function rolloutFacts(run, rollout, whose = true) {
+  const named = [
+    ['run', run.name], ['store', rollout.store], ['step', rollout.step && show(rollout.step)],
+    ['group', show(rollout.group)], ['sample', show(rollout.sample)], ['reward', show(rollout.reward)],
+  ];
   const versions = rollout.versions && [...new Set(rollout.versions)].join(' to ');
   return facts([
-    ['run', run.name], ['store', rollout.store], ['step', rollout.step && show(rollout.step)],
-    ['group', show(rollout.group)], ['sample', show(rollout.sample)],
-    ['reward', show(rollout.reward)], ['advantage', rollout.advantage === null ? null : show(rollout.advantage)],
+    ...(whose ? named : []), ['advantage', rollout.advantage === null ? null : show(rollout.advantage)],
     ['status', rollout.status], ['stop', rollout.stop], ['turns', show(rollout.turn_starts.length)],
     ['tokens', show(rollout.id.length)], ['policy version', versions],
     ['trains', rollout.environment_only ? 'the environment term alone' : null],
@@ -168,7 +171,7 @@ function rolloutPage(run, rollout, actions) {
   };
   const why = count ? 'The tokens that the environment surprised the model most with' : 'Needs the learner\'s scores, which are not kept of this rollout';
   const element = el('article', { class: 'rollout' },
-    el('div', { class: 'row wide tools' },
+    el('div', { class: 'stick' }, el('div', { class: 'row wide' },
       el('button', { type: 'button', onclick: actions.back }, '← table'),
       el('button', { type: 'button', id: 'row-before', onclick: () => { actions.go(-1); }, title: 'Previous row of the table (k)' }, '↑'),
       el('button', { type: 'button', id: 'row-after', onclick: () => { actions.go(1); }, title: 'Next row of the table (j)' }, '↓'),
@@ -176,11 +179,10 @@ function rolloutPage(run, rollout, actions) {
       el('span', { class: 'gap' }),
       el('label', { for: 'color' }, 'colour by'), choice,
       el('button', { type: 'button', id: 'next-surprise', disabled: !count, title: `${why} (n)`, onclick: () => { conversation.surprise(1); } }, 'next surprise'),
-      place),
+      place), key),
     el('h2', {}, rollout.task),
     rolloutFacts(run, rollout),
     rollout.reason ? el('p', { class: 'reason' }, rollout.reason) : null,
-    key,
     el('div', { class: 'split' }, conversation.element, el('aside', { 'aria-label': 'Tests and numbers' }, ...rolloutAside(rollout))));
   repaint();
   return { element, conversation };
@@ -245,13 +247,13 @@ async function comparePage(runs, changed) {
   const pane = (side, i) => {
     const { run, rollout } = opened[i];
     return el('section', { class: 'pane', 'aria-label': `Rollout ${side.toUpperCase()}` },
-      picker(side), rolloutFacts(run, rollout), conversations[i].element);
+      picker(side), rolloutFacts(run, rollout, false), conversations[i].element);
   };
   return {
     conversations,
     element: el('article', { class: 'compare' },
-      el('div', { class: 'row wide tools' }, el('label', { for: 'task' }, 'task'), input, options, el('span', { class: 'gap' }),
-        el('label', { for: 'color' }, 'colour by'), choice),
-      key, el('div', { class: 'panes' }, pane('a', 0), pane('b', 1))),
+      el('div', { class: 'stick' }, el('div', { class: 'row wide' }, el('label', { for: 'task' }, 'task'), input, options, el('span', { class: 'gap' }),
+        el('label', { for: 'color' }, 'colour by'), choice), key),
+      el('div', { class: 'panes' }, pane('a', 0), pane('b', 1))),
   };
 }

@@ -210,6 +210,6 @@ const COLUMNS = [
 function columnsFor(mode, severalRuns) {
   const columns = severalRuns ? COLUMNS : COLUMNS.slice(1);
   if (mode === 'rollouts') return columns;
-  const title = { sample: 'rollouts', reward: 'mean reward' };
-  return columns.map((column) => ({ ...column, title: title[column.field] ?? column.title }));
+  // Numbers are means over the group, but for how many rollouts it has.
+  return columns.map((column) => ({ ...column, title: column.field === 'sample' ? 'size' : column.title }));
 }
