@@ -60,7 +60,8 @@ def _encode(tokenizer: transformers.PreTrainedTokenizerFast, text: str | bytes) 
     if isinstance(text, str):
         return tokenizer.encode(text, add_special_tokens=False)
     table = token_bytes(tokenizer)  # all bytes are tokens of the vocabulary
-    return [table.index(bytes([byte])) for byte in text]
+    ids = {byte: table.index(bytes([byte])) for byte in {*text}}
+    return [ids[byte] for byte in text]
 
 
 def scores_of(rollout: Rollout, ce: float = 0.5) -> TokenScores:

@@ -193,8 +193,7 @@ class Conversation {
       Home: () => 0,
       End: () => this.length - 1,
     };
-    if (event.key === 'Escape') this.hideTip();
-    else if (event.key in moves) {
+    if (event.key in moves) {
       event.preventDefault();
       this.move(moves[event.key]());
     }

@@ -281,7 +281,11 @@ function onKey(event) {
     p: surprise(-1),
     j: () => { shown.actions?.go(1); },
     k: () => { shown.actions?.go(-1); },
-    Escape: () => { if (!document.querySelector('.tip:not([hidden])')) shown.actions?.back(); },
+    Escape: () => {
+      const tips = document.querySelectorAll('.tip:not([hidden])');
+      if (!tips.length) shown.actions?.back();
+      for (const tip of tips) tip.hidden = true;
+    },
   };
   for (const [i, tab] of tabs.entries()) actions[i + 1] = () => { go({ tab, r: '' }); };
   if (event.key in actions) {
