@@ -50,8 +50,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        reason = str(error.strerror).partition(' (')[0]
         raise OSError(
-            f'{host}:{port} cannot be listened on ({error.strerror}); another --port may be free, '
+            f'{host}:{port} cannot be listened on ({reason}); another --port may be free, '
             'and --port=0 takes any that is'
         ) from error
 
