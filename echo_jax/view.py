@@ -23,7 +23,7 @@ from echo_jax.viewer.server import LOOPBACK, link, listen, make_server
 from echo_jax.viewer.site import Site
 from echo_jax.viewer.static import check_folder, export
 
-_BYTES_A_TOKEN = 40  # of an exported rollout, roughly
+_BYTES_A_TOKEN = 20  # of an exported rollout, roughly; twice that if scores are kept
 
 _WORKDIR = flags.DEFINE_list(
     'workdir', None, 'Folders or gs:// URLs of runs, with commas between them.', required=True

@@ -79,12 +79,13 @@ def write_run(folder: pathlib.Path, rollouts: int, tokens: int) -> None:
     write_rows(work, 1, groups // 2)
 
 
-def wait_for_index(address: str) -> None:
+def wait_for_index(address: str) -> int:
+    """The number of rollouts, once the viewer has read all of them."""
     while True:
         with urllib.request.urlopen(f'{address}data/run-0/glance.json') as answer:
             glance = json.load(answer)
         if 0 < glance['groups_found'] == glance['groups_read']:
-            return
+            return glance['rollouts']
         time.sleep(0.1)
 
 
@@ -94,8 +95,10 @@ def peak_rss(process: subprocess.Popen) -> float:
     return int(status.partition('VmHWM:')[2].split()[0]) * 1024 / 1e6
 
 
-def measure(address: str, repeats: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {'overview': [], 'table': [], 'filter': [], 'rollout': []}
+def measure(address: str, rollouts: int, repeats: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {
+        name: [] for name in ('overview', 'table', 'whole_table', 'filter', 'rollout')
+    }
     with browsing() as browser:
         for repeat in range(repeats):
             visit = Visit(browser)  # with an empty cache
@@ -107,12 +110,14 @@ def measure(address: str, repeats: int) -> dict[str, float]:
             page = visit.page
             page.goto(f'{address}#tab=rollouts', wait_until='commit')
             times['table'].append(page.evaluate(WATCH, '.grid-body [role=row]'))
+            wait_until(page, f"document.body.textContent.includes('of {rollouts:,} rollouts')")
+            times['whole_table'].append(page.evaluate('performance.now()'))
             for text in FILTERS:
                 times['filter'].append(page.evaluate(FILTER, text))
             # Another group each time, so that the server has to read it.
             page.evaluate(FILTER, f'group={50 * repeat + 7}')
             times['rollout'].append(page.evaluate(OPEN))
-            wait_until(page, "document.querySelectorAll('.conversation .t').length > 1000")
+            wait_until(page, "document.querySelectorAll('.conversation .t').length > 50")
             assert visit.errors == []
             visit.context.close()
     medians = {f'{name}_ms': round(statistics.median(found)) for name, found in times.items()}
@@ -136,9 +141,9 @@ def main() -> None:
             try:
                 address = server.stdout.readline().split()[1]
                 answers = time.monotonic() - started
-                wait_for_index(address)
+                rollouts = wait_for_index(address)
                 index = time.monotonic() - started
-                result = measure(address, args.repeats)
+                result = measure(address, rollouts, args.repeats)
                 result |= {'server_rss_mb': round(peak_rss(server))}
             finally:
                 server.send_signal(signal.SIGINT)

@@ -188,7 +188,7 @@ class Curves {
         responsive: true, displayModeBar: false, displaylogo: false,
       });
     }
-    this.plots.dataset.drawn = 'yes';
+    if (this.charts.size) this.plots.dataset.drawn = 'yes';
   }
 
   chart(name) {

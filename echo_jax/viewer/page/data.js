@@ -10,7 +10,9 @@ const waiting = new Map(); // name -> resolve, of documents that come as scripts
 
 // Called by the scripts that an export consists of: receive("run-0/glance", {...}).
 function receive(name, document) {
-  waiting.get(name)?.(document);
+  const resolve = waiting.get(name);
+  waiting.delete(name); // now: the one who waits may ask for the same name again at once
+  resolve?.(document);
 }
 
 // The document of that name. It rejects with an Error whose message is for a person.
@@ -35,9 +37,9 @@ async function fetchDocument(name) {
 function runDocument(name) {
   return new Promise((resolve, reject) => {
     const script = document.createElement('script');
-    waiting.set(name, (found) => { resolve(found); });
+    waiting.set(name, resolve);
     script.src = `data/${name}.js`;
-    script.onload = () => { waiting.delete(name); script.remove(); };
+    script.onload = () => { script.remove(); };
     script.onerror = () => {
       waiting.delete(name);
       script.remove();
@@ -67,30 +69,27 @@ class Log {
     Object.assign(this, { run, name, epoch: null, length: 0, total: 0, columns: {} });
   }
 
-  // Takes what is new; true if there was anything. Another epoch means another log: from the start.
-  async follow() {
-    let changed = false;
-    for (;;) {
-      const part = await load(`run-${this.run}/${this.name}-${this.length}`);
-      if (this.epoch !== null && part.epoch !== this.epoch) {
-        Object.assign(this, { epoch: part.epoch, length: 0, columns: {} });
-        changed = true;
-        continue;
-      }
-      this.epoch = part.epoch;
-      this.total = part.total;
-      for (const [name, values] of Object.entries(part.columns)) {
-        // A metric may begin late, or be missing in a part: then it is null there.
-        const column = (this.columns[name] ??= new Array(this.length).fill(null));
-        for (const value of values) column.push(value);
-      }
-      this.length += part.count;
-      for (const column of Object.values(this.columns)) {
-        while (column.length < this.length) column.push(null);
-      }
-      changed ||= part.count > 0;
-      if (this.length >= part.total || part.count === 0) return changed;
+  get behind() { return this.length < this.total; }
+
+  // Takes the next part; true if there was anything. Another epoch means another log: all anew.
+  async take() {
+    if (!LIVE && this.epoch !== null && !this.behind) return false; // files do not grow
+    const part = await load(`run-${this.run}/${this.name}-${this.length}`);
+    if (this.epoch !== null && part.epoch !== this.epoch) {
+      Object.assign(this, { epoch: part.epoch, length: 0, total: part.total, columns: {} });
+      return true;
     }
+    Object.assign(this, { epoch: part.epoch, total: part.total });
+    for (const [name, values] of Object.entries(part.columns)) {
+      // A metric may begin late, or be missing in a part: then it is null there.
+      const column = (this.columns[name] ??= new Array(this.length).fill(null));
+      for (const value of values) column.push(value);
+    }
+    this.length += part.count;
+    for (const column of Object.values(this.columns)) {
+      while (column.length < this.length) column.push(null);
+    }
+    return part.count > 0;
   }
 }
 

@@ -45,36 +45,46 @@ class RunData {
     this.scored = new Log(index, 'scored');
   }
 
-  async follow() {
+  async look() {
     this.glance = await load(`run-${this.index}/glance`);
-    const metrics = await this.metrics.follow();
-    const epoch = this.rows.epoch;
-    let rows = await this.rows.follow();
-    if (epoch !== null && epoch !== this.rows.epoch) Object.assign(this, { all: [], surprise: [] });
+  }
+
+  // The next part of each log, and what it has changed.
+  async follow() {
+    const [metrics, rows, scored] = await Promise.all([this.metrics.take(), this.rows.take(), this.scored.take()]);
+    if (this.all.length > this.rows.length) this.all = []; // the viewer was started again
     for (let i = this.all.length; i < this.rows.length; i++) this.all.push(new Row(this, i));
-    if (await this.scored.follow()) {
-      rows = true;
-      const { row, surprise } = this.scored.columns;
+    if (scored) {
+      const { row = [], surprise = [] } = this.scored.columns;
+      this.surprise = [];
       for (const [i, at] of row.entries()) this.surprise[at] = surprise[i];
     }
-    return { metrics, rows };
+    const behind = [this.metrics, this.rows, this.scored].some((log) => log.behind);
+    return { metrics, rows: rows || scored, behind };
   }
 }
 
+// Reads what is new and shows it; long logs come in parts, and each is shown before the next.
 async function poll() {
   try {
-    const changes = await Promise.all(runs.map((run) => run.follow()));
+    await Promise.all(runs.map((run) => run.look()));
+    while (await pollParts());
     trouble(null);
-    const metrics = changes.some((change) => change.metrics);
-    const rows = changes.some((change) => change.rows);
-    if (state.tab === 'overview' && overviewChanged()) draw();
-    if (state.tab === 'curves' && metrics) await shown.curves?.update(shownRuns());
-    if (state.tab === 'rollouts' && rows && !state.r) fillTable(false);
-    if (state.tab === 'rollouts' && !state.r) countRows();
-    if (state.tab === 'compare' && rows && !main.firstElementChild?.matches('.compare')) draw();
   } catch (error) {
     trouble(error);
   }
+}
+
+async function pollParts() {
+  const changes = await Promise.all(runs.map((run) => run.follow()));
+  const metrics = changes.some((change) => change.metrics);
+  const rows = changes.some((change) => change.rows);
+  if (state.tab === 'overview' && overviewChanged()) draw();
+  if (state.tab === 'curves' && metrics) await shown.curves?.update(shownRuns());
+  if (state.tab === 'rollouts' && rows && !state.r) fillTable(false);
+  if (state.tab === 'rollouts' && !state.r) countRows();
+  if (state.tab === 'compare' && rows && !main.firstElementChild?.matches('.compare')) draw();
+  return changes.some((change) => change.behind);
 }
 
 // Whether the cards would say something else; redrawing them closes what a person has opened.
@@ -307,15 +317,15 @@ async function begin() {
   try {
     const site = await load('site');
     runs = site.runs.map((run, i) => new RunData(i, run));
-    await Promise.all(runs.map((run) => run.follow()));
+    await Promise.all(runs.map((run) => run.look()));
   } catch (error) {
     trouble(error);
     return;
   }
   makeBar();
-  await draw();
-  if (!LIVE) return;
-  for (;;) {
+  draw();
+  await poll();
+  while (LIVE) {
     await new Promise((resolve) => { setTimeout(resolve, 1000 * POLL_SECONDS); });
     if (!document.hidden) await poll();
   }
