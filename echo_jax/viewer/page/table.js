@@ -31,6 +31,8 @@ class GroupRow {
     this.rows = [first];
   }
 
+  get run() { return this.first.run; }
+
   get(field) {
     const values = () => this.rows.map((row) => row.get(field)).filter((value) => value !== null);
     switch (field) {
@@ -67,20 +69,20 @@ function groupRows(rows) {
 }
 
 // Sorted by '-reward' or 'reward'; what has no value is last either way. Equal ones are in order of
-// newest group, then sample.
+// newest group, then of run and sample.
 function sortRows(rows, sort) {
   const field = sort.replace(/^-/, '');
   const sign = sort.startsWith('-') ? -1 : 1;
-  const keyed = rows.map((row) => [row.get(field), row.get('group'), row.get('sample'), row]);
-  keyed.sort(([a, g, s], [b, h, t]) => {
+  const keyed = rows.map((row) => [row.get(field), row.get('group'), row.run.index, row.get('sample'), row]);
+  keyed.sort(([a, g, r, s], [b, h, q, t]) => {
     if (a !== b) {
       if (a === null || a === '') return 1;
       if (b === null || b === '') return -1;
       return sign * (a < b ? -1 : 1);
     }
-    return h - g || s - t;
+    return h - g || r - q || s - t;
   });
-  return keyed.map((each) => each[3]);
+  return keyed.map((each) => each.at(-1));
 }
 
 class Grid {

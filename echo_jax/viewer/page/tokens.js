@@ -40,6 +40,11 @@ function signed(x) {
   return `${x > 0 ? 'a' : 'b'}${level}`;
 }
 
+// White space of one token, so that it can be seen.
+function signs(text) {
+  return text.replaceAll('\n', '⏎').replaceAll('\t', '⇥').replaceAll(' ', '␣');
+}
+
 function expand(runs) {
   const values = [];
   for (const [value, count] of runs) for (let i = 0; i < count; i++) values.push(value);
@@ -213,7 +218,7 @@ class Conversation {
     at('environment CE', measures.ce, ' nats');
     at('advantage', this.values.advantage, '');
     if (this.versions[i] >= 0) facts.push(['policy version', show(this.versions[i])]);
-    facts.push(['id', id[i]], ['text', text[i].replaceAll('\n', '⏎').replaceAll('\t', '⇥') || 'part of a character']);
+    facts.push(['id', id[i]], ['text', signs(text[i]) || 'part of a character']);
     return facts;
   }
 

@@ -221,9 +221,11 @@ function countRows() {
   const chosen = shownRuns();
   const sum = (name) => chosen.reduce((total, run) => total + run.glance[name], 0);
   const all = chosen.reduce((total, run) => total + run.all.length, 0);
-  const reading = sum('groups_read') < sum('groups_found')
+  const bad = sum('problem_count');
+  const reading = sum('groups_read') + bad < sum('groups_found')
     ? `; reading ${show(sum('groups_read'))} of ${show(sum('groups_found'))} groups` : '';
-  const text = `${show(shown.kept)} of ${show(all)} rollouts${reading}`;
+  const unread = bad ? `; ${show(bad)} cannot be read: see the overview` : '';
+  const text = `${show(shown.kept)} of ${show(all)} rollouts${reading}${unread}`;
   if (shown.count && shown.count.textContent !== text) shown.count.textContent = text;
 }
 
