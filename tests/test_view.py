@@ -1,5 +1,6 @@
 """view as a process: what it prints, what it refuses in one line, and how it ends."""
 
+import json
 import re
 import signal
 import socket
@@ -8,6 +9,7 @@ import urllib.request
 
 import pytest
 
+from echo_jax.viewer.site import Site
 from tests.support.viewed_run import make_run, write_group, write_rows
 
 
@@ -74,6 +76,27 @@ def test_bad_input_is_one_line(programs, run, tmp_path):
     assert f'{tmp_path} is there already and is not empty' in line
     line = fails('view', f'--workdir={run}', f'--export={tmp_path / "new"}', '--port=8010')
     assert '--port has no effect with --export' in line and not (tmp_path / 'new').exists()
+
+
+def test_a_run_of_train_is_shown_whole(finished):
+    site = Site([str(finished)])
+    [run] = site.runs
+    while run.index.look():
+        pass
+    documents = {name: site.document(name) for name in site.names()}
+    assert None not in documents.values() and run.index.problems == {}
+    json.dumps(documents, allow_nan=False)
+    glance = documents['run-0/glance']
+    assert glance['finished'] and glance['step'] == glance['steps'] == 6
+    assert 0 <= glance['summary']['solve_rate_after'] <= 1 and glance['reward'] is not None
+    rollouts = [d for name, d in documents.items() if '/rollout-' in name]
+    stores = {rollout['store'] for rollout in rollouts}
+    assert {'train', 'heldout_before', 'heldout_after', 'warm_start_explore'} <= stores
+    for rollout in rollouts:
+        text = ''.join(rollout['text'])
+        assert text.startswith('<|im_start|>system\n') and '\ufffd' not in text[:60]
+        if rollout['store'] == 'train' and rollout['status'] != 'infra_error':
+            assert rollout['advantage'] is not None and 1 <= rollout['step'] <= 6
 
 
 def test_an_export_says_what_it_costs(programs, run, tmp_path):

@@ -24,7 +24,8 @@ function metricNames(runs) {
   const names = new Set();
   for (const run of runs) for (const name of Object.keys(run.metrics.columns)) names.add(name);
   names.delete('step');
-  const isEdge = (name) => /\/(low|high)$/.test(name) && names.has(name.replace(/\/(low|high)$/, ''));
+  const edge = /\/(low|high)$/;
+  const isEdge = (name) => edge.test(name) && names.has(name.replace(edge, ''));
   return [...names].filter((name) => !isEdge(name)).sort();
 }
 
@@ -74,11 +75,13 @@ function traces(runs, name, smooth) {
     const seldom = name.startsWith('eval/'); // few points, each worth seeing
     const isSmooth = smooth > 1 && !seldom;
     if (isSmooth) {
-      found.push({ x, y, mode: 'lines', line: { color, width: 1 }, opacity: 0.25, hoverinfo: 'skip' });
+      const line = { color, width: 1 };
+      found.push({ x, y, mode: 'lines', line, opacity: 0.25, hoverinfo: 'skip' });
     }
     found.push({
       x, y: isSmooth ? runningMean(y, smooth) : y, name: label,
-      mode: seldom ? 'lines+markers' : 'lines', marker: { color, size: 7 }, line: { color, width: 2 },
+      mode: seldom ? 'lines+markers' : 'lines',
+      marker: { color, size: 7 }, line: { color, width: 2 },
       hovertemplate: `${label}: %{y:.4~g}<extra></extra>`,
     });
   }
@@ -95,7 +98,10 @@ function chartLayout(log) {
     margin: { l: 44, r: 12, t: 8, b: 30 }, height: 220, showlegend: false, hovermode: 'x unified',
     paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
     font: { family: 'system-ui, sans-serif', color: cssColor('--text') },
-    hoverlabel: { bgcolor: cssColor('--raised'), bordercolor: cssColor('--line'), font: { color: cssColor('--text') } },
+    hoverlabel: {
+      bgcolor: cssColor('--raised'), bordercolor: cssColor('--line'),
+      font: { color: cssColor('--text') },
+    },
     xaxis: { ...axis, hoverformat: 'd', tickformat: '~s' },
     yaxis: { ...axis, type: log ? 'log' : 'linear', tickformat: log ? '~g' : '~r' },
   };
@@ -105,7 +111,8 @@ class Curves {
   constructor() {
     this.charts = new Map(); // metric -> {figure, plot, last}
     this.search = el('input', {
-      type: 'search', id: 'metric-search', placeholder: 'search', 'aria-label': 'Search metrics', value: state.search,
+      type: 'search', id: 'metric-search', placeholder: 'search', 'aria-label': 'Search metrics',
+      value: state.search,
       oninput: () => { setState({ search: this.search.value }, false); this.list(); },
     });
     this.names = el('div', { class: 'names', role: 'group', 'aria-label': 'Metrics' });
@@ -120,11 +127,13 @@ class Curves {
     });
     this.plots = el('div', { class: 'plots' });
     const reset = el('button', {
-      type: 'button', class: 'quiet', onclick: () => { setState({ m: '' }); this.update(this.runs); },
+      type: 'button', class: 'quiet',
+      onclick: () => { setState({ m: '' }); this.update(this.runs); },
     }, 'default set');
     this.element = el('div', { class: 'curves' },
       el('aside', { 'aria-label': 'Which curves' },
-        el('div', { class: 'row' }, el('label', { for: 'smooth' }, 'mean of'), this.smooth, this.width),
+        el('div', { class: 'row' },
+          el('label', { for: 'smooth' }, 'mean of'), this.smooth, this.width),
         el('div', { class: 'row' }, this.log, el('label', { for: 'log' }, 'log scale'), reset),
         this.search, this.names),
       this.plots);
@@ -151,7 +160,9 @@ class Curves {
       });
       return el('label', {}, box, name);
     }));
-    if (!all.length) this.names.append(el('p', { class: 'faint' }, 'No metric has this in its name.'));
+    if (!all.length) {
+      this.names.append(el('p', { class: 'faint' }, 'No metric has this in its name.'));
+    }
     [...this.names.querySelectorAll('input')].find((box) => box.value === focused)?.focus();
   }
 

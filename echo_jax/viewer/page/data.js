@@ -160,7 +160,8 @@ function show(value, digits = 3) {
 }
 
 function percent(value) {
-  return value === null || value === undefined ? '–' : `${(100 * value).toFixed(value < 0.1 ? 1 : 0)}%`;
+  if (value === null || value === undefined) return '–';
+  return `${(100 * value).toFixed(value < 0.1 ? 1 : 0)}%`;
 }
 
 function duration(seconds) {

@@ -5,8 +5,8 @@
 'use strict';
 
 const FIELDS = [
-  'run', 'store', 'task', 'step', 'group', 'sample', 'reward', 'status', 'reason', 'turns', 'tokens',
-  'stop', 'surprise',
+  'run', 'store', 'task', 'step', 'group', 'sample', 'reward', 'status', 'reason', 'turns',
+  'tokens', 'stop', 'surprise',
 ];
 const NUMBERS = new Set(['step', 'group', 'sample', 'reward', 'turns', 'tokens', 'surprise']);
 
@@ -31,7 +31,8 @@ function parseFilter(text) {
     if (!FIELDS.includes(field)) {
       return { error: `${name} is no column; expected one of ${FIELDS.join(', ')}` };
     }
-    const test = NUMBERS.has(field) ? compareNumbers(operator, value) : compareTexts(operator, value);
+    const compare = NUMBERS.has(field) ? compareNumbers : compareTexts;
+    const test = compare(operator, value);
     if (test.error) return { error: `${part}: ${test.error}` };
     tests.push((row) => test.accepts(row(field)));
   }

@@ -73,7 +73,8 @@ function groupRows(rows) {
 function sortRows(rows, sort) {
   const field = sort.replace(/^-/, '');
   const sign = sort.startsWith('-') ? -1 : 1;
-  const keyed = rows.map((row) => [row.get(field), row.get('group'), row.run.index, row.get('sample'), row]);
+  const keyed = rows.map((row) =>
+    [row.get(field), row.get('group'), row.run.index, row.get('sample'), row]);
   keyed.sort(([a, g, r, s], [b, h, q, t]) => {
     if (a !== b) {
       if (a === null || a === '') return 1;
@@ -100,7 +101,8 @@ class Grid {
     this.body = el('div', { class: 'grid-body', role: 'rowgroup' });
     this.scroller = el('div', { class: 'grid-scroll' }, this.head, this.body);
     this.element = el('div', {
-      class: 'grid', role: 'grid', tabindex: 0, 'aria-label': label, onkeydown: (e) => { this.key(e); },
+      class: 'grid', role: 'grid', tabindex: 0, 'aria-label': label,
+      onkeydown: (event) => { this.key(event); },
     }, this.scroller);
     this.scroller.addEventListener('scroll', () => { this.draw(); }, { passive: true });
     new ResizeObserver(() => { this.draw(); }).observe(this.scroller);
@@ -205,7 +207,7 @@ const COLUMNS = [
   { field: 'stop', title: 'stop', text: (row) => row.get('stop') },
   {
     field: 'surprise', title: 'surprise', number: true, text: (row) => show(row.get('surprise')),
-    tip: 'Mean environment cross-entropy of the terminal\'s output, nats a token, where scores are kept',
+    tip: "Mean environment CE of the terminal's output, nats a token, where scores are kept",
   },
 ];
 
@@ -213,5 +215,6 @@ function columnsFor(mode, severalRuns) {
   const columns = severalRuns ? COLUMNS : COLUMNS.slice(1);
   if (mode === 'rollouts') return columns;
   // Numbers are means over the group, but for how many rollouts it has.
-  return columns.map((column) => ({ ...column, title: column.field === 'sample' ? 'size' : column.title }));
+  const sized = (column) => (column.field === 'sample' ? { ...column, title: 'size' } : column);
+  return columns.map(sized);
 }

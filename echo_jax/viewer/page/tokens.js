@@ -16,7 +16,10 @@ const ROLES = {
   wrapper: 'the harness, around an output',
   output: 'what the terminal wrote',
 };
-const SPEAKERS = { prompt: 'prompt', action: 'agent' }; // all other roles: terminal
+
+function speakerOf(role) {
+  return { prompt: 'prompt', action: 'agent' }[role] ?? 'terminal';
+}
 
 // Bounds between the eight levels of colour, in nats; what is a surprise has a lot of them.
 const NATS = [0.05, 0.2, 0.5, 1, 2, 4, 8];
@@ -93,9 +96,9 @@ class Conversation {
     const blocks = [];
     let turn = 0;
     for (let start = 0; start < this.roles.length;) {
-      const speaker = SPEAKERS[this.roles[start]] ?? 'terminal';
+      const speaker = speakerOf(this.roles[start]);
       let end = start;
-      while (end < this.roles.length && (SPEAKERS[this.roles[end]] ?? 'terminal') === speaker) end++;
+      while (end < this.roles.length && speakerOf(this.roles[end]) === speaker) end++;
       if (speaker === 'agent') turn++;
       blocks.push(this.makeBlock(speaker, turn, start, end));
       start = end;
@@ -111,7 +114,7 @@ class Conversation {
     const ce = this.values.ce?.slice(start, end).filter((value) => value !== null) ?? [];
     if (ce.length) facts.push(`CE ${show(ce.reduce((a, b) => a + b, 0) / ce.length)}`);
     block.element = el('section', { class: `block ${speaker}` },
-      el('h4', {}, el('span', {}, title), el('span', { class: 'faint' }, facts.join(' · '))), text);
+      el('h4', {}, el('span', {}, title), faint(facts.join(' · '))), text);
     this.extend(block, end - start > SHOWN_AT_FIRST ? SHOWN_AT_FIRST / 2 : end - start);
     return block;
   }
@@ -260,7 +263,8 @@ class Conversation {
   jump(step) {
     if (!this.surprises.length) return 0;
     const count = this.surprises.length;
-    this.place = this.place === undefined ? (step > 0 ? 0 : count - 1) : (this.place + step + count) % count;
+    const first = step > 0 ? 0 : count - 1;
+    this.place = this.place === undefined ? first : (this.place + step + count) % count;
     this.element.focus({ preventScroll: true });
     this.move(this.surprises[this.place]);
     this.visibleSpan(this.cursor)?.scrollIntoView({ block: 'center' });
@@ -271,17 +275,18 @@ class Conversation {
 
 // What the colours mean, as a list.
 function legend(color) {
-  const item = (name, text, title) => el('li', { title }, el('span', { class: `t ${name}` }, '■'), ` ${text}`);
-  if (color === 'role') {
-    return el('ul', { class: 'legend', 'aria-label': 'Colours' },
-      ...Object.entries(ROLES).map(([role, title]) => item(`r-${role}`, role, title)));
-  }
-  if (color === 'advantage') {
-    const levels = [['b3', `≤ −${ADVANTAGES[1]}`], ['b1', 'below 0'], ['a0', '0'], ['a1', 'above 0'], ['a3', `≥ ${ADVANTAGES[1]}`]];
-    return el('ul', { class: 'legend', 'aria-label': 'Colours' }, ...levels.map((level) => item(...level)));
-  }
+  const item = ([name, text, title]) =>
+    el('li', { title }, el('span', { class: `t ${name}` }, '■'), ` ${text}`);
   const bounds = [`< ${NATS[0]}`, ...NATS.map((bound) => `≥ ${bound}`)];
-  const sign = color === 'logprob' ? 'nats below 0' : 'nats';
+  const nats = bounds.map((text, i) => [`h${i}`, text]);
+  const levels = {
+    role: Object.entries(ROLES).map(([role, title]) => [`r-${role}`, role, title]),
+    advantage: [
+      ['b3', `≤ −${ADVANTAGES[1]}`], ['b1', 'below 0'], ['a0', '0'], ['a1', 'above 0'],
+      ['a3', `≥ ${ADVANTAGES[1]}`],
+    ],
+  }[color] ?? nats;
+  const unit = { role: '', advantage: '', logprob: 'nats below 0' }[color] ?? 'nats';
   return el('ul', { class: 'legend', 'aria-label': 'Colours' },
-    ...bounds.map((text, i) => item(`h${i}`, text)), el('li', { class: 'faint' }, sign));
+    ...levels.map(item), unit ? el('li', {}, unit) : null);
 }

@@ -3,6 +3,7 @@
 
 const TABS = { overview: 'Overview', curves: 'Curves', rollouts: 'Rollouts', compare: 'Compare' };
 const THEMES = { '': '◐ system', light: '○ light', dark: '● dark' };
+const DARK = matchMedia('(prefers-color-scheme: dark)');
 const POLL_SECONDS = 2;
 const KEYS = [
   ['1 2 3 4', 'overview, curves, rollouts, compare'],
@@ -51,7 +52,8 @@ class RunData {
 
   // The next part of each log, and what it has changed.
   async follow() {
-    const [metrics, rows, scored] = await Promise.all([this.metrics.take(), this.rows.take(), this.scored.take()]);
+    const logs = [this.metrics, this.rows, this.scored];
+    const [metrics, rows, scored] = await Promise.all(logs.map((log) => log.take()));
     if (this.all.length > this.rows.length) this.all = []; // the viewer was started again
     for (let i = this.all.length; i < this.rows.length; i++) this.all.push(new Row(this, i));
     if (scored) {
@@ -59,8 +61,7 @@ class RunData {
       this.surprise = [];
       for (const [i, at] of row.entries()) this.surprise[at] = surprise[i];
     }
-    const behind = [this.metrics, this.rows, this.scored].some((log) => log.behind);
-    return { metrics, rows: rows || scored, behind };
+    return { metrics, rows: rows || scored, behind: logs.some((log) => log.behind) };
   }
 }
 
@@ -99,11 +100,12 @@ function overviewChanged() {
 
 async function draw() {
   const mine = ++drawing;
-  document.title = `${TABS[state.tab] ?? 'echo_jax'} · ${shownRuns().map((run) => run.name).join(', ')} · echo_jax`;
+  const names = shownRuns().map((run) => run.name).join(', ');
+  document.title = `${TABS[state.tab] ?? TABS.overview} · ${names} · echo_jax`;
   drawBar();
-  const view = { overview: drawOverview, curves: drawCurves, rollouts: drawRollouts, compare: drawCompare }[state.tab];
+  const views = { curves: drawCurves, rollouts: drawRollouts, compare: drawCompare };
   try {
-    const element = await (view ?? drawOverview)();
+    const element = await (views[state.tab] ?? drawOverview)();
     if (mine !== drawing || !element) return;
     // Who works by keyboard stays at the control that was used, or goes to the new content.
     const { activeElement: focused } = document;
@@ -114,7 +116,8 @@ async function draw() {
     await shown.ready?.();
     trouble(null);
   } catch (error) {
-    if (mine === drawing) main.replaceChildren(el('p', { class: 'reason', role: 'alert' }, error.message));
+    if (mine !== drawing) return;
+    main.replaceChildren(el('p', { class: 'reason', role: 'alert' }, error.message));
   }
 }
 
@@ -122,7 +125,8 @@ async function draw() {
 function makeBar() {
   document.getElementById('tabs').append(...Object.entries(TABS).map(([tab, title], i) =>
     el('button', {
-      type: 'button', value: tab, title: `${title} (${i + 1})`, onclick: () => { go({ tab, r: '' }); },
+      type: 'button', value: tab, title: `${title} (${i + 1})`,
+      onclick: () => { go({ tab, r: '' }); },
     }, title)));
   if (runs.length < 2) return;
   document.getElementById('run-choice').append(...runs.map((run) =>
@@ -140,7 +144,15 @@ function drawBar() {
     button.setAttribute('aria-pressed', String(chosen.includes(runs[i])));
   }
   document.getElementById('theme').textContent = THEMES[state.theme] ?? THEMES[''];
-  document.documentElement.dataset.theme = state.theme;
+  applyTheme();
+}
+
+// The style sheet knows light and dark; charts have their colours from it.
+function applyTheme() {
+  const { dataset } = document.documentElement;
+  const before = dataset.theme;
+  dataset.theme = state.theme || (DARK.matches ? 'dark' : 'light');
+  if (before !== dataset.theme) shown.curves?.draw();
 }
 
 function toggleRun(run) {
@@ -191,14 +203,22 @@ function drawTable() {
     placeholder: 'reward<0.5 status=ok task~grep step>=10', 'aria-label': 'Filter',
     'aria-describedby': 'filter-error',
     oninput: () => { setState({ q: filter.value }, false); fillTable(true); },
-    onkeydown: (event) => { if (event.key === 'ArrowDown') { grid.element.focus(); event.preventDefault(); } },
+    onkeydown: (event) => {
+      if (event.key !== 'ArrowDown') return;
+      grid.element.focus();
+      event.preventDefault();
+    },
   });
   const mode = (name) => el('button', {
-    type: 'button', id: `mode-${name}`, 'aria-pressed': String(state.mode === name), onclick: () => { go({ mode: name }); },
+    type: 'button', id: `mode-${name}`, 'aria-pressed': String(state.mode === name),
+    onclick: () => { go({ mode: name }); },
   }, name);
   shown = { tab: 'rollouts', grid, count, error, ready: () => { fillTable(true); } };
   return el('div', { class: 'table' },
-    el('div', { class: 'row wide tools' }, filter, el('div', { class: 'runs', role: 'group', 'aria-label': 'Rows' }, mode('rollouts'), mode('groups')), count),
+    el('div', { class: 'row tools' }, filter,
+      el('div', { class: 'runs', role: 'group', 'aria-label': 'Rows' },
+        mode('rollouts'), mode('groups')),
+      count),
     error, grid.element);
 }
 
@@ -243,9 +263,10 @@ async function drawRollout() {
 
 // The next or previous row of the table, as it is filtered and sorted.
 function nextRollout(step) {
-  const { accepts, error } = parseFilter(state.q);
+  const { accepts = () => true } = parseFilter(state.q); // with a wrong filter, all rows
   const all = shownRuns().flatMap((run) => run.all);
-  const rows = sortRows(error ? all : all.filter((row) => accepts((field) => row.get(field))), state.sort || '-step');
+  const kept = all.filter((row) => accepts((field) => row.get(field)));
+  const rows = sortRows(kept, state.sort || '-step');
   const at = rows.findIndex((row) => row.key === state.r);
   const next = rows[at + step];
   if (next) go({ r: next.key });
@@ -253,8 +274,8 @@ function nextRollout(step) {
 }
 
 async function drawCompare() {
-  const { element, conversations } = await comparePage(shownRuns(), () => { draw(); });
-  shown = { tab: 'compare', conversations };
+  const element = await comparePage(shownRuns(), () => { draw(); });
+  shown = { tab: 'compare' };
   return element;
 }
 
@@ -264,21 +285,22 @@ function nextTheme() {
   const names = Object.keys(THEMES);
   setState({ theme: names[(names.indexOf(state.theme) + 1) % names.length] }, false);
   drawBar();
-  if (shown.curves) shown.curves.draw();
 }
 
 function help() {
   const dialog = document.getElementById('help');
   dialog.replaceChildren(
     el('h2', { id: 'help-title' }, 'Keys'),
-    el('dl', { class: 'keys' }, ...KEYS.map(([keys, what]) => el('div', {}, el('dt', {}, keys), el('dd', {}, what)))),
+    el('dl', { class: 'keys' }, ...KEYS.map(([keys, what]) =>
+      el('div', {}, el('dt', {}, keys), el('dd', {}, what)))),
     el('form', { method: 'dialog' }, el('button', {}, 'close')));
   dialog.showModal();
 }
 
 function onKey(event) {
   const typing = event.target.matches('input[type=search], input[type=text], select, textarea');
-  if (event.ctrlKey || event.metaKey || event.altKey || document.getElementById('help').open) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (document.getElementById('help').open) return;
   if (typing) {
     if (event.key === 'Escape') event.target.blur();
     return;
@@ -308,14 +330,17 @@ function onKey(event) {
 
 async function begin() {
   readState();
-  document.documentElement.dataset.theme = state.theme;
+  applyTheme();
   document.getElementById('theme').addEventListener('click', nextTheme);
   document.getElementById('help-open').addEventListener('click', help);
   // The address is the state, so '#main' would replace it.
-  document.getElementById('skip').addEventListener('click', (event) => { event.preventDefault(); main.focus(); });
+  document.getElementById('skip').addEventListener('click', (event) => {
+    event.preventDefault();
+    main.focus();
+  });
   document.addEventListener('keydown', onKey);
   addEventListener('popstate', () => { readState(); shown = {}; draw(); });
-  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { shown.curves?.draw(); });
+  DARK.addEventListener('change', applyTheme);
   try {
     const site = await load('site');
     runs = site.runs.map((run, i) => new RunData(i, run));
