@@ -73,6 +73,8 @@ class Index:
         """Lists the stores and reads a part of what is new; whether there is more to read."""
         there = self._list()
         self.found = len(there)
+        for gone in self.problems.keys() - {*there, _RUN}:
+            self.problems.pop(gone)
         new = [group for group in there if group not in self._first_row]
         # A damaged group is tried again at each look, after the others, until the run has drawn it
         # anew. It is no reason to look again at once.
@@ -81,12 +83,10 @@ class Index:
         late = sorted((kept - self._scored) & self._first_row.keys(), reverse=True)
         wanted = new[:_AT_ONCE] + late[:_AT_ONCE]
         with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+            # What comes back is small: of the groups themselves, one a reader is in memory.
             loaded = readers.map(lambda group: self._load(group, group in kept), wanted)
-            for group, (rollouts, scores) in zip(wanted, loaded):
-                if rollouts and group not in self._first_row:
-                    self._add(group, rollouts)
-                if scores is not None:
-                    self._add_surprises(group, rollouts, scores)
+            for group, (rows, surprises) in zip(wanted, loaded):
+                self._add(group, rows, surprises)
         return any(group not in self.problems for group in new[_AT_ONCE:] + late[_AT_ONCE:])
 
     def _list(self) -> list[Group]:
@@ -100,42 +100,48 @@ class Index:
 
     def _load(
         self, group: Group, with_scores: bool
-    ) -> tuple[list[Rollout], dict[int, TokenScores] | None]:
-        """([], None) for a group that cannot be read, which is named among the problems."""
+    ) -> tuple[list[tuple], list[float | None] | None]:
+        """(rows, their surprises): no rows, or None, of what cannot be read, which is noted."""
         name, group_id = group
+        rows, surprises = [], None
         try:
             [rollouts] = self._stores[name].read_groups([group_id])
+            rows = [self._row(name, rollout) for rollout in rollouts]
             scores = self.scores.read_group(group_id) if with_scores else None
+            if scores is not None:
+                surprises = [_surprise(r, scores.get(r.sample_id)) for r in rollouts]
+            self.problems.pop(group, None)
         except (MissingError, ValueError) as error:
             self.problems[group] = visible(str(error))
-            return [], None
-        self.problems.pop(group, None)
-        return rollouts, scores
+        return rows, surprises
 
-    def _add(self, group: Group, rollouts: list[Rollout]) -> None:
-        name, group_id = group
-        step = step_of_group(self._work.config, group_id) if name == 'train' else None
-        numbers = [
-            self.rows.append(
-                *(name, visible(rollout.task_id), step, group_id, rollout.sample_id),
-                *(number(rollout.reward), rollout.status.value, visible(rollout.reason)),
-                *(len(rollout.turn_starts), len(rollout.tokens), stop_reason(rollout)),
-            )
-            for rollout in rollouts
-        ]
-        self._first_row[group] = numbers[0]
-        self.read += 1
+    def _row(self, store: str, rollout: Rollout) -> tuple:
+        step = step_of_group(self._work.config, rollout.group_id) if store == 'train' else None
+        return (
+            *(store, visible(rollout.task_id), step, rollout.group_id, rollout.sample_id),
+            *(number(rollout.reward), rollout.status.value, visible(rollout.reason)),
+            *(len(rollout.turn_starts), len(rollout.tokens), stop_reason(rollout)),
+        )
 
-    def _add_surprises(
-        self, group: Group, rollouts: list[Rollout], scores: dict[int, TokenScores]
-    ) -> None:
-        self._scored.add(group)
-        for row, rollout in enumerate(rollouts, self._first_row[group]):
-            each = scores.get(rollout.sample_id)
-            output = rollout.roles == Role.OUTPUT
-            if each is not None and len(each.logprobs_t1) == len(output) and output.any():
-                ce = -each.logprobs_t1[output].astype(np.float64).mean()
-                self.surprises.append(row, number(ce, 4))
+    def _add(self, group: Group, rows: list[tuple], surprises: list[float | None] | None) -> None:
+        if rows and group not in self._first_row:
+            self._first_row[group] = len(self.rows)
+            for row in rows:
+                self.rows.append(*row)
+            self.read += 1
+        if surprises is not None:
+            self._scored.add(group)
+            for row, surprise in enumerate(surprises, self._first_row[group]):
+                if surprise is not None:
+                    self.surprises.append(row, surprise)
+
+
+def _surprise(rollout: Rollout, scores: TokenScores | None) -> float | None:
+    """The mean environment CE of its OUTPUT tokens, nats; None without them or their scores."""
+    output = rollout.roles == Role.OUTPUT
+    if scores is None or len(scores.logprobs_t1) != len(output) or not output.any():
+        return None
+    return number(-scores.logprobs_t1[output].astype(np.float64).mean(), 4)
 
 
 def stop_reason(rollout: Rollout) -> str:

@@ -38,10 +38,8 @@ class Table:
         self.columns = columns
         self._rows: list[tuple] = []
 
-    def append(self, *row: object) -> int:
-        """Returns the row's number."""
+    def append(self, *row: object) -> None:
         self._rows.append(row)
-        return len(self._rows) - 1
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -99,6 +99,28 @@ def test_scores_of_another_length_are_no_surprise(work):
     assert len(index.surprises) == 0
 
 
+def test_damaged_scores_are_named_and_the_rollouts_are_there(work):
+    write_group(work, 0, scored=True)
+    file = work.path / 'scores' / 'train' / 'groups' / f'{0:012d}'
+    file.write_bytes(file.read_bytes()[:-9])
+    index = Index(work)
+    assert index.look() is False and column(index, 'group') == [0, 0, 0]
+    [problem] = index.problems.values()
+    assert 'scores of group 0' in problem and len(index.surprises) == 0
+
+
+def test_a_group_that_was_removed_is_no_problem(work):
+    write_group(work, 0)
+    file = work.path / 'rollouts' / 'train' / 'groups' / f'{0:012d}'
+    file.write_bytes(b'')
+    index = Index(work)
+    index.look()
+    assert len(index.problems) == 1
+    file.unlink()
+    index.look()
+    assert index.problems == {} and index.found == 0
+
+
 def test_only_stores_of_the_run_can_be_opened(work):
     write_group(work, 0)
     index = Index(work)
