@@ -187,7 +187,8 @@ def test_the_keyboard_alone_reads_a_rollout(visit, address):
     page.wait_for_selector('.rollout')
     assert 'r=first/train/6/1' in page.url
     page.keyboard.press('j')  # the next row of the table as it is filtered
-    wait_until(page, "location.hash.includes('r=first/train/5/1')")
+    wait_until(page, "document.querySelector('.rollout .facts')?.textContent.includes('group5')")
+    assert 'r=first/train/5/1' in page.url
     page.keyboard.press('Escape')
     page.wait_for_selector('.grid:focus')
     page.keyboard.press('?')
