@@ -21,7 +21,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 # What only some users need: Harbor's sandboxes, vLLM, which brings torch, and Docker's SDK, which
 # brings requests and urllib3 and raises their errors.
-OPTIONAL = {'docker', 'harbor', 'requests', 'torch', 'urllib3', 'vllm'}
+OPTIONAL = {
+    'docker',
+    'harbor',
+    'prometheus_client',
+    'requests',
+    'torch',
+    'urllib3',
+    'vllm',
+    'wandb',
+}
 
 
 def sources() -> dict[str, pathlib.Path]:
