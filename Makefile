@@ -9,7 +9,7 @@ WORKDIR ?= runs/machine
 export JAX_PLATFORMS ?= cpu
 BASH_FILES = .ci/run $(shell find launch echo_jax tests -name '*.sh')
 
-.PHONY: help setup develop rollout harbor quickstart check test lint format clean
+.PHONY: help setup develop rollout harbor quickstart view check test lint format clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ harbor: $(HARBOR)/installed  ## the environment .venv-harbor for Harbor's sandbo
 quickstart: setup  ## trains a small agent on this machine's CPU, into WORKDIR (runs/machine), and shows it beside GRPO
 	$(VENV)/bin/python -m echo_jax.train --config=configs/machine.py --workdir=$(WORKDIR)
 	$(VENV)/bin/python -m experiments.machine.beside --workdir=$(WORKDIR)
+
+view: setup  ## opens the run in WORKDIR as a web page: curves, rollouts, tokens
+	$(VENV)/bin/python -m echo_jax.view --workdir=$(WORKDIR)
 
 check: lint  ## lint and the quick tests, in about two minutes: what to run before every commit
 	$(VENV)/bin/python -m pytest -n auto -m "not slow"

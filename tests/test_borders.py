@@ -22,6 +22,7 @@ ROOMS = {
     'learner': {'model', 'types'},
     'planner': {'learner', 'model', 'types'},
     'run': {'agent', 'sandbox', 'policy', 'tasks', 'store', 'learner', 'model', 'types'},
+    'viewer': {'run', 'learner', 'store', 'types'},
 }
 EXCEPTIONS = {('echo_jax.policy.jax', 'model')}  # the embedded policy samples from the model
 PROGRAMS = {
@@ -31,6 +32,7 @@ PROGRAMS = {
     'echo_jax.score',
     'echo_jax.plan',
     'echo_jax.export',
+    'echo_jax.view',
     'echo_jax.tasks.__main__',
     'echo_jax.tasks.generate.__main__',
 }
@@ -57,6 +59,7 @@ LATE = {
     'harbor',
     'matplotlib',
     'prometheus_client',
+    'plotly',
     'tensorboardX',
     'torch',
     'vllm',
@@ -174,6 +177,8 @@ def test_imports_point_down():
     assert forbidden(GRAPH) == []
     planners = {name for name in GRAPH if any(room(o) == 'planner' for o in GRAPH[name])}
     assert {name for name in planners if room(name) != 'planner'} == {'echo_jax.plan'}
+    viewers = {name for name in GRAPH if any(room(o) == 'viewer' for o in GRAPH[name])}
+    assert {name for name in viewers if room(name) != 'viewer'} == {'echo_jax.view'}
 
 
 def test_no_imports_in_a_circle():
@@ -203,6 +208,7 @@ def test_imports_inside_functions_are_of_what_is_optional_or_slow():
         (forbidden, 'echo_jax.agent.episode', 'echo_jax.learner.batching'),  # beside
         (forbidden, 'echo_jax.policy.vllm', 'echo_jax.model.qwen3'),
         (forbidden, 'echo_jax.run.sources', 'echo_jax.planner.hlo'),
+        (forbidden, 'echo_jax.run.report', 'echo_jax.viewer.text'),
         (circles, 'echo_jax.tasks.harbor', 'echo_jax.tasks.parquet'),
     ],
 )
@@ -212,7 +218,7 @@ def test_each_check_finds_what_it_is_for(check, name, other):
 
 def needs_no_jax(name: str) -> bool:
     if name in PROGRAMS:
-        return name in ('echo_jax.worker', 'echo_jax.tasks.__main__')
+        return name in ('echo_jax.worker', 'echo_jax.view', 'echo_jax.tasks.__main__')
     return room(name) not in ROOMS_WITH_JAX and name not in MODULES_WITH_JAX
 
 

@@ -21,7 +21,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 # What only some users need: Harbor's sandboxes, vLLM, which brings torch, and Docker's SDK, which
 # brings requests and urllib3 and raises their errors.
-OPTIONAL = {'docker', 'harbor', 'requests', 'torch', 'urllib3', 'vllm'}
+OPTIONAL = {
+    'docker',
+    'harbor',
+    'prometheus_client',
+    'requests',
+    'torch',
+    'urllib3',
+    'vllm',
+    'wandb',
+}
 
 
 def sources() -> dict[str, pathlib.Path]:
@@ -120,16 +129,18 @@ def test_the_modules_import_away_from_the_checkout(installed):
 
 
 def test_its_data_is_found_away_from_the_checkout(installed):
-    """By running what reads it: the prompt of a task is made with the chat template."""
+    """By running what reads it: a prompt is made with the template, a page of its files."""
     program = (
         'from importlib.resources import files\n'
         "template = files('echo_jax.agent').joinpath('chat_template.jinja').read_text()\n"
         "scripts = files('echo_jax.sandbox').joinpath('scripts')\n"
         'found = [s.read_text() for s in scripts.iterdir()] if scripts.is_dir() else []\n'
-        "print('<|im_start|>' in template, all(found))\n"
+        'from echo_jax.viewer.assets import page_files\n'
+        "page = page_files(live=True)['index.html']\n"
+        "print('<|im_start|>' in template, all(found), b'view.js' in page)\n"
     )
     done = run_outside(installed, '-c', program)
-    assert (done.returncode, done.stdout) == (0, 'True True\n'), done.stderr
+    assert (done.returncode, done.stdout) == (0, 'True True True\n'), done.stderr
 
 
 def test_the_learner_says_what_it_takes(installed):

@@ -1,6 +1,5 @@
 """A run in a bucket: a real server on this machine, which TensorStore and Orbax talk to."""
 
-import contextlib
 import json
 import pathlib
 import signal
@@ -15,28 +14,10 @@ from configs.tiny import get_config
 from echo_jax.learner.checkpoint import check_reach
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.kvstore import open_kvstore, write_once
-from tests.support.small_run import ROOT, metrics, summary, wait_for
+from tests.support.buckets import serving
+from tests.support.small_run import metrics, summary, wait_for
 
 pytest.importorskip('gcsfs')  # which requirements-dev.txt brings
-
-
-@contextlib.contextmanager
-def serving(*flags: str):
-    """What is in the environment of a process that finds the server, with the bucket `bucket`."""
-    command = [sys.executable, 'tests/support/gcs_server.py', *flags, 'bucket']
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
-        try:
-            address = server.stdout.readline().strip()
-            yield {
-                'TENSORSTORE_GCS_HTTP_URL': address,
-                'STORAGE_EMULATOR_HOST': address,  # for gcsfs, which then sends no token
-                'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'of-these-tests',
-                'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',  # by gRPC, which is not served
-            }
-        finally:
-            server.kill()
 
 
 @pytest.fixture(scope='module')
