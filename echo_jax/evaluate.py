@@ -33,6 +33,7 @@ from echo_jax.run import entry, results, tasksets
 from echo_jax.run.evaluated import Place, find_model
 from echo_jax.run.evaluating import evaluate_agent, evaluate_policy
 from echo_jax.run.inert import check_inert
+from echo_jax.run.intervals import Difference
 from echo_jax.run.oracle import show_failures
 from echo_jax.run.report import CONSOLE
 from echo_jax.run.workdir import Workdir, unpacked, write_whole
@@ -70,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
     config = place.in_recipe(_CONFIG.value) if place else _CONFIG.value
     with unpacked(work) as cache:
         tasks, left_out = _read_tasks(work or (place.run if place else None), cache)
-        results.rates_by([], 1, tasks, _BY.value)  # an unknown key is refused now
+        results.rates_by([], 1, tasks, _BY.value)  # an unknown key is refused now, not after it all
+        theirs = results.read_other(_AGAINST.value, tasks) if _AGAINST.value else []
         kept = results.Results(output, _settings(config, place, tasks))
         stop, measured = entry.Stop(), {}
         try:
@@ -92,12 +94,14 @@ def main(argv: Sequence[str]) -> None:
         'env_ce': {},
         **measured,
     }
-    if _AGAINST.value:
-        found = results.compared(kept.found, pathlib.Path(_AGAINST.value))
+    found = results.compared(kept.found, theirs) if theirs else None
+    if found:
         document['against'] = {'evaluation': _AGAINST.value, **found._asdict()}
     if output:
         write_whole(output, json.dumps(document, indent=1))
     _show(document, len(tasks))
+    if found:
+        _show_difference(found)
     lost = sum(result['status'] == Status.INFRA_ERROR for result in kept.found)
     if lost:
         sys.exit(
@@ -157,7 +161,7 @@ def _settings(
         'samples': _SAMPLES.value,
         'tasks': f'{len(tasks)}, {hashlib.sha256(names.encode()).hexdigest()[:12]}',
         'model': place and place.name,
-        'step': place and place.step,
+        'version': place and place.version,
         'policy': place and _POLICY.value,
         'config': json.loads(config.to_json()),
     }
@@ -193,21 +197,18 @@ def _show(document: dict[str, Any], tasks: int) -> None:
             of = f' of {document[name]["rollouts"]}' if name == 'env_ce_fixed' else ''
             numbers = ', '.join(f'{role} {value:.4f}' for role, value in ce.items())
             CONSOLE.print(f'environment CE{of}, nats a token: {numbers}', markup=False)
-    if 'against' in document:
-        _show_against(document['against'])
 
 
-def _show_against(against: dict[str, Any]) -> None:
-    low, high = against['low'], against['high']
-    noise = '; inside the noise, the interval holds 0' if low <= 0 <= high else ''
+def _show_difference(found: Difference) -> None:
+    noise = '; inside the noise, the interval holds 0' if found.is_noise else ''
     CONSOLE.print(
-        f'solve rate less that of {against["evaluation"]}: {against["mean"]:+.1%} '
-        f'({low:+.1%} to {high:+.1%}){noise}',
+        f'solve rate less that of {_AGAINST.value}: {found.mean:+.1%} '
+        f'({found.low:+.1%} to {found.high:+.1%}){noise}',
         markup=False,
     )
-    for name in ('gained', 'lost'):
-        tasks = entry.printable(', '.join(against[name]))
-        CONSOLE.print(f'{name} {len(against[name])}: {tasks or "none"}', markup=False)
+    for name, tasks in (('gained', found.gained), ('lost', found.lost)):
+        names = entry.printable(', '.join(tasks))
+        CONSOLE.print(f'{name} {len(tasks)}: {names or "none"}', markup=False)
 
 
 if __name__ == '__main__':

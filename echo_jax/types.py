@@ -122,7 +122,7 @@ class Rollout:
 class TokenScores(NamedTuple):
     """What a model says of each token given those before it, in nats; arrays of one shape [..., T].
 
-    The first token is predicted by nothing, and has 0.
+    The first token of a rollout is predicted by nothing, and what stands there says nothing.
     """
 
     logprobs: Any  # log-probability at the sampling temperature

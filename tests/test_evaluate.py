@@ -192,6 +192,9 @@ def test_it_goes_on_where_it_was_stopped(programs, finished, tmp_path):
     assert document == whole and len(drawn()) == HELDOUT
     line = programs.fails('evaluate', *flags, f'--output={output}', '--samples=2')
     assert f'{lines} holds results of another evaluation (samples is 1 there, 2 here)' in line
+    # Results of two versions would be one number, and nobody would know.
+    line = programs.fails('evaluate', *flags, f'--output={output}', '--step=4')
+    assert f'results of another evaluation (version is {STEPS} there, 4 here)' in line
 
 
 def test_pass_at_k_by_hand():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from echo_jax.run.intervals import mean_of_values
 from experiments.machine import beside, report, results, stats
 from experiments.machine.arms import ARMS, SEEDS, Arm, Run, runs
 from experiments.machine.study import Study
@@ -42,11 +43,11 @@ def test_the_sign_test_leaves_ties_out():
 
 def test_the_interval_over_seeds_by_hand():
     # Mean 2, standard deviation 1, t of 0.975 with 2 degrees of freedom 4.303.
-    found = stats.interval([1.0, 2.0, 3.0])
+    found = mean_of_values([1.0, 2.0, 3.0])
     half = scipy_stats.t.ppf(0.975, 2) / math.sqrt(3)
     assert half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert found == pytest.approx((2.0, 2 - half, 2 + half))
-    assert stats.interval([0.5]).mean == 0.5 and math.isnan(stats.interval([0.5]).low)
+    assert mean_of_values([0.5]).mean == 0.5 and math.isnan(mean_of_values([0.5]).low)
 
 
 def test_steps_to_the_last_rate():

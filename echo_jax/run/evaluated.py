@@ -15,6 +15,7 @@ import transformers
 
 from echo_jax.policy import Policy
 from echo_jax.run.workdir import Workdir, read_tokenizer
+from echo_jax.store.weights import WeightStore
 from echo_jax.types import Batch
 
 # Of a recipe's model: how it is computed. The rest says what the model is.
@@ -26,7 +27,8 @@ class Place(NamedTuple):
 
     name: str  # as a person named it
     run: Workdir | None  # None: `name` is a Hugging Face directory
-    step: int | None = None  # a saved one; None: the newest weights that the run has published
+    version: int  # the step of the run, when it was found; 0 for a directory
+    is_saved: bool = False  # read it from a checkpoint, not from the published weights
 
     def tokenizer(self) -> transformers.PreTrainedTokenizerFast:
         return self.run.tokenizer() if self.run else read_tokenizer(self.name)
@@ -45,25 +47,30 @@ class Opened(NamedTuple):
     policy: Policy
     collect: Callable  # draws groups with the policy: agent.collect.collect, or in waves
     score: Callable[[Batch], np.ndarray]  # float32 [R, T] at temperature 1; it blocks
-    version: int  # that is, the step of the run; 0 for a directory
 
 
 def find_model(place: str, step: int | None = None) -> Place:
     """The model at `place`: a run, of `step` or its newest weights, or a Hugging Face directory.
 
-    Raises ValueError if it is neither.
+    Raises ValueError if it is neither, or a run that has published nothing.
     """
     file = pathlib.Path(place, 'config.json')
     if '://' not in place and file.is_file() and 'model_type' in _read_json(file):
         if step is not None:
             raise ValueError(f'--step is of a run, and {place} is a model directory; leave it out')
-        return Place(place, None)
+        return Place(place, None, 0)
     if not Workdir.holds_run(place):
         raise ValueError(
             f'{place} is neither a run nor a model: it has no config.json; name the --workdir of '
             'echo_jax.train, or a Hugging Face directory'
         )
-    return Place(place, Workdir.open(place), step)
+    run = Workdir.open(place)
+    if step is not None:
+        return Place(place, run, step, is_saved=True)
+    version = WeightStore(run.url('weights')).latest()
+    if version is None:
+        raise ValueError(f'{place} has published no weights yet; run echo_jax.train on it first')
+    return Place(place, run, version)
 
 
 def _read_json(file: pathlib.Path) -> dict:

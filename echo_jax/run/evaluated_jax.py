@@ -30,8 +30,8 @@ async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIt
         cache_tokens=config.protocol.max_total_tokens,
     )
     try:
-        params, version = _weights(place, model)
-        await policy.load(params, version)
+        params = _weights(place, model)
+        await policy.load(params, place.version)
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
@@ -41,19 +41,14 @@ async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIt
             'lower policy.slots'
         ) from error
     score = functools.partial(model.score(), params)
-    yield Opened(policy, draw_in_waves, score, version)
+    yield Opened(policy, draw_in_waves, score)
 
 
-def _weights(place: Place, model: ShardedModel) -> tuple[nnx.State, int]:
-    """The parameters as a sampler has them, and their version."""
-    if place.run is None or place.step is not None:
-        params = load_params(model, place.run, place.step)
-        return model.serving()(params), place.step or 0
-    weights = WeightStore(place.run.url('weights'))
-    version = weights.latest()
-    if version is None:
-        raise ValueError(
-            f'{place.name} has published no weights yet; run echo_jax.train on it first'
-        )
-    params = model_params.unflatten(model.abstract, weights.read(version))
-    return jax.device_put(params, model.placed), version
+def _weights(place: Place, model: ShardedModel) -> nnx.State:
+    """The parameters as a sampler has them."""
+    if place.run is None:
+        return model.serving()(load_params(model, None, None))
+    if place.is_saved:
+        return model.serving()(load_params(model, place.run, place.version))
+    arrays = WeightStore(place.run.url('weights')).read(place.version)
+    return jax.device_put(model_params.unflatten(model.abstract, arrays), model.placed)

@@ -25,31 +25,29 @@ async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIt
     settings = engine_settings(config)
     settings['max_model_len'] += 1  # a whole rollout is scored as a prompt, with one token after it
     if place.run is None:
-        policy, version = await VllmPolicy.start(place.name, None, **settings), 0
+        policy = await VllmPolicy.start(place.name, None, **settings)
     else:
-        version = _published(place.run, place.step)
+        _check_published(place.run, place)
         model, url = place.run.served_model(), place.run.url('weights')
         policy = await VllmPolicy.start(model, url, **settings)
-        await policy.load(version)
+        await policy.load(place.version)
     loop = asyncio.get_running_loop()
 
     def score(batch: Batch) -> np.ndarray:
         return asyncio.run_coroutine_threadsafe(policy.score(batch), loop).result()
 
     try:
-        yield Opened(policy, collect, score, version)
+        yield Opened(policy, collect, score)
     finally:
         await policy.close()
 
 
-def _published(run: Workdir, step: int | None) -> int:
-    """The newest version of a run, if an engine can load it; ValueError if it cannot."""
-    weights = WeightStore(run.url('weights'))
-    version = weights.latest()
-    if step is not None or version is None or 'probe' not in weights.about(version):
+def _check_published(run: Workdir, place: Place) -> None:
+    """Raises ValueError unless an engine can load the version of the run."""
+    about = {} if place.is_saved else WeightStore(run.url('weights')).about(place.version)
+    if 'probe' not in about:
         raise ValueError(
             f'{run.url()}: an engine loads the newest weights of a run with '
             "policy.backend='vllm'; for others write a directory with echo_jax.export, and give it "
             'as --model'
         )
-    return version

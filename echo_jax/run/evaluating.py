@@ -42,7 +42,7 @@ async def evaluate_policy(
     else:
         from echo_jax.run.evaluated_jax import open_model
     async with open_model(place, config) as model:
-        measured: dict[str, Any] = {'version': model.version, 'imagined': None}
+        measured: dict[str, Any] = {'version': place.version, 'imagined': None}
         if samples:
             drawn = await _draw(config, place, model, tasks, samples, kept)
             measured['imagined'] = imagined(drawn)

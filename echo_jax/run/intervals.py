@@ -6,7 +6,7 @@ and other samples of each.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,31 +57,44 @@ def mean_of_shares(shares: Sequence[float]) -> Estimate:
     return Estimate(mean, max(center - half, 0.0), min(center + half, 1.0))
 
 
+def mean_of_values(values: Sequence[float]) -> Estimate:
+    """The mean of any values, with Student's interval, whose ends are NaN for a single value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, math.nan, math.nan)
+    # Not stats.t.interval, which gives NaN if all values are equal.
+    half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1) * stats.sem(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
 def mean_difference(first: Mapping[str, float], second: Mapping[str, float]) -> Difference:
-    """The mean over tasks of first less second, each {task: value}, with Student's interval.
+    """The mean over tasks of first less second, each {task: share}, with Student's interval; that
+    of a single task is all that a difference of shares can be.
 
     Raises ValueError if they are not of the same tasks.
     """
-    here, there = sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys())
+    check_same_tasks(first, second)
+    differences = {task: first[task] - second[task] for task in first}
+    mean, low, high = mean_of_values(list(differences.values()))
+    if len(differences) < 2:
+        low, high = -1.0, 1.0
+    return Difference(
+        mean,
+        low,
+        high,
+        gained=[task for task, value in differences.items() if value > 0],
+        lost=[task for task, value in differences.items() if value < 0],
+    )
+
+
+def check_same_tasks(first: Iterable[str], second: Iterable[str]) -> None:
+    """Raises ValueError, with some of their names, if one has a task that the other has not."""
+    here, there = sorted({*first} - {*second}), sorted({*second} - {*first})
     if here or there:
         raise ValueError(
             f'not of the same tasks: {len(here)} are only here{_named(here)}, '
             f'{len(there)} only there{_named(there)}'
         )
-    differences = np.array([first[task] - second[task] for task in first])
-    mean = float(differences.mean())
-    low = high = math.nan
-    if len(differences) > 1:
-        error = float(stats.sem(differences))
-        t = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(differences) - 1))
-        low, high = mean - t * error, mean + t * error
-    return Difference(
-        mean,
-        low,
-        high,
-        gained=[task for task, value in zip(first, differences) if value > 0],
-        lost=[task for task, value in zip(first, differences) if value < 0],
-    )
 
 
 def _named(tasks: Sequence[str]) -> str:

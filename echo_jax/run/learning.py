@@ -81,14 +81,16 @@ class Learner:
     ) -> None:
         """Writes the scores of each mini-batch by rollout, and removes those of old steps.
 
-        A rollout that no update learned from has none.
+        A rollout that no update learned from has none, nor has one whose scores are not finite: if
+        that ends the run, its metrics say so.
         """
         groups: dict[int, dict[int, TokenScores]] = {}
         parts = updates.rollouts_of(learned, self._config, done)
         for part, found in zip(parts, jax.device_get(list(scores))):
             columns = (batching.unpack(part, values, self._config) for values in found)
             for rollout, *arrays in zip(part, *columns):
-                if eligibility.counts(rollout, self._config.loss):
+                is_finite = all(np.isfinite(array).all() for array in arrays)
+                if is_finite and eligibility.counts(rollout, self._config.loss):
                     samples = groups.setdefault(rollout.group_id, {})
                     samples[rollout.sample_id] = TokenScores(*arrays)
         for group_id, samples in groups.items():

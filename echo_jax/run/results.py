@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from echo_jax.run.intervals import Difference, Estimate, mean_difference, mean_of_shares
+from echo_jax.run.intervals import (
+    Difference,
+    Estimate,
+    check_same_tasks,
+    mean_difference,
+    mean_of_shares,
+)
 from echo_jax.run.measures import pass_at_k
 from echo_jax.run.workdir import difference, write_whole
 from echo_jax.store.rollouts import RolloutStore
@@ -52,11 +58,17 @@ class Results:
         self.found: list[Result] = []
         if self._file and self._file.exists():
             lines = self._file.read_text().splitlines(keepends=True)
-            theirs, *self.found = [json.loads(line) for line in lines if line.endswith('\n')]
-            if theirs != self._settings:
+            try:
+                theirs, *self.found = [json.loads(line) for line in lines if line.endswith('\n')]
+                differs = '' if theirs == self._settings else difference(theirs, self._settings)
+            except (ValueError, AttributeError, TypeError) as error:
                 raise ValueError(
-                    f'{self._file} holds results of another evaluation '
-                    f'({difference(theirs, self._settings)}); give another --output, or remove it'
+                    f'{self._file} is no file of results ({error}); give another --output'
+                ) from error
+            if differs:
+                raise ValueError(
+                    f'{self._file} holds results of another evaluation ({differs}); give another '
+                    '--output, or remove it'
                 )
 
     def replace(self, results: Iterable[Result]) -> None:
@@ -113,28 +125,36 @@ def rates_by(
     return found
 
 
-def compared(results: Sequence[Result], other: pathlib.Path) -> Difference:
-    """The solve rate less that of another evaluation's eval.json, paired by task.
+def read_other(file: str, tasks: Sequence[Task]) -> list[Result]:
+    """The results of another evaluation of these tasks, out of its eval.json.
 
-    A task whose results are all INFRA_ERRORs, here or there, is left out. Raises ValueError if the
-    other is no evaluation, or one of other tasks.
+    Raises ValueError if it is no evaluation, or one of other tasks.
     """
     try:
-        theirs = json.loads(other.read_text())['results']
-        rates = [_corrects(theirs), _corrects(results)]
+        theirs = json.loads(pathlib.Path(file).read_text())['results']
+        there = _corrects(theirs).keys()
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
-            f'--against={other} is no result of echo_jax.evaluate ({error}); name its --output'
+            f'--against={file} is no result of echo_jax.evaluate ({error}); name its --output'
         ) from error
-    lost = {task for one in rates for task, shares in one.items() if not shares}
-    there, here = (
-        {task: float(np.mean(shares)) for task, shares in one.items() if task not in lost}
-        for one in rates
-    )
     try:
-        return mean_difference(here, there)
+        check_same_tasks([task.task_id for task in tasks], there)
     except ValueError as error:
-        raise ValueError(f'--against={other}: {error}') from error
+        raise ValueError(f'--against={file}: {error}') from error
+    return theirs
+
+
+def compared(results: Sequence[Result], theirs: Sequence[Result]) -> Difference | None:
+    """The solve rate less theirs, paired by task; None if no task has a result in both.
+
+    A task whose results are all INFRA_ERRORs, here or there, is left out.
+    """
+    here, there = _corrects(results), _corrects(theirs)
+    tasks = [task for task in here if here[task] and there.get(task)]
+    if not tasks:
+        return None
+    rates = ({task: float(np.mean(corrects[task])) for task in tasks} for corrects in (here, there))
+    return mean_difference(*rates)
 
 
 def as_json(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:

@@ -29,6 +29,7 @@ import numpy as np
 import tensorstore as ts
 
 from echo_jax.store.chunks import compress, decompress, planes, unplanes
+from echo_jax.store.groups import check_number, group_key, list_groups
 from echo_jax.store.kvstore import CorruptError, MissingError, open_kvstore, write_once
 from echo_jax.types import Role, Rollout, Status
 
@@ -67,7 +68,7 @@ class RolloutStore:
         """
         check_group(rollouts)
         group_id = int(rollouts[0].group_id)
-        return write_once(self._kvstore, _key(group_id), _encode(rollouts))
+        return write_once(self._kvstore, group_key(group_id), _encode(rollouts))
 
     def read_groups(self, ids: Iterable[int]) -> list[list[Rollout]]:
         """The groups `ids`, in that order, with the rollouts of each as they were written.
@@ -76,14 +77,12 @@ class RolloutStore:
         ValueError for one that a later version of echo_jax has written.
         """
         ids = list(ids)
-        futures = [self._kvstore.read(_key(group_id)) for group_id in ids]
+        futures = [self._kvstore.read(group_key(group_id)) for group_id in ids]
         return [self._decode(group_id, future.result()) for group_id, future in zip(ids, futures)]
 
     def groups(self, first: int = 0) -> list[int]:
         """Ids, from `first` on, of the groups that are there, ascending. Each can be read whole."""
-        found = self._kvstore.list(ts.KvStore.KeyRange(_key(first), 'groups0')).result()
-        matches = (re.fullmatch(rb'groups/(\d{12})', key) for key in found)
-        return sorted(int(match[1]) for match in matches if match)
+        return list_groups(self._kvstore, first)
 
     def missing(self, ids: Iterable[int]) -> list[int]:
         """Those of `ids` that are not there, in their order."""
@@ -95,7 +94,7 @@ class RolloutStore:
     def remove(self, ids: Iterable[int]) -> None:
         """Removes groups, which may be written anew; one that is not there does no harm."""
         for group_id in ids:
-            del self._kvstore[_key(group_id)]
+            del self._kvstore[group_key(group_id)]
 
     def _decode(self, group_id: int, found: ts.KvStore.ReadResult) -> list[Rollout]:
         if found.state == 'missing':
@@ -111,8 +110,8 @@ class RolloutStore:
             return _decode(group_id, found.value)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise CorruptError(
-                f'group {group_id} in {self.url} is corrupt ({error}); remove {_key(group_id)} '
-                'from it and start the run again, which draws the group anew'
+                f'group {group_id} in {self.url} is corrupt ({error}); remove '
+                f'{group_key(group_id)} from it and start the run again, which draws the group anew'
             ) from error
 
 
@@ -121,8 +120,7 @@ def check_group(rollouts: Sequence[Rollout]) -> None:
     if not rollouts:
         raise ValueError('a group of 0 rollouts; expected at least one')
     first = rollouts[0]
-    if not 0 <= first.group_id < 10**12:
-        raise ValueError(f'group_id is {first.group_id}; expected 0 to 10**12 - 1')
+    check_number(first.group_id)
     if not isinstance(first.task_id, str):
         raise ValueError(f'group {first.group_id} has task_id {first.task_id!r}; expected a string')
     ids = [rollout.sample_id for rollout in rollouts]
@@ -160,10 +158,6 @@ def _check_arrays(name: str, rollout: Rollout) -> None:
     turns = rollout.turn_starts
     if len(turns) and not 0 <= turns.min() <= turns.max() < length:
         raise ValueError(f'{name}: turn_starts {turns}; expected indices into {length} tokens')
-
-
-def _key(group_id: int) -> str:
-    return f'groups/{group_id:012d}'
 
 
 def _encode(rollouts: Sequence[Rollout]) -> bytes:

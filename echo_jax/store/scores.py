@@ -10,7 +10,6 @@ wins, and a reader sees one of them whole.
 """
 
 import pathlib
-import re
 import zlib
 from collections.abc import Mapping
 
@@ -18,6 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from echo_jax.store.chunks import compress, decompress, planes, unplanes
+from echo_jax.store.groups import check_number, group_key, list_groups
 from echo_jax.store.kvstore import CorruptError, open_kvstore, seal, unseal_first
 from echo_jax.types import TokenScores
 
@@ -42,8 +42,7 @@ class ScoreStore:
         They are float16 [T], of the weights that the rollouts' step started from. Raises ValueError
         for arrays that are not, or not finite.
         """
-        if not 0 <= group_id < 10**12:
-            raise ValueError(f'group_id is {group_id}; expected 0 to 10**12 - 1')
+        check_number(group_id)
         for sample_id, each in scores.items():
             _check(f'sample {sample_id} of group {group_id}', each)
         columns = [array for each in scores.values() for array in each]
@@ -58,14 +57,14 @@ class ScoreStore:
             'chunk': len(chunk),
             'crc': zlib.crc32(chunk),
         }
-        self._kvstore[_key(group_id)] = seal(header) + chunk
+        self._kvstore[group_key(group_id)] = seal(header) + chunk
 
     def read_group(self, group_id: int) -> dict[int, TokenScores] | None:
         """The scores of a group by sample_id; None if none are kept.
 
         Raises CorruptError for damaged ones, and ValueError if a later echo_jax has written them.
         """
-        found = self._kvstore.read(_key(group_id)).result()
+        found = self._kvstore.read(group_key(group_id)).result()
         if found.state == 'missing':
             return None
         try:
@@ -75,7 +74,7 @@ class ScoreStore:
         except (ValueError, TypeError, LookupError) as error:
             raise CorruptError(
                 f'the scores of group {group_id} in {self.url} are corrupt ({error}); remove '
-                f'{_key(group_id)} from it: nothing but the viewer reads them'
+                f'{group_key(group_id)} from it: nothing but the viewer reads them'
             ) from error
         raise ValueError(
             f'the scores of group {group_id} in {self.url} have format {header["format"]!r}; '
@@ -84,13 +83,12 @@ class ScoreStore:
 
     def groups(self, first: int = 0) -> list[int]:
         """Ids, from `first` on, of the groups whose scores are kept, ascending."""
-        found = self._kvstore.list(ts.KvStore.KeyRange(_key(first), 'groups0')).result()
-        matches = (re.fullmatch(rb'groups/(\d{12})', key) for key in found)
-        return sorted(int(match[1]) for match in matches if match)
+        return list_groups(self._kvstore, first)
 
     def keep(self, first_group: int) -> None:
         """Removes the scores of all groups before `first_group`, so that the store stays small."""
-        self._kvstore.delete_range(ts.KvStore.KeyRange(_key(0), _key(first_group))).result()
+        old = ts.KvStore.KeyRange(group_key(0), group_key(first_group))
+        self._kvstore.delete_range(old).result()
 
 
 def _check(name: str, scores: TokenScores) -> None:
@@ -124,7 +122,3 @@ def _decode(group_id: int, header: dict, rest: bytes) -> dict[int, TokenScores]:
         sample_id: TokenScores(*(next(columns) for _ in TokenScores._fields))
         for sample_id, _ in header['samples']
     }
-
-
-def _key(group_id: int) -> str:
-    return f'groups/{group_id:012d}'

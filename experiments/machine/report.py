@@ -15,6 +15,7 @@ import matplotlib.figure
 import numpy as np
 from absl import app, flags
 
+from echo_jax.run.intervals import mean_of_values
 from experiments.machine import stats
 from experiments.machine.arms import ARMS
 
@@ -180,7 +181,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _interval(values: Sequence[float]) -> str:
-    found = stats.interval(values)
+    found = mean_of_values(values)
     if len(values) < 2:
         return f'{found.mean:+.3f}'
     return f'{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})'

@@ -21,14 +21,6 @@ class Paired(NamedTuple):
     p: float  # exact sign test over the tasks that one alone solved, two-sided (McNemar's)
 
 
-class Mean(NamedTuple):
-    """A mean over seeds."""
-
-    mean: float
-    low: float  # 95% interval of Student's t; NaN with a single seed
-    high: float
-
-
 def paired(first: Sequence[int], second: Sequence[int]) -> Paired:
     """`first` and `second` say of each task, in one order, whether it was solved: 1 or 0."""
     differences = np.subtract(first, second, dtype=float)
@@ -51,15 +43,6 @@ def sign_test(differences: Sequence[float]) -> float:
     if not positive + negative:
         return 1.0
     return float(stats.binomtest(int(positive), int(positive + negative)).pvalue)
-
-
-def interval(values: Sequence[float]) -> Mean:
-    """The mean of one value a seed, and its 95% t interval."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Mean(mean, float('nan'), float('nan'))
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=stats.sem(values))
-    return Mean(mean, float(low), float(high))
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:

@@ -70,6 +70,7 @@ def test_the_difference_by_hand():
         (0.25, 0.25 - 3.182446305284263 * error, 0.25 + 3.182446305284263 * error)
     )
     assert (found.gained, found.lost) == (['a', 'b'], ['c']) and found.is_noise
+    assert mean_difference(first, first)[:3] == (0, 0, 0)  # not NaN, though nothing varies
     better = mean_difference({'a': 1.0, 'b': 0.9, 'c': 1.0}, {'a': 0.0, 'b': 0.1, 'c': 0.1})
     assert not better.is_noise
 

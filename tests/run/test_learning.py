@@ -105,6 +105,19 @@ def test_scores_are_kept_by_rollout_and_change_no_bit(tmp_path, batch):
 
 
 @pytest.mark.slow
+def test_scores_that_are_not_finite_are_for_the_metrics_to_refuse(tmp_path, monkeypatch):
+    drawn = ShardedModel.random_params
+    monkeypatch.setattr(
+        ShardedModel,
+        'random_params',
+        lambda model: jax.tree.map(lambda x: x * np.nan, drawn(model)),
+    )
+    rollouts = [make_rollout('PPAAROOA', reward=1.0, first_token=1)]
+    _, _, values = learned(rollouts, 1.0, scores=ScoreStore(tmp_path))
+    assert np.isnan(values['train/loss']) and ScoreStore(tmp_path).groups() == []
+
+
+@pytest.mark.slow
 def test_a_group_is_equal_by_the_rewards_that_are_learned():
     """Less their KL, equal rewards are not equal: nothing is dropped, and the metric says so."""
     rollouts = [

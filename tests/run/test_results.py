@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from echo_jax.run.results import Results, compared, make_result, pass_rates, rates_by
+from echo_jax.run.results import Results, compared, make_result, pass_rates, rates_by, read_other
 from echo_jax.types import Status, Task
 
 
@@ -55,21 +55,28 @@ def test_rates_by_source_and_metadata():
         rates_by(found, 1, tasks, ['level'])
 
 
+def tasks_of(found: list[dict]) -> list[Task]:
+    return [Task(name, pathlib.Path(), '') for name in {result['task_id'] for result in found}]
+
+
 def test_comparison_leaves_out_tasks_without_a_result(tmp_path):
     other = tmp_path / 'other.json'
     there = results({'a': [False, False], 'b': [True, True]}, failed=('c',))
     other.write_text(json.dumps({'results': there}))
     here = results({'a': [True, False], 'b': [True, True], 'c': [True, True]})
-    found = compared(here, other)
+    found = compared(here, read_other(other, tasks_of(here)))
     assert (found.mean, found.gained, found.lost) == (0.25, ['a'], [])
+    assert compared(results({}, failed=('a', 'b', 'c')), there) is None
+    one = compared(results({'a': [True]}, failed=('b', 'c')), there)
+    assert one[:3] == (1.0, -1.0, 1.0)  # a single task says nothing of others
     with pytest.raises(ValueError, match=r'1 are only here \(d\)'):
-        compared([*here, *results({'d': [True]})], other)
+        read_other(other, tasks_of([*here, *results({'d': [True]})]))
     for text in ('{}', '[', '{"results": 3}'):
         other.write_text(text)
         with pytest.raises(ValueError, match=r'is no result of echo_jax\.evaluate'):
-            compared(here, other)
+            read_other(other, tasks_of(here))
     with pytest.raises(ValueError, match=r'is no result of echo_jax\.evaluate'):
-        compared(here, tmp_path / 'missing.json')
+        read_other(tmp_path / 'missing.json', tasks_of(here))
 
 
 def test_results_are_kept_as_they_come(tmp_path):
@@ -86,3 +93,7 @@ def test_results_are_kept_as_they_come(tmp_path):
     nowhere = Results(None, settings)
     nowhere.add(third)
     assert nowhere.found == [third] and [p.name for p in tmp_path.iterdir()] == ['eval.jsonl']
+    for strange in ('[1]\n', 'words\n', ''):
+        (tmp_path / 'eval.jsonl').write_text(strange)
+        with pytest.raises(ValueError, match=r'eval\.jsonl is no file of results .*another'):
+            Results(output, settings)

@@ -61,7 +61,7 @@ def test_a_set_comes_back_as_it_was(generated, tmp_path):
     read = load_tasks(file, tmp_path / 'cache')
     assert len(read) == 70 and not set(t.path for t in read) & set(t.path for t in tasks)
     for old, new in zip(tasks, read):
-        assert dataclasses.replace(new, path=old.path) == old
+        assert dataclasses.replace(new, path=old.path, source=old.source) == old
         assert contents(new) == contents(old) and len(contents(new)) >= 6
     # The columns that the field's own readers look for.
     table = pq.read_table(file)

@@ -75,6 +75,7 @@ def test_every_field_is_read(tmp_path):
             agent_user=1000,
             verifier_user='root',
             healthcheck=Healthcheck('test -e /ready', interval_sec=1, retries=20),
+            metadata={'difficulty': 'easy', 'anything': {'at': 'all'}},
         ),
         (),
     )
