@@ -102,6 +102,11 @@ def main(argv: Sequence[str]) -> None:
     _show(document, len(tasks))
     if found:
         _show_difference(found)
+    elif theirs:
+        CONSOLE.print(
+            f'no task has a result both here and in {_AGAINST.value}: nothing is compared',
+            markup=False,
+        )
     lost = sum(result['status'] == Status.INFRA_ERROR for result in kept.found)
     if lost:
         sys.exit(

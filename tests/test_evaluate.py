@@ -157,10 +157,11 @@ def test_a_model_directory_gives_the_runs_own_numbers(programs, finished, tmp_pa
     assert sum(one['tasks'] for one in run['by']['family'].values()) == HELDOUT
     # A saved step, on the fixed rollouts alone: the environment CE that the run logged then.
     saved = [f'--model={finished}', '--step=4', '--samples=0', *config_flags(SETTINGS), fixed]
-    document, _ = evaluate(programs, tmp_path / 'saved.json', *saved)
+    document, said = evaluate(programs, tmp_path / 'saved.json', *saved, against)
     logged = {row['step']: row for row in metrics(finished)}[4]['eval/env_ce']
     assert document['env_ce_fixed']['all'] == pytest.approx(logged, abs=1e-9)
     assert document['results'] == [] and document['pass@k'] == {}
+    assert 'against' not in document and 'nothing is compared' in ' '.join(said.split())
     # Results of other tasks.
     write(tmp_path / 'others' / 'strange')
     line = programs.fails(

@@ -46,9 +46,7 @@ async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIt
 
 def _weights(place: Place, model: ShardedModel) -> nnx.State:
     """The parameters as a sampler has them."""
-    if place.run is None:
-        return model.serving()(load_params(model, None, None))
-    if place.is_saved:
-        return model.serving()(load_params(model, place.run, place.version))
-    arrays = WeightStore(place.run.url('weights')).read(place.version)
-    return jax.device_put(model_params.unflatten(model.abstract, arrays), model.placed)
+    if place.run and not place.is_saved:
+        arrays = WeightStore(place.run.url('weights')).read(place.version)
+        return jax.device_put(model_params.unflatten(model.abstract, arrays), model.placed)
+    return model.serving()(load_params(model, place.run, place.version))

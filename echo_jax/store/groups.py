@@ -4,8 +4,6 @@ import re
 
 import tensorstore as ts
 
-END = 10**12  # numbers are below it
-
 
 def group_key(group_id: int) -> str:
     return f'groups/{group_id:012d}'
@@ -13,7 +11,7 @@ def group_key(group_id: int) -> str:
 
 def check_number(group_id: int) -> None:
     """Raises ValueError for a number that no key can have."""
-    if not 0 <= group_id < END:
+    if not 0 <= group_id < 10**12:
         raise ValueError(f'group_id is {group_id}; expected 0 to 10**12 - 1')
 
 

@@ -143,6 +143,7 @@ def test_cancelled_start_leaves_nothing(task, backend, monkeypatch, tmp_path):
             start = asyncio.create_task(box.start())
             await asyncio.sleep(number * 0.0002)
             if not start.cancel():  # this machine is busy, and it was open before
+                await start
                 await box.stop()
                 continue
             with pytest.raises(asyncio.CancelledError):
