@@ -285,6 +285,7 @@ def test_harbor_reads_the_same(tmp_path):
             agent_user=theirs.agent.user,
             verifier_user=theirs.verifier.user,
             healthcheck=health and Healthcheck(**health.model_dump()),
+            metadata=theirs.metadata,
         )
 
 
