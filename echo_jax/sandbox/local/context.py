@@ -21,12 +21,14 @@ class Context:
         rules = _read_ignore(self._root)
         self._paths: set[str] = set()  # relative; of files, links and directories
         for place, directories, files in os.walk(self._root):
+            inside = os.path.relpath(place, self._root)
             for name in (*directories, *files):
-                path = os.path.relpath(os.path.join(place, name), self._root)
+                path = name if inside == '.' else f'{inside}/{name}'
                 if not _is_ignored(path, rules):
-                    self._paths.add(path)
                     # A directory is there for its files' sake even if it is ignored itself.
-                    self._paths |= {str(p) for p in pathlib.PurePath(path).parents[:-1]}
+                    while path and path not in self._paths:
+                        self._paths.add(path)
+                        path = os.path.dirname(path)
 
     def find(self, copy: Copy) -> list[pathlib.Path]:
         """The files and directories that a COPY names; links are followed.
@@ -72,7 +74,8 @@ class Context:
         """
         buffer = io.BytesIO()
         target = copy.target.strip('/')
-        with tarfile.open(fileobj=buffer, mode='w') as tar:
+        # This format has whole seconds: the other one has a header more for the rest of them.
+        with tarfile.open(fileobj=buffer, mode='w', format=tarfile.GNU_FORMAT) as tar:
             for path in self.find(copy):
                 if path.is_dir():
                     self._add_directory(tar, copy, path, target)
@@ -89,15 +92,15 @@ class Context:
     def _add_directory(
         self, tar: tarfile.TarFile, copy: Copy, directory: pathlib.Path, target: str
     ) -> None:
-        base = os.path.relpath(directory, self._root)
+        base = '' if directory == self._root else f'{directory.relative_to(self._root)}/'
         if target:  # BuildKit makes it with this mode, whatever the source's or --chmod
             member = tarfile.TarInfo(target)
             member.type, member.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(member)
         for path in sorted(self._paths):  # a directory comes before what is in it
-            inside = os.path.relpath(path, base)
-            if inside != '.' and inside.split('/')[0] != '..':
-                self._add(tar, copy, self._root / path, posixpath.join(target, inside))
+            if path.startswith(base):
+                name = posixpath.join(target, path.removeprefix(base))
+                self._add(tar, copy, self._root / path, name)
 
     def _add(self, tar: tarfile.TarFile, copy: Copy, path: pathlib.Path, name: str) -> None:
         member = tar.gettarinfo(path, name)

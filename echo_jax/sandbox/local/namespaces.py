@@ -93,7 +93,6 @@ def command(
         'PATH': os.environ.get('PATH', PATH),
         'INSIDE_PATH': PATH,
         'SCRIPT': read_script('put') + read_script('local_init'),
-        'SHELL_STAGE': read_script('local_shell'),
         'LIMITS': ' '.join(map(str, of_shell)),
         'SIZE': f'{limits.disk_mb}m',
         'INODES': str(limits.files),

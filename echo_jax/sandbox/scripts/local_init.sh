@@ -4,9 +4,9 @@
 #
 # From the environment: INSIDE_PATH, the PATH inside; SIZE and INODES of the tmpfs that is the root;
 # ID, the agent's uid; WRITABLE, the directories it may write to; S, T and O, the descriptors of the
-# shell's script, status and stdout (2 is its stderr); SHELL_STAGE, which is local_shell.sh, and its
-# arguments LIMITS. Without bubblewrap also SKELETON, a tar archive in base64 of the root's
-# directories, files and links, and FSTAB, what is mounted on it.
+# shell's script, status and stdout (2 is its stderr); LIMITS, the largest file in KiB, open files, CPU
+# seconds, KiB of memory, processes. Without bubblewrap also SKELETON, a tar archive in base64 of the
+# root's directories, files and links, and FSTAB, what is mounted on it.
 export PATH=$INSIDE_PATH
 die() { echo "$1" >&2; exit 1; }
 umask 022
@@ -29,17 +29,17 @@ printf 'sandbox\n' >/etc/hostname
 { echo 0 >/proc/sys/user/max_user_namespaces; } 2>/dev/null || die 'cannot forbid namespaces'
 for d in $WRITABLE; do echo "$d $d none bind,nosuid,nodev"; done >/etc/fstab
 { mount -a -T /etc/fstab && : >/etc/fstab; } || die 'cannot mount'
-export -n S T O SHELL_STAGE LIMITS
+export -n S T O LIMITS
 export -n SIZE INODES
 unset SCRIPT INSIDE_PATH SKELETON FSTAB WRITABLE ID OLDPWD
-root=ro overlaid='' tests=''
+root=ro overlaid='' tests='' view=''
 exec 9>&2 2>/dev/null
 
 # The shell sees `/` read-only. A mount made here appears there too, and can be written.
 place() {
   local top=${1#/}
   top=/${top%%/*}
-  [[ -e $top ]] || { mkdir "$top" && mount --bind "$top" "$top"; }
+  [[ -e $top ]] || mount --bind -o X-mount.mkdir "$top" "$top"
 }
 
 # While the task's Dockerfile is followed, `/` can be written. So can those directories of /usr that
@@ -49,14 +49,14 @@ place() {
 build_begin() {
   root=rw
   [[ $1 ]] || return 0
-  mount -t tmpfs -o "X-mount.mkdir,mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs /.usr || return
-  local d new=(/.usr/upper /.usr/work)
-  while IFS= read -r d; do [[ -d $d ]] && new+=("/.usr/upper/${d#/usr}"); done <<<"$1"
+  # Over /run for a moment: the overlay keeps it when it is unmounted there, and nobody finds it.
+  mount -t tmpfs -o "mode=0755,size=$SIZE,nr_inodes=$INODES" tmpfs /run || return
+  local d new=(/run/upper /run/work)
+  while IFS= read -r d; do [[ -d $d ]] && new+=("/run/upper/${d#/usr}"); done <<<"$1"
   mkdir -p "${new[@]}"
-  d=lowerdir=/usr,upperdir=/.usr/upper,workdir=/.usr/work,userxattr
+  d=lowerdir=/usr,upperdir=/run/upper,workdir=/run/work,userxattr
   mount -t overlay -o "$d" overlay /usr && overlaid=1 # else a RUN finds /usr read-only, and says so
-  umount -l /.usr
-  rmdir /.usr
+  umount -l /run
 }
 
 # Then `/` and /usr are read-only again, but for the new directories at the top and the working
@@ -89,6 +89,22 @@ is_directory() { [[ -d $1 ]]; }
 mount_empty() { mkdir -p "$1" && mount -t tmpfs -o "mode=0755,size=$SIZE" tmpfs "$1"; }
 unmount_empty() { umount -l "$1"; }
 
+# The last steps to the agent's shell: limits, a root that is read-only, no capabilities. The root is
+# so in a mount namespace that the first shell gets and those after it share: process 1 keeps it as
+# the descriptor `view`. While the task's Dockerfile is followed, each has its own.
+open_shell() {
+  local limits agent
+  read -ra limits <<<"$LIMITS"
+  ulimit -c 0 -f "${limits[0]}" -n "${limits[1]}" -t "${limits[2]}" -v "${limits[3]}" -u "${limits[4]}"
+  agent=(setpriv --no-new-privs --bounding-set -all --ambient-caps -all --inh-caps -all --)
+  agent+=(bash --norc --noprofile -s)
+  if [[ $view ]]; then
+    exec {view}<&- nsenter --mount="/proc/1/fd/$view" -- "${agent[@]}"
+  fi
+  [[ $root == rw ]] || agent=(sh -c 'mount -o remount,bind,ro / && exec "$@"' sh "${agent[@]}")
+  exec unshare --mount --propagation slave -- "${agent[@]}"
+}
+
 set -m # or what begins with `&`, the agent's shell, would ignore SIGINT
 shell=
 echo ready
@@ -101,16 +117,18 @@ while IFS=' ' read -r request size escaped; do
         exec <&"$S" >&"$T" 8>&"$O"
         exec {S}<&- {T}>&- {O}>&-
         [[ ! $tests ]] || exec {tests}<&-
-        # shellcheck disable=SC2086  # LIMITS are five arguments
-        exec unshare --mount --propagation slave -- bash -c "$SHELL_STAGE" shell "$root" $LIMITS
+        open_shell
       ) &
       shell=$! ;;
     wait) wait "$shell"; echo $? ;;
     kill)
+      [[ ! $shell || $root == rw || $view ]] || exec {view}<"/proc/$shell/ns/mnt" || view=
       # Again and again, since a fork bomb makes new ones; meanwhile the script's pipe is emptied.
       while kill -9 -1; do read -r -t .001 -N 65536 -u "$S"; done
       while read -t 0 -u "$S" && read -r -t .01 -N 65536 -u "$S"; do :; done
-      wait; echo 'done' ;;
+      wait
+      shell=
+      echo 'done' ;;
     put) put "$size" "$path" ;;
     copy) put "$size" / --no-overwrite-dir --keep-directory-symlink ;;
     is_directory | build_begin | build_end | mount_empty | unmount_empty | restore_tests)
