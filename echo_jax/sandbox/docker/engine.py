@@ -8,10 +8,13 @@ fails is a SandboxError of one line. Knows nothing of images, tasks or shells.
 import asyncio
 import concurrent.futures
 import contextlib
+import http.client
+import json
 import os
 import pathlib
 import socket
 import struct
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -82,33 +85,66 @@ class Engine:
         """POSTs a request whose connection the engine then hands over; the socket, ours alone.
 
         Not by the SDK's `attach_socket` and `exec_start`: what these return keeps the connection
-        open until the garbage collector comes by, and nothing public closes it.
+        open until the garbage collector comes by, and nothing public closes it. They also lose what
+        a process prints at once: it may arrive with the headers, in the buffer that these are read
+        through.
         """
-        api = self.client.api
-        if api.base_url.startswith('https'):
+        api, place = self.client.api, urllib.parse.urlsplit(self.url)
+        if place.scheme not in ('unix', 'tcp', 'http') or api.base_url.startswith('https'):
             raise SandboxError(
-                f'{self.url}: TLS is not supported; use unix:// or an ssh tunnel to it'
+                f'{self.url}: neither TLS nor ssh:// is supported; use unix:// or a tunnel to it'
             )
-        response = api.post(
-            f'{api.base_url}/v{api.api_version}{path}',
-            json=body,
-            headers={'Connection': 'Upgrade', 'Upgrade': 'tcp'},
-            stream=True,
-            timeout=api.timeout,
-        )
-        with response:
+        connection = http.client.HTTPConnection('docker')
+        content = b'' if body is None else json.dumps(body).encode()
+        headers = {'Connection': 'Upgrade', 'Upgrade': 'tcp', 'Content-Type': 'application/json'}
+        told = b''
+        with contextlib.ExitStack() as undo:
             try:
-                response.raise_for_status()
-            except requests.HTTPError as error:
-                raise docker.errors.create_api_error_from_http_exception(error) from error
-            own = socket.socket(fileno=os.dup(response.raw.fileno()))
-        own.setblocking(False)
-        return own
+                connection.sock = sock = undo.enter_context(_connect(place, api.timeout))
+                connection.request('POST', f'/v{api.api_version}{path}', content, headers)
+                own = undo.enter_context(socket.socket(fileno=os.dup(sock.fileno())))
+                response = undo.enter_context(connection.getresponse())
+                if response.status >= 400:
+                    told = b''.join(iter(lambda: response.read(4096), b''))
+            except (OSError, http.client.HTTPException) as error:
+                raise docker.errors.DockerException(f'{path}: {error!r}') from error
+            if response.status >= 400:
+                is_missing = response.status == http.HTTPStatus.NOT_FOUND
+                kind = docker.errors.NotFound if is_missing else docker.errors.APIError
+                explanation = told.decode(errors='replace')
+                raise kind(f'{path}: {response.status}', explanation=explanation)
+            handed = socket.socket(fileno=own.detach())
+        handed.setblocking(False)
+        return handed
 
     def close(self) -> None:
         """Waits for calls under way and closes the connections."""
         self._pool.shutdown(cancel_futures=True)
         self.client.close()
+
+
+class _Unbuffered(socket.socket):
+    """For http.client, which reads the headers of a response from it and not a byte more."""
+
+    def makefile(self, *mode, **options):
+        del mode, options
+        return super().makefile('rb', buffering=0)
+
+
+def _connect(place: urllib.parse.SplitResult, timeout: float) -> _Unbuffered:
+    if place.scheme == 'unix':
+        sock = _Unbuffered(socket.AF_UNIX)
+    else:
+        address = place.hostname or 'localhost', place.port or 2375
+        sock = _Unbuffered(fileno=socket.create_connection(address, timeout).detach())
+    sock.settimeout(timeout)
+    try:
+        if place.scheme == 'unix':
+            sock.connect(place.path)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 async def wait_for(future: concurrent.futures.Future):
