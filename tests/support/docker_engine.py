@@ -79,6 +79,12 @@ class Daemon:
         self.process.wait()
 
     def stop(self) -> None:
+        # An engine leaves the bridges of its networks to the host, which has room for thirty.
+        bridges = [self.bridge] if self.bridge else []
+        with contextlib.suppress(docker.errors.DockerException):
+            client = docker.DockerClient(self.url)
+            bridges += [f'br-{network.id[:12]}' for network in client.networks.list()]
+            client.close()
         self.process.terminate()
         try:
             self.process.wait(30)
@@ -88,8 +94,8 @@ class Daemon:
             if str(self.folder) in mount.split()[1]:
                 subprocess.run(['umount', '-l', mount.split()[1]], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.bridge:
-            subprocess.run(['ip', 'link', 'del', self.bridge], check=False)
+        for bridge in bridges:
+            subprocess.run(['ip', 'link', 'del', bridge], check=False, stderr=subprocess.DEVNULL)
 
 
 @contextlib.contextmanager
