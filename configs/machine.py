@@ -8,8 +8,8 @@ prints helps in every later one. The warm start knows such tools from other mach
 the other variants and what it does not show: experiments/machine.
 
 Hardware: two CPU cores, 4 GiB of memory, Linux namespaces. Measured, seeds 0 to 4: held-out solve
-rate 0.33 to 0.77 in the mean, 0.60 to 0.92; GRPO's 0.33 to 0.43, 0.38 to 0.48; 15.1 minutes on two
-cores, six of them until the end of the first step.
+rate 0.33 to 0.77 in the mean, 0.60 to 0.92; GRPO's 0.33 to 0.43, 0.38 to 0.48; 14.3 minutes on two
+cores, five and a half of them until the end of the first step.
 """
 
 import ml_collections

@@ -155,6 +155,8 @@ def test_a_model_directory_gives_the_runs_own_numbers(programs, finished, tmp_pa
     assert directory['against']['gained'] == directory['against']['lost'] == []
     assert 'inside the noise, the interval holds 0' in said and 'by family' in said
     assert sum(one['tasks'] for one in run['by']['family'].values()) == HELDOUT
+    ended = json.loads((finished / 'summary.json').read_text())['env_ce_after']
+    assert run['env_ce_fixed']['all'] == pytest.approx(ended, abs=1e-9)
     # A saved step, on the fixed rollouts alone: the environment CE that the run logged then.
     saved = [f'--model={finished}', '--step=4', '--samples=0', *config_flags(SETTINGS), fixed]
     document, said = evaluate(programs, tmp_path / 'saved.json', *saved, against)

@@ -44,13 +44,14 @@ class Heldout:
     def draw(self, when: str, params: Any, version: int) -> dict[str, float]:
         """What summary.json says of all tasks, `when` 'before' or 'after' training.
 
-        `params` are the weights of `version`, which is published.
+        `params` are the weights of `version`, which is published. The environment CE is of the
+        rollouts drawn first, each time: a better agent sees other outputs.
         """
         due = self._due(f'heldout_{when}', self._tasks, version)
         self._source.post(due)
         self.rollouts = self._wait(due)
         self._fixed = self._fixed or self.rollouts
-        ce = env_ce(functools.partial(self._score, params), self.rollouts, self._config)
+        ce = env_ce(functools.partial(self._score, params), self._fixed, self._config)
         return summary(when, self.rollouts, ce)
 
     def post(self, done: int) -> None:
