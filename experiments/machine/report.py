@@ -152,14 +152,15 @@ def _runs(results: Results) -> str:
 def _numbers(run: dict) -> list[float]:
     """Start, end, the end by number of tools, first call right and CE before and after.
 
-    The CE is NaN if the terminal wrote nothing before training.
+    The CE is NaN if the terminal wrote nothing before training, a number of tools that no task has.
     """
     heldout, summary = run['heldout'], run['summary']
     before, after = heldout['before'], heldout['after']
+    tools = stats.by_count(after['solved'], heldout['tools'])[:3]
     return [
         float(np.mean(before['solved'])),
         float(np.mean(after['solved'])),
-        *stats.by_count(after['solved'], heldout['tools'])[:3],
+        *(tools + [math.nan] * (3 - len(tools))),
         float(np.mean(before['first_right'])),
         float(np.mean(after['first_right'])),
         *(summary.get(f'env_ce_output_{when}', math.nan) for when in ('before', 'after')),
