@@ -18,7 +18,7 @@ import docker
 import pytest
 
 from echo_jax.sandbox import SandboxError
-from echo_jax.sandbox.docker.engine import Engine
+from echo_jax.sandbox.docker.engine import FAILURES, Engine
 
 BASE = 'debian:bookworm-slim'  # what generated tasks are made from
 
@@ -81,10 +81,11 @@ class Daemon:
     def stop(self) -> None:
         # An engine leaves the bridges of its networks to the host, which has room for thirty.
         bridges = [self.bridge] if self.bridge else []
-        with contextlib.suppress(docker.errors.DockerException):
-            client = docker.DockerClient(self.url)
-            bridges += [f'br-{network.id[:12]}' for network in client.networks.list()]
-            client.close()
+        with (
+            contextlib.suppress(SandboxError, *FAILURES),
+            contextlib.closing(Engine(self.url)) as used,
+        ):
+            bridges += [f'br-{network.id[:12]}' for network in used.client.networks.list()]
         self.process.terminate()
         try:
             self.process.wait(30)

@@ -89,8 +89,8 @@ class Engine:
         a process prints at once: it may arrive with the headers, in the buffer that these are read
         through.
         """
-        api, place = self.client.api, urllib.parse.urlsplit(self.url)
-        if place.scheme not in ('unix', 'tcp', 'http') or api.base_url.startswith('https'):
+        api = self.client.api
+        if not self.url.startswith('unix://') and not api.base_url.startswith('http://'):
             raise SandboxError(
                 f'{self.url}: neither TLS nor ssh:// is supported; use unix:// or a tunnel to it'
             )
@@ -100,7 +100,7 @@ class Engine:
         told = b''
         with contextlib.ExitStack() as undo:
             try:
-                connection.sock = sock = undo.enter_context(_connect(place, api.timeout))
+                connection.sock = sock = undo.enter_context(self._connect())
                 connection.request('POST', f'/v{api.api_version}{path}', content, headers)
                 own = undo.enter_context(socket.socket(fileno=os.dup(sock.fileno())))
                 response = undo.enter_context(connection.getresponse())
@@ -117,6 +117,21 @@ class Engine:
         handed.setblocking(False)
         return handed
 
+    def _connect(self) -> '_Unbuffered':
+        api = self.client.api
+        if not self.url.startswith('unix://'):
+            place = urllib.parse.urlsplit(api.base_url)  # the SDK's, with what DOCKER_HOST left out
+            sock = socket.create_connection((place.hostname, place.port or 80), api.timeout)
+            unbuffered = _Unbuffered(fileno=sock.detach())
+            unbuffered.settimeout(api.timeout)
+            return unbuffered
+        with contextlib.ExitStack() as undo:
+            unbuffered = undo.enter_context(_Unbuffered(socket.AF_UNIX))
+            unbuffered.settimeout(api.timeout)
+            unbuffered.connect(self.url.removeprefix('unix://'))
+            undo.pop_all()
+            return unbuffered
+
     def close(self) -> None:
         """Waits for calls under way and closes the connections."""
         self._pool.shutdown(cancel_futures=True)
@@ -129,22 +144,6 @@ class _Unbuffered(socket.socket):
     def makefile(self, *mode, **options):
         del mode, options
         return super().makefile('rb', buffering=0)
-
-
-def _connect(place: urllib.parse.SplitResult, timeout: float) -> _Unbuffered:
-    if place.scheme == 'unix':
-        sock = _Unbuffered(socket.AF_UNIX)
-    else:
-        address = place.hostname or 'localhost', place.port or 2375
-        sock = _Unbuffered(fileno=socket.create_connection(address, timeout).detach())
-    sock.settimeout(timeout)
-    try:
-        if place.scheme == 'unix':
-            sock.connect(place.path)
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 async def wait_for(future: concurrent.futures.Future):
