@@ -277,11 +277,12 @@ async def _inside(sandbox: Running, tests: bytes) -> Verdict:
     task = sandbox.task
     user = {} if task.verifier_user is None else {'user': str(task.verifier_user)}
     as_root = {'user': '0', 'workdir': '/'}
-    clear = ['bash', '-c', read_script('docker_clear')]
-    code, _ = await sandbox.execute(clear, _SETUP_SEC, **as_root)
+    look = ['bash', '-c', read_script('docker_look')]
+    clear = ['bash', '-c', read_script('docker_clear') + read_script('docker_look')]
+    code, before = await sandbox.execute(clear, _SETUP_SEC, **as_root)
     await asyncio.sleep(_LOOK_SEC)
-    back, told = await sandbox.execute(['ls', '-A', '/logs/verifier'], _SETUP_SEC, **as_root)
-    if code or back or told:
+    back, after = await sandbox.execute(look, _SETUP_SEC, **as_root)
+    if code or back or before != after:
         await sandbox.end_agent()
         code, _ = await sandbox.execute(clear, _SETUP_SEC, **as_root)
         if code != 0:

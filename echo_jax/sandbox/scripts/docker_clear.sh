@@ -6,4 +6,4 @@ for d in /logs /logs/verifier /tests; do
 done
 chmod 755 /logs /tests
 chmod 777 /logs/verifier
-find /tests /logs/verifier -mindepth 1 -delete
+find /tests /logs/verifier -mindepth 1 -delete || exit
