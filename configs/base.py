@@ -348,6 +348,9 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.policy.temperature = 0.8
     # The number of episodes that one engine samples together, at least a whole group.
     c.policy.slots = 256
+    # The seconds after which others draw the groups of a worker that has died. A worker that lives
+    # says so three times as often.
+    c.policy.lease_sec = 60.0
     # The number of GPUs of one worker's engine.
     c.policy.tensor_parallel = 1
     # If N > 1, a whole copy of the weights is published at least every N versions, and what changed

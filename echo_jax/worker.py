@@ -3,13 +3,12 @@
     python -m echo_jax.worker --config=configs/qwen3_8b.py --workdir=RUN
 
 It runs beside the learner or on machines of its own, without JAX: vLLM samples with the weights
-that the learner publishes, and commands run in sandboxes. Several workers share the work by --index
-and --count; on a Ray cluster launch/ray starts them instead. A group is written when all of its
-rollouts have ended, and one that is in the store is not drawn again, so a worker that is killed and
-started again goes on.
+that the learner publishes, and commands run in sandboxes. Any number of workers may run, join and
+leave: each claims groups, and those of one that has died go to the others (`policy.lease_sec`). On
+a Ray cluster launch/ray starts them instead. A group is written when all of its rollouts have
+ended, and one that is in the store is not drawn again.
 """
 
-import socket
 import sys
 from collections.abc import Sequence
 
@@ -26,9 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:v
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, "Folder or gs:// URL of the run, the learner's.", required=True
 )
-_INDEX = flags.DEFINE_integer('index', 0, 'Which of the workers this is, from 0.')
-_COUNT = flags.DEFINE_integer('count', 1, 'Workers that share the work.')
-_NAME = flags.DEFINE_string('name', '', 'Of this worker; empty: its host and index.')
+_NAME = flags.DEFINE_string('name', '', 'Of this worker alone; empty: its host and a number.')
 _MEMORY = flags.DEFINE_float(
     'gpu_memory_utilization', None, "Share of a GPU's memory, in place of the recipe's."
 )
@@ -41,17 +38,14 @@ flags.mark_flag_as_required('config')
 def main(argv: Sequence[str]) -> None:
     del argv
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
-    if not 0 <= _INDEX.value < _COUNT.value:
-        raise ValueError(f'--index={_INDEX.value} is not below --count={_COUNT.value}')
     check_config(config, entry.overrides())
-    name = _NAME.value or f'{socket.gethostname()}-{_INDEX.value}'
     here = {'gpu_memory_utilization': _MEMORY.value, 'tensor_parallel_size': _PARALLEL.value}
     engine = {key: value for key, value in here.items() if value is not None}
 
     async def work():
-        worker = await start(config, _WORKDIR.value, name, **engine)
+        worker = await start(config, _WORKDIR.value, _NAME.value, **engine)
         try:
-            await worker.serve(_INDEX.value, _COUNT.value)
+            await worker.serve()
         finally:
             await worker.close()
 

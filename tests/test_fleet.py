@@ -130,14 +130,13 @@ def test_steps_ahead_are_drawn_while_the_learner_learns(fleet):
 
 def test_workers_and_learners_end_and_start_again(fleet):
     """SIGKILL of a worker, SIGTERM of another, SIGKILL of the learner, while groups are drawn."""
-    flags = [(f'--index={i}', '--count=2') for i in range(2)]
-    learner, workers = fleet.learner(), [fleet.worker(*flag) for flag in flags]
+    learner, workers = fleet.learner(), [fleet.worker(), fleet.worker()]
     wait_for(lambda: len(fleet.groups()) >= GROUPS, seconds=400)
     workers[0].kill()
     workers[1].send_signal(signal.SIGTERM)
     assert [fleet.ends(worker, 60) for worker in workers] == [-signal.SIGKILL, 1]
     assert 'the same command goes on' in fleet.logs()
-    workers = [fleet.worker(*flag) for flag in flags]
+    workers = [fleet.worker(), fleet.worker()]
     wait_for(lambda: len(fleet.groups()) >= 2 * GROUPS, seconds=400)
     learner.kill()
     assert fleet.ends(learner, 60) == -signal.SIGKILL
@@ -146,6 +145,36 @@ def test_workers_and_learners_end_and_start_again(fleet):
     for row in assert_whole(fleet):
         # Every step is sampled right after a swap, and all weights are float32.
         assert 0 < row['train/logprob_gap'] <= 1e-3 and row['rollout/staleness'] == 0
+
+
+@pytest.mark.parametrize(
+    'fleet',
+    [(*NO_WARM_START, '--config.policy.lease_sec=3', '--config.max_staleness=1')],
+    indirect=True,
+)
+def test_a_dead_workers_groups_go_to_one_that_joins_late(fleet):
+    """Nobody starts the first worker again; the second has another name and machine, as it were."""
+    learner, first = fleet.learner(), fleet.worker('--name=first')
+    due = DueStore(fleet.workdir / 'fleet')
+    wait_for(lambda: any(r['drawing'] for r in due.reports()) and fleet.groups(), seconds=400)
+    first.kill()
+    second = fleet.worker('--name=second')
+    assert fleet.ends(learner) == 0 and fleet.ends(second) == 0
+    assert_whole(fleet)
+    reports = {report['worker']: report for report in due.reports()}
+    assert reports['second']['groups'] > 0
+    claims = (fleet.workdir / 'fleet' / 'claims').rglob('*')
+    assert not [file for file in claims if file.is_file() and file.suffix != '.__lock']
+
+
+def test_two_workers_have_no_name_in_common(fleet):
+    fleet.learner()
+    first = fleet.worker('--name=same')
+    wait_for(lambda: (fleet.workdir / 'workers' / 'same.lock').exists(), seconds=200)
+    assert fleet.ends(fleet.worker('--name=same'), 100) == 1
+    assert 'a worker named same draws for this run already' in fleet.logs()
+    assert fleet.ends(fleet.worker('--name=../same'), 100) == 1
+    assert 'expected letters, digits' in fleet.logs() and first.poll() is None
 
 
 def test_a_bad_task_ends_neither_learner_nor_worker(programs, tmp_path):

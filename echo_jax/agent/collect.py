@@ -30,8 +30,10 @@ async def collect(
     temperature: float,
     sandboxes: asyncio.Semaphore | None = None,
     on_group: Callable[[list[Rollout]], None] = lambda group: None,
+    on_rollout: Callable[[Rollout], None] = lambda rollout: None,
 ) -> None:
-    """Draws and writes every group that the store lacks, and calls `on_group` with each then.
+    """Draws and writes every group that the store lacks, and calls `on_group` with each then, and
+    `on_rollout` with each of its rollouts when that has ended.
 
     `policy_for` gives the policy of a task. At most `sandbox.at_once` sandboxes live at one time,
     unless `sandboxes` is given, a limit that several calls can share. An error that is not the
@@ -51,6 +53,7 @@ async def collect(
             seed=config.seed,
             temperature=temperature,
             sandboxes=sandboxes,
+            on_rollout=on_rollout,
         )
         await asyncio.to_thread(store.write_group, group)
         on_group(group)

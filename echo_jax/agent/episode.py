@@ -262,10 +262,12 @@ async def run_group(
     temperature: float,
     sandboxes: asyncio.Semaphore,
     retry_after: Sequence[float] = RETRY_AFTER,
+    on_rollout: Callable[[Rollout], None] = lambda rollout: None,
 ) -> list[Rollout]:
     """The rollouts of one group, drawn at the same time, in the order of their sample_id.
 
     `sandboxes` is shared by all groups of a process and bounds the sandboxes that live at a time.
+    `on_rollout` is called with each rollout when it has ended.
     After a SandboxError the sample is drawn again in a fresh sandbox, `retry_after` seconds later;
     if the last try fails too, it becomes an INFRA_ERROR with nothing but the prompt in it, and the
     error as its reason. Any other error of the task or of its sandbox (a link that leads outside, a
@@ -331,6 +333,11 @@ async def run_group(
             )
             return infra_error(sample_id, error, 0)
 
+    async def draw_and_tell(sample_id: int) -> Rollout:
+        rollout = await draw(sample_id)
+        on_rollout(rollout)
+        return rollout
+
     async with asyncio.TaskGroup() as running:
-        samples = [running.create_task(draw(sample_id)) for sample_id in range(group_size)]
+        samples = [running.create_task(draw_and_tell(i)) for i in range(group_size)]
     return [sample.result() for sample in samples]

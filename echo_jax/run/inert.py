@@ -196,7 +196,12 @@ INERT = (
         reason='with mesh.tensor = 1, which divides nothing',
     ),
     Inert(
-        keys=('policy.tensor_parallel', 'policy.keyframe_every', 'policy.gpu_memory_utilization'),
+        keys=(
+            'policy.tensor_parallel',
+            'policy.keyframe_every',
+            'policy.gpu_memory_utilization',
+            'policy.lease_sec',
+        ),
         when=lambda config: config.policy.backend == 'jax',
         deciding=('policy.backend',),
         reason="with policy.backend = 'jax', which has no workers",

@@ -5,21 +5,27 @@ The program `echo_jax.worker` and the Ray fleet (launch/ray) are two ways to sta
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
+import itertools
 import logging
 import os
+import re
+import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import IO, TYPE_CHECKING, Any
 
 import ml_collections
 
 from echo_jax.agent.collect import collect
 from echo_jax.agent.protocol import Protocol
+from echo_jax.policy import PolicyError
 from echo_jax.run.inert import check_inert
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox import Sandbox
 from echo_jax.sandbox.make import sandbox_maker
+from echo_jax.store.claims import Claims, Group
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.kvstore import MissingError
 from echo_jax.store.rollouts import RolloutStore
@@ -32,13 +38,17 @@ if TYPE_CHECKING:
 _START_POLL_SECONDS = 1.0  # between two looks for what the learner writes before an engine starts
 _WAITING_SECONDS = 60.0  # between two words to a person about such a wait
 _REPORT_SECONDS = 5.0
+_CLAIM_SECONDS = 0.1  # between two claims
+_LOOKS = 5  # at the claims of other workers, in the time of a lease
+_AVOIDED_SECONDS = 30.0  # after an error, before a group is tried again
 
 
 class RolloutWorker:
     """Draws groups with an engine that follows the published weights."""
 
-    def __init__(self, work: Workdir, policy: 'VllmPolicy', name: str):
-        self.name, self._work, self._policy = name, work, policy
+    def __init__(self, work: Workdir, policy: 'VllmPolicy', name: str, lock: IO | None = None):
+        """name: of this worker alone, as long as `lock` is open."""
+        self.name, self._work, self._policy, self._lock = name, work, policy, lock
         config = work.config
         self._weights = WeightStore(work.url('weights'))
         self._due = DueStore(work.url('fleet'))
@@ -49,7 +59,12 @@ class RolloutWorker:
         self._loading = asyncio.Lock()
         self._loaded: tuple[int, str] | None = None
         self._tasks: dict[str, dict[str, Task]] = {}
-        self._counts = {'groups': 0, 'rollouts': 0, 'failed': 0, 'drawing': 0}
+        self._claims = Claims(self._due.url, name, config.policy.lease_sec)
+        # The episodes that keep engine and sandboxes busy, and how many run or wait to begin.
+        self._episodes, self._running = min(config.policy.slots, config.sandbox.at_once), 0
+        self._looked = 0.0  # at the claims of others, by time.monotonic()
+        self._avoided: dict[Group, float] = {}  # until when this worker leaves a group to others
+        self._counts = {'groups': 0, 'rollouts': 0, 'failed': 0}
 
     async def refresh(self) -> None:
         """Takes the newest published weights, unless it has them."""
@@ -61,34 +76,104 @@ class RolloutWorker:
                     await self._policy.load(newest[0])
                     self._loaded = newest
 
-    async def draw(self, due: DueGroups, group_id: int) -> None:
+    async def serve(self) -> None:
+        """Draws the groups that are due and that no other worker draws, until the learner finishes.
+
+        It claims a group when another episode could run. Between two claims it waits a moment, so
+        that idle workers share what falls due together. A group that it has lost (another worker
+        has taken it over, or the learner wants it no longer) is given up.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            reporting = tasks.create_task(self.report())
+            drawing: dict[Group, asyncio.Task[None]] = {}
+            while not await asyncio.to_thread(self._due.finished):
+                for group in await asyncio.to_thread(self._claims.renew):
+                    drawing[group].cancel()
+                claimed = await asyncio.to_thread(self._claim)
+                if claimed:
+                    due, group = claimed
+                    self._running += due.group_size
+                    drawing[group] = tasks.create_task(self._draw(due, group))
+                drawing = {group: task for group, task in drawing.items() if not task.done()}
+                pause = self._work.poll_seconds
+                await asyncio.sleep(min(pause, _CLAIM_SECONDS) if claimed else pause)
+            for task in [*drawing.values(), reporting]:
+                task.cancel()
+
+    def _claim(self) -> tuple[DueGroups, Group] | None:
+        """Claims the oldest group that is due and that nobody draws, if there is room for one.
+
+        The claims of others are looked at a few times in a lease, which is often enough to see that
+        one runs out.
+        """
+        if self._running >= self._episodes:
+            return None
+        now, claimed = time.monotonic(), []
+        self._avoided = {group: until for group, until in self._avoided.items() if until > now}
+        for due in sorted(self._due.listed(), key=lambda due: due.version):
+            rollouts = RolloutStore(self._work.url('rollouts', due.store))
+            missing = [i for i in due.group_ids if (due.store, i) not in self._avoided]
+            missing = rollouts.missing(missing)
+            free = self._claims.free(due.store, missing)
+            for group_id in free:
+                if self._claims.take((due.store, group_id)):
+                    return due, (due.store, group_id)
+            claimed += [(due, (due.store, i)) for i in missing if i not in free]
+        if now - self._looked > self._work.config.policy.lease_sec / _LOOKS:
+            for due, group in claimed:
+                if group not in self._claims.held and self._claims.take(group):
+                    return due, group
+            self._looked = now
+        return None
+
+    async def _draw(self, due: DueGroups, group: Group) -> None:
+        """Draws a group that is claimed, and gives up the claim.
+
+        An error that is not the engine's is logged, and the group left to others for a while.
+        """
+        ended = 0
+
+        def on_rollout(rollout: Rollout) -> None:
+            nonlocal ended
+            ended += 1
+            self._running -= 1
+            self._counts['rollouts'] += 1
+            self._counts['failed'] += rollout.status == Status.INFRA_ERROR
+
+        try:
+            await self.draw(due, group[1], on_rollout)
+            self._counts['groups'] += 1
+        except* PolicyError:
+            raise
+        except* Exception as errors:
+            error = errors.exceptions[0]
+            logging.error('group %d of %s is tried again in a while: %r', group[1], group[0], error)
+            self._avoided[group] = time.monotonic() + _AVOIDED_SECONDS
+        finally:
+            self._running -= due.group_size - ended
+            await asyncio.to_thread(self._claims.release, group)
+
+    async def draw(
+        self, due: DueGroups, group_id: int, on_rollout: Callable[[Rollout], None]
+    ) -> None:
         """Draws a group with the newest weights and writes it, unless it is there already."""
         await self.refresh()
         while self._policy.version < due.version:  # it was published a moment after the look
             await asyncio.sleep(self._work.poll_seconds)
             await self.refresh()
-        self._counts['drawing'] += 1
-        try:
-            task, make_sandbox = self._find(due.split, dict(due.assignments)[group_id])
-            await collect(
-                [(group_id, task)],
-                RolloutStore(self._work.url('rollouts', due.store)),
-                config=self._work.config,
-                make_sandbox=make_sandbox,
-                protocol=self._protocol,
-                policy_for=lambda task: self._policy,
-                group_size=due.group_size,
-                temperature=due.temperature,
-                sandboxes=self._sandboxes,
-                on_group=self._count,
-            )
-        finally:
-            self._counts['drawing'] -= 1
-
-    def _count(self, group: list[Rollout]) -> None:
-        self._counts['groups'] += 1
-        self._counts['rollouts'] += len(group)
-        self._counts['failed'] += sum(r.status == Status.INFRA_ERROR for r in group)
+        task, make_sandbox = self._find(due.split, dict(due.assignments)[group_id])
+        await collect(
+            [(group_id, task)],
+            RolloutStore(self._work.url('rollouts', due.store)),
+            config=self._work.config,
+            make_sandbox=make_sandbox,
+            protocol=self._protocol,
+            policy_for=lambda task: self._policy,
+            group_size=due.group_size,
+            temperature=due.temperature,
+            sandboxes=self._sandboxes,
+            on_rollout=on_rollout,
+        )
 
     def _find(self, split: str, task_id: str) -> tuple[Task, Callable[[Task], Sandbox]]:
         """The task, and what makes its sandboxes.
@@ -117,59 +202,57 @@ class RolloutWorker:
         """Writes every few seconds how the worker is, until it is cancelled."""
         while True:
             swap = self._policy.swap._asdict() if self._policy.swap else {}
-            values = {'version': self._policy.version} | self._counts | swap
+            drawing = {'drawing': len(self._claims.held), 'episodes': self._running}
+            values = {'version': self._policy.version} | self._counts | drawing | swap
             await asyncio.to_thread(self._due.report, self.name, values)
             await asyncio.sleep(_REPORT_SECONDS)
 
     async def close(self) -> None:
         await self._policy.close()
         await asyncio.to_thread(self._make_sandbox.close)
-
-    async def serve(self, index: int = 0, count: int = 1) -> None:
-        """Draws the groups whose number is `index` modulo `count`, until the learner finishes."""
-        async with asyncio.TaskGroup() as running:
-            reporting = running.create_task(self.report())
-            async for due, group_id in due_groups(self._work):
-                if group_id % count == index:
-                    running.create_task(self.draw(due, group_id))
-            reporting.cancel()
-
-
-async def due_groups(work: Workdir) -> AsyncIterator[tuple[DueGroups, int]]:
-    """Every group that is due and not in its store, when it falls due, until the learner finishes.
-
-    A group that falls due again, because the learner was started again, is given again.
-    """
-    store = DueStore(work.url('fleet'))
-    given: set[tuple[str, int]] = set()
-    while not await asyncio.to_thread(store.finished):
-        listed = await asyncio.to_thread(store.listed)
-        given &= {(due.store, group_id) for due in listed for group_id in due.group_ids}
-        for due in listed:
-            new = [i for i in due.group_ids if (due.store, i) not in given]
-            given |= {(due.store, group_id) for group_id in new}
-            rollouts = RolloutStore(work.url('rollouts', due.store))
-            for group_id in await asyncio.to_thread(rollouts.missing, new):
-                yield due, group_id
-        await asyncio.sleep(work.poll_seconds)
+        if self._lock:
+            self._lock.close()
 
 
 async def start(
-    config: ml_collections.ConfigDict, workdir: str, name: str, **engine
+    config: ml_collections.ConfigDict, workdir: str, name: str = '', **engine
 ) -> RolloutWorker:
     """Starts a worker of the run in `workdir`, once the learner has said which model it is.
 
+    name: of this worker alone; empty: its host, and the first number that is free there.
     engine: settings of this machine that replace the recipe's, such as gpu_memory_utilization.
     """
     from echo_jax.policy.vllm import VllmPolicy  # here: only workers have vLLM
 
     work = await open_run(config, workdir)
+    name, lock = _take_name(work, name)
     await _until(lambda: work.served_model().exists(), 'the learner to write model/')
     weights = WeightStore(work.url('weights'))
     await _until(lambda: weights.latest() is not None, 'the learner to publish its weights')
     settings = engine_settings(config) | engine
     policy = await VllmPolicy.start(work.served_model(), work.url('weights'), **settings)
-    return RolloutWorker(work, policy, name)
+    return RolloutWorker(work, policy, name, lock)
+
+
+def _take_name(work: Workdir, name: str) -> tuple[str, IO]:
+    """A name that no other process of this machine has in this run, and the file that locks it.
+
+    A worker that is started again gets the name of the one that died, and with it the claims and
+    the containers that are labelled so. Raises ValueError if `name` is taken, or is no name.
+    """
+    if name and not re.fullmatch(r'\w[\w.-]*', name):
+        raise ValueError(f'--name={name}; expected letters, digits, dots, hyphens and underscores')
+    folder = work.path / 'workers'
+    folder.mkdir(exist_ok=True)
+    host = socket.gethostname()
+    for each in [name] if name else (f'{host}-{i}' for i in itertools.count()):
+        lock = (folder / f'{each}.lock').open('w')
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return each, lock
+        except BlockingIOError:
+            lock.close()
+    raise ValueError(f'a worker named {name} draws for this run already; give another --name')
 
 
 def engine_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:

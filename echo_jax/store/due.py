@@ -4,15 +4,18 @@
     workers/NAME                 the last report of a worker
     finished                     exists when nothing will be due any more
 
-It draws no groups and gives none to anybody: each worker takes its share of the numbers
-(worker.py), or Ray gives groups to workers (launch/ray). A group is done when the rollout store has
-it. Every document has a checksum and is written whole: a reader sees an old one or a new one.
+It draws no groups and gives none to anybody: workers claim them (claims.py). A group is done when
+the rollout store has it. Every document has a checksum and is written whole: a reader sees an old
+one or a new one.
 """
 
 import dataclasses
 import pathlib
 import time
 
+import tensorstore as ts
+
+from echo_jax.store.claims import claim_key
 from echo_jax.store.kvstore import inside, open_kvstore, seal, unseal
 
 
@@ -57,8 +60,10 @@ class DueStore:
         return [DueGroups(**each) for each in found]
 
     def withdraw(self, due: DueGroups) -> None:
-        """Makes these groups due no longer, whether or not they have been drawn."""
+        """Makes these groups due no longer, whether or not they have been drawn or claimed."""
         self._kvstore.write(_key(due), None).result()
+        ends = (claim_key((due.store, i)) for i in (due.group_ids.start, due.group_ids.stop))
+        self._kvstore.delete_range(ts.KvStore.KeyRange(*ends)).result()
 
     def clear(self) -> None:
         """Withdraws everything: for a learner that starts, before it posts groups of its own."""

@@ -145,7 +145,7 @@ start() {
     [[ ! $shared_gpu ]] || await_learner "$shared_gpu"
     run env "CUDA_VISIBLE_DEVICES=$(list "${own_gpus[@]}")" launch/process.sh start "worker$worker" \
       "${flags[worker_python]}" -m echo_jax.worker "${run_flags[@]}" \
-      "--index=$worker" "--count=$workers" "--tensor_parallel=$each" \
+      "--tensor_parallel=$each" \
       "--gpu_memory_utilization=0.$(printf %02d "$percent")" "${extra[@]}"
   done
 }

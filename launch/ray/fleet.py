@@ -4,15 +4,13 @@
 
 Run it from the checkout, in the environment of requirements-rollout.txt, on any machine of the
 cluster (RAY_ADDRESS, or --address). Every worker is an actor with --gpus GPUs. Ray's autoscaler
-sees the actors that have no place yet as demand. The learner posts which groups are due; this
-program gives each to a worker that has room. When a worker dies, alone or with its machine, its
-groups go to others and Ray starts it again. A group is written once, no matter how many workers
-draw it, so this program may be killed and started again at any time. It ends when the learner has
-finished. It starts neither a cluster nor a learner.
+sees the actors that have no place yet as demand. Workers claim the groups that are due by
+themselves, here as elsewhere. When one dies, alone or with its machine, Ray starts it again, and
+its groups go to others meanwhile. This program may be killed and started again at any time. It ends
+when the learner has finished. It starts neither a cluster nor a learner.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -29,8 +27,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from echo_jax.policy import PolicyError
 from echo_jax.run import entry
-from echo_jax.run.rollout_worker import RolloutWorker, check_config, due_groups, open_run, start
-from echo_jax.store.due import DueGroups
+from echo_jax.run.rollout_worker import check_config, open_run, start
+from echo_jax.store.due import DueStore
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
 _WORKDIR = flags.DEFINE_string(
@@ -43,81 +41,41 @@ flags.mark_flag_as_required('config')
 
 ROOT = pathlib.Path(__file__).parents[2]
 _POLL_SECONDS = 0.2
+_END_SECONDS = 60.0  # for the workers to end after the learner
 
 
 class WorkerActor:
-    """A RolloutWorker in one of Ray's processes. Call `start` before anything else."""
+    """A rollout worker in one of Ray's processes."""
 
     def __init__(self, config: dict, workdir: str, name: str):
         self._settings = ml_collections.FrozenConfigDict(config), workdir, name
-        self._worker: RolloutWorker | None = None
 
-    async def start(self) -> None:
-        if self._worker is None:  # Ray may call twice if the network fails
-            self._worker = await start(*self._settings)
-            self._reporting = asyncio.ensure_future(self._worker.report())
-
-    async def draw(self, due: DueGroups, group_id: int) -> None:
+    async def serve(self) -> None:
+        """Draws groups until the learner has finished."""
         try:
-            await self._started().draw(due, group_id)
-        except PolicyError as error:  # the engine is lost; Ray makes another process
-            logging.error('%s', error)
+            worker = await start(*self._settings)
+            try:
+                await worker.serve()
+            finally:
+                await worker.close()
+        except* PolicyError as errors:  # the engine is lost; Ray makes another process
+            logging.error('%s', errors.exceptions[0])
             os._exit(1)
 
-    async def close(self) -> None:
-        self._reporting.cancel()
-        await self._started().close()
 
-    def _started(self) -> RolloutWorker:
-        if self._worker is None:
-            raise RuntimeError('this actor has no worker yet; await its start() first')
-        return self._worker
-
-
-class Employee:
-    """The actor of a worker. `life` counts how often it has died."""
-
-    def __init__(self, actor):
-        self.actor, self.life = actor, 0
-
-
-class Fleet:
-    """Gives groups to workers that have room."""
-
-    def __init__(self, config: ml_collections.ConfigDict, running: asyncio.TaskGroup):
-        self._running, self.employing = running, []
-        # (employee, life), once for each group that the employee could begin.
-        self._room: asyncio.Queue[tuple[Employee, int]] = asyncio.Queue()
-        # Enough groups to fill all slots of an engine, and one to begin while another ends.
-        self._groups_at_once = 1 + -(-config.policy.slots // config.group_size)
-
-    async def employ(self, employee: Employee) -> None:
-        """Waits until the worker is up, which may take a new machine, and offers its room."""
-        while True:
-            try:
-                await employee.actor.start.remote()
-                break
-            except RayActorError:  # Ray is starting it again
-                await asyncio.sleep(_POLL_SECONDS)
-        for _ in range(self._groups_at_once):
-            self._room.put_nowait((employee, employee.life))
-
-    async def draw(self, due: DueGroups, group_id: int) -> None:
-        """Has the group drawn; if a worker dies over it, by another."""
-        while True:
-            employee, life = await self._room.get()
-            if life != employee.life:  # it offered this room before it died
-                continue
-            try:
-                await employee.actor.draw.remote(due, group_id)
-            except RayActorError as error:
-                logging.warning('group %d of %s: a worker died: %s', group_id, due.store, error)
-                if life == employee.life:  # the first of its groups to notice
-                    employee.life += 1
-                    self.employing.append(self._running.create_task(self.employ(employee)))
-                continue
-            self._room.put_nowait((employee, life))
+async def employ(actor, name: str) -> None:
+    """Has a worker serve to the end, however often it dies; it may have to wait for a machine."""
+    while True:
+        serving = actor.serve.remote()
+        try:
+            await serving
             return
+        except RayActorError as error:  # Ray is starting it again
+            logging.warning('worker %s died: %s', name, error)
+            await asyncio.sleep(_POLL_SECONDS)
+        except asyncio.CancelledError:
+            ray.cancel(serving)
+            raise
 
 
 async def run_fleet(
@@ -128,20 +86,16 @@ async def run_fleet(
     actor_class = ray.remote(
         max_restarts=-1, num_gpus=gpus, num_cpus=1, scheduling_strategy='SPREAD'
     )(WorkerActor)
-    actors = [actor_class.remote(document, workdir, f'ray-{i}') for i in range(count)]
+    names = [f'ray-{i}' for i in range(count)]
+    actors = [actor_class.remote(document, workdir, name) for name in names]
+    due = DueStore(work.url('fleet'))
     async with asyncio.TaskGroup() as running:
-        fleet = Fleet(config, running)
-        tasks = [running.create_task(fleet.employ(Employee(actor))) for actor in actors]
-        async for due, group_id in due_groups(work):
-            tasks.append(running.create_task(fleet.draw(due, group_id)))
-        for task in [*tasks, *fleet.employing]:  # some still wait for a worker without a place
+        serving = [running.create_task(employ(*each)) for each in zip(actors, names)]
+        while not await asyncio.to_thread(due.finished):
+            await asyncio.sleep(work.poll_seconds)
+        await asyncio.wait(serving, timeout=_END_SECONDS)
+        for task in serving:  # some still wait for a place
             task.cancel()
-    await asyncio.wait([asyncio.ensure_future(_close(actor)) for actor in actors], timeout=60)
-
-
-async def _close(actor) -> None:
-    with contextlib.suppress(RayActorError):
-        await actor.close.remote()
 
 
 def main(argv) -> None:

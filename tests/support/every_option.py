@@ -74,6 +74,7 @@ ELSEWHERE: Mapping[str, str] = {
     "policy.backend = 'vllm'": _VLLM,
     'max_staleness': _VLLM,
     'policy.keyframe_every': _VLLM,
+    'policy.lease_sec': _VLLM,
     'policy.tensor_parallel': 'needs several GPUs',
     'policy.gpu_memory_utilization': 'needs a GPU',
     "sandbox.backend = 'harbor'": _HARBOR,

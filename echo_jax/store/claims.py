@@ -1,0 +1,101 @@
+"""Which worker draws which due group: a claim, on a lease that the worker renews.
+
+    claims/train/000000000012    the worker that draws group 12 of the store `train`
+
+A claim is written on condition that nobody else has written it meanwhile, so one worker has it. If
+it has not been renewed for the time of a lease, another worker takes it over: a dead worker's
+groups wait no longer than that. No clock is compared with another's: a worker measures by its own
+how long it has seen a claim unchanged. On an S3 service without conditional writes two workers may
+draw one group, of which the rollout store keeps the first.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterable
+
+from echo_jax.store.kvstore import inside, open_kvstore, seal, unseal
+
+Group = tuple[str, int]  # the rollout store that it goes to, and its number
+
+
+@dataclasses.dataclass
+class _Seen:
+    """A claim as this worker saw it last."""
+
+    generation: bytes
+    since: float  # by time.monotonic(), when this generation was seen, or written, first
+
+
+class Claims:
+    """The claims of one worker under `url`, the folder of `DueStore`. Calls block."""
+
+    def __init__(self, url: str | pathlib.Path, worker: str, lease_sec: float):
+        self._kvstore = open_kvstore(url)
+        self._worker, self._lease_sec = worker, lease_sec
+        self._held: dict[Group, _Seen] = {}
+        self._others: dict[Group, _Seen] = {}
+        self._renewals = 0
+
+    @property
+    def held(self) -> set[Group]:
+        return set(self._held)
+
+    def take(self, group: Group) -> bool:
+        """Claims a group, unless another worker has a claim whose lease runs; True if it did.
+
+        A claim that has this worker's name is of a process before it, which is dead.
+        """
+        found = self._kvstore.read(claim_key(group)).result()
+        generation = found.stamp.generation
+        is_others = found.state == 'value' and unseal(found.value)['worker'] != self._worker
+        if is_others and not self._has_run_out(group, generation):
+            return False
+        return self._write(group, generation)
+
+    def free(self, store: str, group_ids: Iterable[int]) -> list[int]:
+        """Those of the groups that no worker has claimed, as far as one listing tells."""
+        prefix = f'claims/{store}/'.encode()
+        found = self._kvstore.list(inside(f'claims/{store}')).result()
+        claimed = {key.removeprefix(prefix) for key in found}
+        return [i for i in group_ids if b'%012d' % i not in claimed]
+
+    def renew(self) -> set[Group]:
+        """Renews what is due for it, a third of a lease old; returns the groups that are lost.
+
+        A group is lost if its lease ran out and another worker took it, or if the learner wants it
+        no longer.
+        """
+        now = time.monotonic()
+        old = [g for g, seen in self._held.items() if now - seen.since > self._lease_sec / 3]
+        return {group for group in old if not self._write(group, self._held[group].generation)}
+
+    def release(self, group: Group) -> None:
+        """Gives up a claim, if this worker still has it."""
+        seen = self._held.pop(group, None)
+        if seen is not None:
+            self._kvstore.write(claim_key(group), None, if_equal=seen.generation).result()
+
+    def _has_run_out(self, group: Group, generation: bytes) -> bool:
+        now, seen = time.monotonic(), self._others.get(group)
+        if seen is None or seen.generation != generation:
+            self._others[group] = _Seen(generation, now)
+            return False
+        return now - seen.since > self._lease_sec
+
+    def _write(self, group: Group, over: bytes) -> bool:
+        """Writes this worker's claim over what has the generation `over`; False if that changed."""
+        self._renewals += 1  # so that every write has other bytes, and another generation
+        value = seal({'worker': self._worker, 'renewals': self._renewals})
+        stamp = self._kvstore.write(claim_key(group), value, if_equal=over).result()
+        if not stamp.generation:  # the condition failed
+            self._held.pop(group, None)
+            return False
+        self._others.pop(group, None)
+        self._held[group] = _Seen(stamp.generation, time.monotonic())
+        return True
+
+
+def claim_key(group: Group) -> str:
+    store, group_id = group
+    return f'claims/{store}/{group_id:012d}'

@@ -1,0 +1,106 @@
+"""Claims of due groups, on a real TensorStore folder, in threads and in processes that get killed."""
+
+import multiprocessing
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from echo_jax.store.claims import Claims, claim_key
+from echo_jax.store.due import DueGroups, DueStore
+from echo_jax.store.kvstore import open_kvstore
+
+GROUP = ('train', 12)
+
+
+def test_one_worker_has_a_group_until_it_gives_it_up(tmp_path):
+    first, second = (Claims(tmp_path, name, lease_sec=60) for name in ('a', 'b'))
+    assert first.free('train', [11, 12, 13]) == [11, 12, 13]
+    assert first.take(GROUP) and not second.take(GROUP)
+    assert second.free('train', [11, 12, 13]) == [11, 13]
+    assert second.free('heldout', [12]) == [12]  # the same number of another store
+    second.release(GROUP)  # which it does not have
+    assert (first.held, second.held) == ({GROUP}, set()) and not second.take(GROUP)
+    first.release(GROUP)
+    assert first.held == set() and second.take(GROUP)
+
+
+def test_of_many_workers_one_has_the_group(tmp_path):
+    for number in range(20):
+        workers = [Claims(tmp_path, f'worker {i}', lease_sec=60) for i in range(8)]
+        with ThreadPoolExecutor(8) as pool:
+            took = list(pool.map(lambda worker: worker.take(('train', number)), workers))
+        assert sum(took) == 1
+
+
+def test_a_lease_that_is_renewed_does_not_run_out(tmp_path):
+    first, second = (Claims(tmp_path, name, lease_sec=0.3) for name in ('a', 'b'))
+    assert first.take(GROUP)
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        assert first.renew() == set() and not second.take(GROUP)
+        time.sleep(0.02)
+    taken = time.monotonic()
+    while not second.take(GROUP):  # nobody renews it now
+        assert time.monotonic() < taken + 10
+        time.sleep(0.02)
+    assert time.monotonic() - taken > 0.2
+    assert first.renew() == {GROUP} and first.held == set()
+    first.release(GROUP)
+    assert second.renew() == set() and second.held == {GROUP}
+
+
+def test_a_worker_that_is_started_again_has_its_claims_at_once(tmp_path):
+    assert Claims(tmp_path, 'a', lease_sec=60).take(GROUP)
+    assert not Claims(tmp_path, 'b', lease_sec=60).take(GROUP)
+    assert Claims(tmp_path, 'a', lease_sec=60).take(GROUP)
+
+
+def test_a_group_that_is_due_no_longer_is_lost(tmp_path):
+    due, store = DueGroups('train', 'train', 10, ('t',) * 3, 4, 1.0, 0), DueStore(tmp_path)
+    claims = Claims(tmp_path, 'a', lease_sec=0.01)
+    store.post(due)
+    assert claims.take(GROUP) and claims.take(('train', 13))
+    store.withdraw(due)
+    time.sleep(0.02)
+    assert claims.renew() == {GROUP} and claims.held == {('train', 13)}
+
+
+def _take_for_ever(folder: str) -> None:
+    while True:
+        claims = Claims(folder, f'worker {os.getpid()}', lease_sec=0.05)
+        for number in range(5):
+            claims.take(('train', number))
+            claims.renew()
+            claims.release(('train', number))
+
+
+@pytest.mark.timeout(120)
+def test_killed_workers_leave_nothing_that_stays(tmp_path):
+    """Workers are killed at any moment of their claims; every group can be claimed after that."""
+    context = multiprocessing.get_context('spawn')
+    for delay in range(6):
+        processes = [context.Process(target=_take_for_ever, args=(str(tmp_path),)) for _ in '12']
+        for process in processes:
+            process.start()
+        kvstore = open_kvstore(tmp_path)
+        while not kvstore.list().result():
+            time.sleep(0.01)
+        time.sleep(0.01 * delay)
+        for process in processes:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+    last = Claims(tmp_path, 'last', lease_sec=0.05)
+    left = {('train', number) for number in range(5)}
+    deadline = time.monotonic() + 10
+    while left and time.monotonic() < deadline:
+        left -= {group for group in left if last.take(group)}
+        time.sleep(0.02)
+    assert not left
+    assert last.free('train', range(5)) == []
+    for group in last.held:
+        last.release(group)
+    keys = [key.decode() for key in open_kvstore(tmp_path).list().result()]
+    assert not [key for key in keys if not key.endswith('.__lock')], claim_key(GROUP)
