@@ -1,4 +1,4 @@
-"""Claims of due groups, on a real TensorStore folder, in threads and in processes that get killed."""
+"""Claims of due groups, on a real TensorStore folder, by threads and by killed processes."""
 
 import multiprocessing
 import os
@@ -31,8 +31,8 @@ def test_of_many_workers_one_has_the_group(tmp_path):
     for number in range(20):
         workers = [Claims(tmp_path, f'worker {i}', lease_sec=60) for i in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            took = list(pool.map(lambda worker: worker.take(('train', number)), workers))
-        assert sum(took) == 1
+            took = [pool.submit(worker.take, ('train', number)) for worker in workers]
+        assert sum(each.result() for each in took) == 1
 
 
 def test_a_lease_that_is_renewed_does_not_run_out(tmp_path):
