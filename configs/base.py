@@ -33,15 +33,22 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.num_epochs = placeholder(int)
     # The number of rollouts of one task that are drawn together and whose rewards are compared.
     c.group_size = 16
-    # How many updates the weights that sample a rollout may be behind the weights that it trains.
-    # Above 0, workers draw the groups of the next steps while the learner learns. It must be 0 with
-    # `policy.backend = 'jax'`.
+    # How many updates the weights that sample a token may be behind the weights that it trains.
+    # Above 0, workers draw groups while the learner learns, and a step takes the oldest groups that
+    # are whole and waits for no other. With `policy.backend = 'jax'` it is 0, or 1: the groups of
+    # the next step are drawn while this one is learned.
     c.max_staleness = 0
 
     # How the rollouts of a step become the rows of a batch; see docs/design.md#batch.
     c.batch = ml_collections.ConfigDict()
     # The number of tasks of one step. A step has `batch.groups` x `group_size` rollouts.
     c.batch.groups = 16
+    # The number of groups that are drawn beyond those that the steps need, so that a step has more
+    # to choose from. Those that are left at the end are trained on by no step. For workers alone.
+    c.batch.oversample = 0
+    # The seconds that a worker may take to draw a group, before it is dropped; 0 is no limit. For
+    # workers alone.
+    c.batch.deadline_sec = 0.0
     # The number of tokens of one row, at least `protocol.max_total_tokens`. The default is 34,096
     # rounded up to whole blocks of the attention kernel, 68 x 512.
     c.batch.seq_len = 34_816

@@ -21,20 +21,21 @@ from echo_jax.learner import distributed, env_coef
 from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_reach
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
+from echo_jax.run.ahead import groups_ahead
 from echo_jax.run.checks import check_config, sandboxes_here
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.heldout import Heldout
 from echo_jax.run.inert import inert_keys
 from echo_jax.run.learning import Learner
 from echo_jax.run.measures import headline
+from echo_jax.run.numbering import LEDGER
 from echo_jax.run.redraw import redraw_equal
-from echo_jax.run.sources import GroupsAhead, count_steps, make_source, read_splits
+from echo_jax.run.sources import count_steps, make_source, read_splits
 from echo_jax.run.warm_start import first_params
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.scores import ScoreStore
 from echo_jax.store.weights import WeightStore
-from echo_jax.tasks.drawing import TaskIterator
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
 _WORKDIR = flags.DEFINE_string(
@@ -72,14 +73,14 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     learner = Learner(config, model, step, env_term, reference, scores)
     heldout = Heldout(source, splits['heldout'], config, num_steps, score)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'), keep=config.checkpoint.keep)
-    tasks = TaskIterator(splits['train'], seed=config.seed, groups=config.batch.groups)
+    ahead = groups_ahead(work, splits['train'], source, num_steps)
     metrics = report.open_metrics(work, leads)
     restored = checkpointer.restore(abstract_state)
     if restored is None:
         state, done = initial_state(params), 0
     else:
         state, extra, done = restored
-        tasks.set_state(extra['tasks'])
+        ahead.set_state(extra['ahead'])
         clock.resume(extra['seconds'])
         env_term.adapted, heldout.best = extra['env_coef'], tuple(extra['best'])
         report.CONSOLE.print(f'resumed at step {done} of {num_steps}')
@@ -92,21 +93,20 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
     del params
 
     # ---------------------------------------------------------------------- reinforcement learning
-    ahead = GroupsAhead(tasks, source, config, num_steps)
-
     def save():
         checkpointer.keep_best(heldout.best_version)
         if checkpointer.latest() != done:
             if leads:  # first, so that there is no checkpoint without its rows
-                work.share('metrics.jsonl', 'tensorboard')
-            extra = {'tasks': ahead.position, 'env_coef': env_term.adapted, 'best': heldout.best}
+                work.share('metrics.jsonl', LEDGER, 'tensorboard')
+            extra = {'ahead': ahead.get_state(), 'env_coef': env_term.adapted, 'best': heldout.best}
             checkpointer.save(done, state, extra | {'seconds': clock.seconds()})
 
     try:
         with report.Progress('train', num_steps, done) as progress:
             while done < num_steps:
                 started = time.monotonic()
-                rollouts, redrawn = redraw_equal(ahead.draw(done), source, splits, config, done)
+                rollouts, chosen = ahead.draw(done)
+                rollouts, redrawn = redraw_equal(rollouts, source, splits, config, done)
                 evaluated = heldout.collect()
                 drawn = time.monotonic()
                 state, values = learner.learn(state, rollouts, done)
@@ -114,7 +114,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 done += 1
                 source.publish(state.params, done)
                 heldout.post(done)
-                values |= redrawn | evaluated | {'time/sampling': drawn - started}
+                values |= chosen | redrawn | evaluated | {'time/sampling': drawn - started}
                 values['time/learning'] = time.monotonic() - drawn
                 metrics.write(done, values | heldout.env_ce(done, state.params))
                 if done % config.checkpoint.every == 0 or heldout.wants_save(done):

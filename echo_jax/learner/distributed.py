@@ -3,8 +3,10 @@
 import contextlib
 import glob
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,9 +57,15 @@ def leader_first(what: str) -> Iterator[None]:
         multihost_utils.sync_global_devices(what)
 
 
-def leader_says(flag: bool) -> bool:
-    """Returns the first process's `flag` in every process; all must call it."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(flag)))
+def leader_says(value: Any) -> Any:
+    """Returns the first process's `value`, which JSON can hold, in every process; all call it."""
+    if jax.process_count() == 1:
+        return value
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(data))))
+    padded = np.zeros(size, np.uint8)
+    padded[: min(size, len(data))] = data[:size]
+    return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())
 
 
 def _tpu_host() -> bool:

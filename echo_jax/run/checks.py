@@ -15,6 +15,7 @@ from echo_jax.learner.step import ShardedModel
 from echo_jax.learner.updates import check_cut
 from echo_jax.model import huggingface
 from echo_jax.run.inert import check_inert, sandbox_kinds
+from echo_jax.run.numbering import may_be_late
 from echo_jax.run.sinks import check_packages
 from echo_jax.run.workdir import read_tokenizer
 from echo_jax.types import ENV_TARGETS
@@ -80,10 +81,21 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")
     if config.max_staleness < 0:
         raise ValueError(f'max_staleness is {config.max_staleness}; expected 0 or more steps')
-    if config.max_staleness and config.policy.backend == 'jax':
+    if config.max_staleness > 1 and config.policy.backend == 'jax':
         raise ValueError(
-            f'max_staleness is {config.max_staleness}; the embedded policy samples every step '
-            'from the weights that it updates, set it to 0'
+            f'max_staleness is {config.max_staleness}; the embedded policy draws one step ahead at '
+            'most, set it to 0 or 1'
+        )
+    for key in ('oversample', 'deadline_sec'):
+        if config.batch[key] < 0:
+            raise ValueError(f'batch.{key} is {config.batch[key]}; expected 0 or more')
+    if config.policy.lease_sec <= 0:
+        raise ValueError(f'policy.lease_sec is {config.policy.lease_sec}; expected more than 0')
+    if config.loss.equal_groups == 'redraw' and may_be_late(config):
+        raise ValueError(
+            "loss.equal_groups = 'redraw' has each step wait for what it draws anew, and with "
+            'max_staleness, batch.oversample or batch.deadline_sec a step waits for no group; set '
+            "them to 0, or loss.equal_groups to 'drop'"
         )
     if config.batch.seq_len < config.protocol.max_total_tokens:
         raise ValueError(

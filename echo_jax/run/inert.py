@@ -201,6 +201,8 @@ INERT = (
             'policy.keyframe_every',
             'policy.gpu_memory_utilization',
             'policy.lease_sec',
+            'batch.oversample',
+            'batch.deadline_sec',
         ),
         when=lambda config: config.policy.backend == 'jax',
         deciding=('policy.backend',),

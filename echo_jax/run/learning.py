@@ -20,7 +20,6 @@ from echo_jax.learner.step import ShardedModel, TrainState
 from echo_jax.learner.targets import Targets
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.measures import seconds_under_time
-from echo_jax.run.numbering import groups_of_step
 from echo_jax.store.scores import ScoreStore
 from echo_jax.types import Role, Rollout, TokenScores
 
@@ -79,7 +78,8 @@ class Learner:
         learned: Sequence[Rollout],
         done: int,
     ) -> None:
-        """Writes the scores of each mini-batch by rollout, and removes those of old steps.
+        """Writes the scores of each mini-batch by rollout, and removes the oldest: as many groups
+        are kept as `logging.scores` steps have.
 
         A rollout that no update learned from has none, nor has one whose scores are not finite: if
         that ends the run, its metrics say so.
@@ -95,8 +95,8 @@ class Learner:
                     samples[rollout.sample_id] = TokenScores(*arrays)
         for group_id, samples in groups.items():
             store.write_group(group_id, samples)
-        oldest = done + 1 - self._config.logging.scores
-        store.keep(max(oldest, 0) * groups_of_step(self._config))
+        newest = store.groups()[-self._config.logging.scores * self._config.batch.groups :]
+        store.keep(min(newest, default=0))
 
     def _less_kl(self, rollouts: Sequence[Rollout], targets: Sequence[Targets]) -> list[Rollout]:
         """The rollouts with `loss.kl_coef` times their KL off their rewards, for `loss.kl_in`

@@ -1,14 +1,54 @@
-"""Which numbers the groups of a step have. No JAX, for those that only look at a run."""
+"""In which step a group is trained on. No JAX, for those that only look at a run."""
+
+import json
+from typing import Any
 
 import ml_collections
+import tensorstore as ts
+
+LEDGER = 'groups.jsonl'  # of runs whose groups may be late; see ahead.py
+
+
+def may_be_late(config: ml_collections.ConfigDict) -> bool:
+    """Whether a step takes the groups that are whole, and does not wait for those of its number."""
+    late = config.max_staleness or config.batch.oversample or config.batch.deadline_sec
+    return config.policy.backend == 'vllm' and bool(late)
 
 
 def groups_of_step(config: ml_collections.ConfigDict) -> int:
-    """How many numbers of groups a step has: its tasks, and those that it may draw anew."""
+    """How many numbers of groups a step has: its tasks, and those that it may draw anew.
+
+    Of runs whose groups are not late.
+    """
     redraws = config.loss.redraw_limit if config.loss.equal_groups == 'redraw' else 0
     return config.batch.groups + redraws
 
 
-def step_of_group(config: ml_collections.ConfigDict, group_id: int) -> int:
-    """The step, from 1, that a group of the store `train` belongs to."""
-    return group_id // groups_of_step(config) + 1
+class Steps:
+    """The step, from 1, that trains on a group of the store `train`."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self._config = config
+        self._ledger: dict[int, int | None] | None = {} if may_be_late(config) else None
+
+    def read(self, kvstore: ts.KvStore) -> None:
+        """Reads what the learner has written by now in the run's folder."""
+        if self._ledger is not None:
+            rows = read_ledger(kvstore.read(LEDGER).result().value.decode())
+            self._ledger = {i: row['step'] for row in rows for i in row['groups']}
+            self._ledger |= {i: None for row in rows for i in row['dropped']}
+
+    def is_known(self, group_id: int) -> bool:
+        """Whether it is decided which step that is, or that none is."""
+        return self._ledger is None or group_id in self._ledger
+
+    def __getitem__(self, group_id: int) -> int | None:
+        """None if the group was dropped, or no step has taken it yet."""
+        if self._ledger is None:
+            return group_id // groups_of_step(self._config) + 1
+        return self._ledger.get(group_id)
+
+
+def read_ledger(text: str) -> list[dict[str, Any]]:
+    """The rows of groups.jsonl, without one that a killed learner began at its end."""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]

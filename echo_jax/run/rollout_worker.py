@@ -108,7 +108,7 @@ class RolloutWorker:
         """
         if self._running >= self._episodes:
             return None
-        now, claimed = time.monotonic(), []
+        now, version, claimed = time.monotonic(), self._policy.version, []
         self._avoided = {group: until for group, until in self._avoided.items() if until > now}
         for due in sorted(self._due.listed(), key=lambda due: due.version):
             rollouts = RolloutStore(self._work.url('rollouts', due.store))
@@ -116,12 +116,14 @@ class RolloutWorker:
             missing = rollouts.missing(missing)
             free = self._claims.free(due.store, missing)
             for group_id in free:
-                if self._claims.take((due.store, group_id)):
+                if self._claims.take((due.store, group_id), max(version, due.version)):
                     return due, (due.store, group_id)
             claimed += [(due, (due.store, i)) for i in missing if i not in free]
         if now - self._looked > self._work.config.policy.lease_sec / _LOOKS:
             for due, group in claimed:
-                if group not in self._claims.held and self._claims.take(group):
+                if group not in self._claims.held and self._claims.take(
+                    group, max(version, due.version)
+                ):
                     return due, group
             self._looked = now
         return None

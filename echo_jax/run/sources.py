@@ -4,10 +4,8 @@ Either way the weights go out through the weight store, and whole groups come ba
 stores; a group that is in its store already is not drawn again. Nothing is trained here.
 """
 
-import collections
 import functools
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol as Interface
 
@@ -26,18 +24,17 @@ from echo_jax.model import params as model_params
 from echo_jax.model.family import published_arrays
 from echo_jax.policy.jax import JaxPolicy
 from echo_jax.run import report
-from echo_jax.run.entry import Stop, Stopped
-from echo_jax.run.numbering import groups_of_step
+from echo_jax.run.arrivals import Arrivals
+from echo_jax.run.entry import Stop
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
-from echo_jax.store.due import DueGroups, DueStore
+from echo_jax.store.due import DueGroups
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
-from echo_jax.tasks.drawing import TaskIterator, TaskSource
+from echo_jax.tasks.drawing import TaskSource
 from echo_jax.types import Rollout, Task
 
 PROBE_TOKENS = 256
-_SILENCE_SECONDS = 60.0  # without a new group, before a person is told
 
 
 class Source(Interface):
@@ -143,12 +140,12 @@ class WorkerSource:
     ):
         """probe: the tokens that every worker scores after it has taken new weights."""
         config = work.config
-        self._work, self._model, self._stop = work, model, stop
+        self._model = model
         self._weights = WeightStore(
             work.url('weights'), keyframe_every=config.policy.keyframe_every
         )
         self._serving = model.serving()
-        self._due = DueStore(work.url('fleet'))
+        self.arrivals = Arrivals(work, stop)
         self._score = model.score()
         length = min(PROBE_TOKENS, config.batch.seq_len)
         self._probe = np.asarray(probe[:length], np.int32)
@@ -156,7 +153,7 @@ class WorkerSource:
             self._probe[None], config.batch.micro_rows, length
         )
         if distributed.leads():
-            self._due.clear()
+            self.arrivals.due.clear()
             folder = work.served_model()
             if not folder.exists():
                 partial = folder.with_name('model.partial')
@@ -181,57 +178,14 @@ class WorkerSource:
         )
 
     def post(self, due: DueGroups) -> None:
-        if distributed.leads():
-            self._due.post(due)
+        self.arrivals.post(due)
 
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
-        store = RolloutStore(self._work.url('rollouts', due.store))
-        # Only host 0 polls; its answer is broadcast, because a host that left this wait alone would
-        # hang the others.
-        arrived = distributed.leader_says(distributed.leads() and self._arrive(due, store))
-        if not arrived:
-            raise Stopped
-        if distributed.leads():
-            self._due.withdraw(due)
-        return store.read_groups(due.group_ids)
-
-    def _arrive(self, due: DueGroups, store: RolloutStore) -> bool:
-        """Waits until every group is in the store; False if a stop is requested first."""
-        missing, last = len(due.group_ids), time.monotonic()
-        while not self._stop.requested:
-            before, missing = missing, len(store.missing(due.group_ids))
-            if not missing:
-                return True
-            if missing < before:
-                last = time.monotonic()
-            elif time.monotonic() - last > _SILENCE_SECONDS:
-                report.CONSOLE.print(self._silence(due, len(due.group_ids) - missing))
-                last = time.monotonic()
-            time.sleep(self._work.poll_seconds)
-        return False
-
-    def _silence(self, due: DueGroups, there: int) -> str:
-        """What a person wants to know if no group comes."""
-        now = time.time()
-        workers = '; '.join(
-            f'{document["worker"]} with version {document["version"]} draws '
-            f'{document["drawing"]} groups and reported {now - document["at"]:.0f} s ago'
-            for document in self._due.reports()
-        )
-        advice = (
-            f'workers: {workers}'
-            if workers
-            else 'no worker has reported: start python -m echo_jax.worker with the same --config '
-            'and --workdir'
-        )
-        return (
-            f'{there} of {len(due.group_ids)} groups of {due.store} at version {due.version} are '
-            f'there, none new for {_SILENCE_SECONDS:.0f} s; {advice}'
-        )
+        return self.arrivals.wait(due)
 
     def close(self) -> None:
         if distributed.leads():
-            self._due.finish()
+            self.arrivals.due.finish()
 
 
 # --------------------------------------------------------------------- which groups, and how many
@@ -263,53 +217,6 @@ def count_steps(config: ml_collections.ConfigDict, tasks: int) -> int:
             f'num_epochs={config.num_epochs} has no step; lower batch.groups or set num_steps'
         )
     return steps
-
-
-class GroupsAhead:
-    """The groups of the next step, and of the `max_staleness` steps after it.
-
-    They are posted ahead, so that workers draw them while the learner learns.
-    """
-
-    def __init__(
-        self, tasks: TaskIterator, source: Source, config: ml_collections.ConfigDict, num_steps: int
-    ):
-        self._tasks, self._source, self._config = tasks, source, config
-        self._num_steps = num_steps
-        # Of each step ahead: where the tasks stood before it, and its groups.
-        self._posted: collections.deque[tuple[dict, DueGroups]] = collections.deque()
-
-    def draw(self, done: int) -> list[Rollout]:
-        """The rollouts of the step after the first `done`; posts those ahead before it waits.
-
-        Raises Stopped if a stop is requested.
-        """
-        config = self._config
-        last = min(done + config.max_staleness, self._num_steps - 1)
-        for number in range(done + len(self._posted), last + 1):
-            position, drawn = self._tasks.get_state(), next(self._tasks)
-            due = DueGroups(
-                store='train',
-                split='train',
-                first_group=number * groups_of_step(config),
-                task_ids=tuple(task.task_id for task in drawn),
-                group_size=config.group_size,
-                temperature=config.policy.temperature,
-                version=done,
-            )
-            self._posted.append((position, due))
-            self._source.post(due)
-        groups = self._source.wait(self._posted[0][1])
-        return [rollout for group in groups for rollout in group]
-
-    def trained(self) -> None:
-        """Goes on to the step after the next."""
-        self._posted.popleft()
-
-    @property
-    def position(self) -> dict:
-        """Where a resumed run has to go on drawing tasks: before those of the next step."""
-        return self._posted[0][0] if self._posted else self._tasks.get_state()
 
 
 def waves(assignments: Assignments, group_size: int, slots: int) -> Iterator[list]:

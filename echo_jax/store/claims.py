@@ -11,8 +11,10 @@ draw one group, of which the rollout store keeps the first.
 
 import dataclasses
 import pathlib
+import re
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from echo_jax.store.kvstore import inside, open_kvstore, seal, unseal
 
@@ -25,6 +27,7 @@ class _Seen:
 
     generation: bytes
     since: float  # by time.monotonic(), when this generation was seen, or written, first
+    version: int = -1  # of a claim of its own
 
 
 class Claims:
@@ -41,9 +44,10 @@ class Claims:
     def held(self) -> set[Group]:
         return set(self._held)
 
-    def take(self, group: Group) -> bool:
+    def take(self, group: Group, version: int) -> bool:
         """Claims a group, unless another worker has a claim whose lease runs; True if it did.
 
+        No token of the group will be of weights older than `version`.
         A claim that has this worker's name is of a process before it, which is dead.
         """
         found = self._kvstore.read(claim_key(group)).result()
@@ -51,7 +55,7 @@ class Claims:
         is_others = found.state == 'value' and unseal(found.value)['worker'] != self._worker
         if is_others and not self._has_run_out(group, generation):
             return False
-        return self._write(group, generation)
+        return self._write(group, generation, version)
 
     def free(self, store: str, group_ids: Iterable[int]) -> list[int]:
         """Those of the groups that no worker has claimed, as far as one listing tells."""
@@ -68,7 +72,7 @@ class Claims:
         """
         now = time.monotonic()
         old = [g for g, seen in self._held.items() if now - seen.since > self._lease_sec / 3]
-        return {group for group in old if not self._write(group, self._held[group].generation)}
+        return {group for group in old if not self._renew(group, self._held[group])}
 
     def release(self, group: Group) -> None:
         """Gives up a claim, if this worker still has it."""
@@ -83,17 +87,33 @@ class Claims:
             return False
         return now - seen.since > self._lease_sec
 
-    def _write(self, group: Group, over: bytes) -> bool:
+    def _renew(self, group: Group, seen: _Seen) -> bool:
+        return self._write(group, seen.generation, seen.version)
+
+    def _write(self, group: Group, over: bytes, version: int) -> bool:
         """Writes this worker's claim over what has the generation `over`; False if that changed."""
         self._renewals += 1  # so that every write has other bytes, and another generation
-        value = seal({'worker': self._worker, 'renewals': self._renewals})
+        value = seal({'worker': self._worker, 'version': version, 'renewals': self._renewals})
         stamp = self._kvstore.write(claim_key(group), value, if_equal=over).result()
         if not stamp.generation:  # the condition failed
             self._held.pop(group, None)
             return False
         self._others.pop(group, None)
-        self._held[group] = _Seen(stamp.generation, time.monotonic())
+        self._held[group] = _Seen(stamp.generation, time.monotonic(), version)
         return True
+
+
+def read_claims(url: str | pathlib.Path, store: str) -> dict[int, dict[str, Any]]:
+    """{number of a group: {'worker': its name, 'version': the oldest weights of its tokens, ...}}.
+
+    Of the groups of `store` that are claimed, whether or not the worker still lives.
+    """
+    kvstore = open_kvstore(url)
+    found = kvstore.list(inside(f'claims/{store}')).result()
+    keys = [key for key in found if re.fullmatch(rb'.*/\d{12}', key)]  # no lock files
+    reads = [(int(key[-12:]), kvstore.read(key)) for key in keys]
+    values = [(number, read.result()) for number, read in reads]
+    return {number: unseal(each.value) for number, each in values if each.state == 'value'}
 
 
 def claim_key(group: Group) -> str:

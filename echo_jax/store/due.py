@@ -12,6 +12,8 @@ one or a new one.
 import dataclasses
 import pathlib
 import time
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import tensorstore as ts
 
@@ -30,15 +32,25 @@ class DueGroups:
     group_size: int
     temperature: float
     version: int  # the oldest weights that may sample them
+    without: tuple[int, ...] = ()  # numbers of those that are due no longer
 
-    @property
-    def group_ids(self) -> range:
-        return range(self.first_group, self.first_group + len(self.task_ids))
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> 'DueGroups':
+        """What `dataclasses.asdict` made JSON of, which knows lists alone."""
+        fields = dict(document)
+        for name in ('task_ids', 'without'):
+            fields[name] = tuple(fields.get(name, ()))
+        return cls(**fields)
 
     @property
     def assignments(self) -> list[tuple[int, str]]:
         """(number, task's id) of each group."""
-        return list(zip(self.group_ids, self.task_ids))
+        numbered = enumerate(self.task_ids, self.first_group)
+        return [(number, task_id) for number, task_id in numbered if number not in self.without]
+
+    @property
+    def group_ids(self) -> list[int]:
+        return [number for number, _ in self.assignments]
 
 
 class DueStore:
@@ -54,16 +66,30 @@ class DueStore:
 
     def listed(self) -> list[DueGroups]:
         """What was posted and not withdrawn, by store and number."""
-        found = self._read('due')
-        for each in found:
-            each['task_ids'] = tuple(each['task_ids'])  # JSON knows lists alone
-        return [DueGroups(**each) for each in found]
+        return [DueGroups.of(each) for each in self._read('due')]
 
     def withdraw(self, due: DueGroups) -> None:
         """Makes these groups due no longer, whether or not they have been drawn or claimed."""
         self._kvstore.write(_key(due), None).result()
-        ends = (claim_key((due.store, i)) for i in (due.group_ids.start, due.group_ids.stop))
-        self._kvstore.delete_range(ts.KvStore.KeyRange(*ends)).result()
+        self._unclaim(due.store, due.first_group, due.first_group + len(due.task_ids))
+
+    def remove(self, due: DueGroups, group_ids: Collection[int]) -> DueGroups:
+        """Makes some of these groups due no longer; returns what is left."""
+        gone = [i for i in due.group_ids if i in group_ids]
+        if not gone:
+            return due
+        left = dataclasses.replace(due, without=(*due.without, *gone))
+        if left.group_ids:
+            self.post(left)
+            for group_id in gone:
+                self._unclaim(due.store, group_id, group_id + 1)
+        else:
+            self.withdraw(due)
+        return left
+
+    def _unclaim(self, store: str, first: int, end: int) -> None:
+        keys = ts.KvStore.KeyRange(claim_key((store, first)), claim_key((store, end)))
+        self._kvstore.delete_range(keys).result()
 
     def clear(self) -> None:
         """Withdraws everything: for a learner that starts, before it posts groups of its own."""

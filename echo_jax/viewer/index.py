@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from echo_jax.run.numbering import step_of_group
+from echo_jax.run.numbering import Steps
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.kvstore import MissingError, inside, open_kvstore
 from echo_jax.store.rollouts import RolloutStore
@@ -40,6 +40,7 @@ class Index:
         )
         # Apart from the rows, because scores come later than rollouts, and not for all of them.
         self.surprises = Table('row', 'surprise')
+        self.steps = Steps(work.config)
         self.problems: dict[Group, str] = {}  # one line on each group that cannot be read
         self.found = 0  # groups that the last look has found
         self.read = 0  # groups whose rows are there
@@ -90,12 +91,16 @@ class Index:
         return any(group not in self.problems for group in new[_AT_ONCE:] + late[_AT_ONCE:])
 
     def _list(self) -> list[Group]:
-        """All groups that are there, in the order to read them."""
+        """All groups that are there, in the order to read them; those of training when a step has
+        taken or dropped them.
+        """
+        self.steps.read(self._kvstore)
         keys = self._kvstore.list(inside('rollouts')).result()
         matches = [match for match in map(_GROUP.fullmatch, keys) if match]
         groups = [(match[1].decode(), int(match[2])) for match in matches]
         for name in {name for name, _ in groups} - self._stores.keys():
             self._stores[name] = RolloutStore(self._work.url('rollouts', name))
+        groups = [each for each in groups if each[0] != 'train' or self.steps.is_known(each[1])]
         return sorted(groups, key=lambda group: (group[0] != 'train', group[0], -group[1]))
 
     def _load(
@@ -116,7 +121,7 @@ class Index:
         return rows, surprises
 
     def _row(self, store: str, rollout: Rollout) -> tuple:
-        step = step_of_group(self._work.config, rollout.group_id) if store == 'train' else None
+        step = self.steps[rollout.group_id] if store == 'train' else None
         return (
             *(store, visible(rollout.task_id), step, rollout.group_id, rollout.sample_id),
             *(number(rollout.reward), rollout.status.value, visible(rollout.reason)),

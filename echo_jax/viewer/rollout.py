@@ -7,7 +7,6 @@ import numpy as np
 
 from echo_jax.learner.batching import judge
 from echo_jax.learner.targets import Targets
-from echo_jax.run.numbering import step_of_group
 from echo_jax.types import OBSERVATION_ROLES, Role, Rollout, TokenScores
 from echo_jax.viewer.index import stop_reason
 from echo_jax.viewer.text import number, token_texts, visible
@@ -18,10 +17,13 @@ def rollout_document(
     group: Sequence[Rollout],
     rollout: Rollout,
     scores: TokenScores | None,
+    step: int | None,
     config: ml_collections.ConfigDict,
     table: Sequence[bytes],
 ) -> dict:
-    """What the page shows of `rollout`, one of `group`; `table` has the bytes of each token id.
+    """What the page shows of `rollout`, one of `group`, which `step` trained on, if one did.
+
+    `table` has the bytes of each token id.
 
     Per token: `text`, `id`, and the measures that there are, None where a token has none. `roles`
     and `versions` are runs of equal values, [[value, count], ...].
@@ -54,7 +56,7 @@ def rollout_document(
         'task': visible(rollout.task_id),
         'group': rollout.group_id,
         'sample': rollout.sample_id,
-        'step': step_of_group(config, rollout.group_id) if store == 'train' else None,
+        'step': step,
         'reward': number(rollout.reward),
         'advantage': advantage,
         'status': rollout.status.value,

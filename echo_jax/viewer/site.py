@@ -79,8 +79,9 @@ class Run:
             if rollout.sample_id == sample_id:
                 table, no_table = self._token_table()
                 scores, no_scores = self._scores(store, group_id)
+                step = self.index.steps[group_id] if store == 'train' else None
                 document = rollout_document(
-                    store, group, rollout, scores.get(sample_id), self.work.config, table
+                    store, group, rollout, scores.get(sample_id), step, self.work.config, table
                 )
                 document['notes'] += [note for note in (no_table, no_scores) if note]
                 return document

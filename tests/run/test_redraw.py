@@ -3,12 +3,11 @@
 import pytest
 
 from echo_jax.learner.batching import rollout_metrics
-from echo_jax.run.numbering import groups_of_step, step_of_group
+from echo_jax.run.ahead import Rounds
+from echo_jax.run.numbering import Steps, groups_of_step
 from echo_jax.run.redraw import other_tasks, redraw_equal
-from echo_jax.run.sources import GroupsAhead
 from echo_jax.store.due import DueGroups
 from echo_jax.store.rollouts import RolloutStore
-from echo_jax.tasks.drawing import TaskIterator
 from echo_jax.types import Rollout, Task
 from tests.support.random_rollouts import make_rollout, small_config
 
@@ -73,7 +72,7 @@ def test_by_hand(tmp_path):
     """Step 3 has the numbers 14 to 20: 3 of its own, and 4 that may be drawn anew."""
     config, done = recipe(), 2
     assert groups_of_step(config) == 7
-    assert [step_of_group(config, group) for group in (0, 6, 7, 14)] == [1, 1, 2, 3]
+    assert [Steps(config)[group] for group in (0, 6, 7, 14)] == [1, 1, 2, 3]
     anew = other_tasks(tasks(20), {f'task-{i}' for i in range(3)}, config, done)
     assert len(anew) == 4
     # Groups 14 and 16 are equal. Two tasks are drawn: the first is equal again, the second takes
@@ -82,7 +81,7 @@ def test_by_hand(tmp_path):
     rollouts, metrics = redraw_equal(
         first_draw(done, config), source, {'train': tasks(20)}, config, done
     )
-    assert [due.group_ids for due in source.posted] == [range(17, 19), range(19, 20)]
+    assert [due.group_ids for due in source.posted] == [[17, 18], [19]]
     assert [due.task_ids for due in source.posted] == [tuple(anew[:2]), (anew[2],)]
     assert {(due.version, due.store, due.temperature) for due in source.posted} == {
         (2, 'train', config.policy.temperature)
@@ -150,15 +149,14 @@ def steps_of(source, config, state=None, first=0, last=STEPS):
     step, as the learner's program goes through them; `state` is the position to go on from.
     """
     everything = tasks(30)
-    iterator = TaskIterator(everything, seed=config.seed, groups=config.batch.groups)
+    ahead, found = Rounds(everything, source, config, STEPS), []
     if state is not None:
-        iterator.set_state(state)
-    ahead, found = GroupsAhead(iterator, source, config, STEPS), []
+        ahead.set_state(state)
     for done in range(first, last):
-        drawn = ahead.draw(done)
+        drawn, _ = ahead.draw(done)
         rollouts, redrawn = redraw_equal(drawn, source, {'train': everything}, config, done)
         ahead.trained()
-        found.append((rollouts, redrawn, ahead.position))
+        found.append((rollouts, redrawn, ahead.get_state()))
     return found
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from echo_jax.store.claims import Claims, claim_key
+from echo_jax.store.claims import Claims, claim_key, read_claims
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.kvstore import open_kvstore
 
@@ -18,32 +18,34 @@ GROUP = ('train', 12)
 def test_one_worker_has_a_group_until_it_gives_it_up(tmp_path):
     first, second = (Claims(tmp_path, name, lease_sec=60) for name in ('a', 'b'))
     assert first.free('train', [11, 12, 13]) == [11, 12, 13]
-    assert first.take(GROUP) and not second.take(GROUP)
+    assert first.take(GROUP, 0) and not second.take(GROUP, 0)
     assert second.free('train', [11, 12, 13]) == [11, 13]
     assert second.free('heldout', [12]) == [12]  # the same number of another store
     second.release(GROUP)  # which it does not have
-    assert (first.held, second.held) == ({GROUP}, set()) and not second.take(GROUP)
+    assert (first.held, second.held) == ({GROUP}, set()) and not second.take(GROUP, 0)
     first.release(GROUP)
-    assert first.held == set() and second.take(GROUP)
+    assert first.held == set() and second.take(GROUP, 3)
+    (claim,) = read_claims(tmp_path, 'train').items()
+    assert (claim[0], claim[1]['worker'], claim[1]['version']) == (12, 'b', 3)
 
 
 def test_of_many_workers_one_has_the_group(tmp_path):
     for number in range(20):
         workers = [Claims(tmp_path, f'worker {i}', lease_sec=60) for i in range(8)]
         with ThreadPoolExecutor(8) as pool:
-            took = [pool.submit(worker.take, ('train', number)) for worker in workers]
+            took = [pool.submit(worker.take, ('train', number), 0) for worker in workers]
         assert sum(each.result() for each in took) == 1
 
 
 def test_a_lease_that_is_renewed_does_not_run_out(tmp_path):
     first, second = (Claims(tmp_path, name, lease_sec=0.3) for name in ('a', 'b'))
-    assert first.take(GROUP)
+    assert first.take(GROUP, 0)
     deadline = time.monotonic() + 1.5
     while time.monotonic() < deadline:
-        assert first.renew() == set() and not second.take(GROUP)
+        assert first.renew() == set() and not second.take(GROUP, 0)
         time.sleep(0.02)
     taken = time.monotonic()
-    while not second.take(GROUP):  # nobody renews it now
+    while not second.take(GROUP, 0):  # nobody renews it now
         assert time.monotonic() < taken + 10
         time.sleep(0.02)
     assert time.monotonic() - taken > 0.2
@@ -53,16 +55,16 @@ def test_a_lease_that_is_renewed_does_not_run_out(tmp_path):
 
 
 def test_a_worker_that_is_started_again_has_its_claims_at_once(tmp_path):
-    assert Claims(tmp_path, 'a', lease_sec=60).take(GROUP)
-    assert not Claims(tmp_path, 'b', lease_sec=60).take(GROUP)
-    assert Claims(tmp_path, 'a', lease_sec=60).take(GROUP)
+    assert Claims(tmp_path, 'a', lease_sec=60).take(GROUP, 0)
+    assert not Claims(tmp_path, 'b', lease_sec=60).take(GROUP, 0)
+    assert Claims(tmp_path, 'a', lease_sec=60).take(GROUP, 0)
 
 
 def test_a_group_that_is_due_no_longer_is_lost(tmp_path):
     due, store = DueGroups('train', 'train', 10, ('t',) * 3, 4, 1.0, 0), DueStore(tmp_path)
     claims = Claims(tmp_path, 'a', lease_sec=0.01)
     store.post(due)
-    assert claims.take(GROUP) and claims.take(('train', 13))
+    assert claims.take(GROUP, 0) and claims.take(('train', 13), 0)
     store.withdraw(due)
     time.sleep(0.02)
     assert claims.renew() == {GROUP} and claims.held == {('train', 13)}
@@ -72,7 +74,7 @@ def _take_for_ever(folder: str) -> None:
     while True:
         claims = Claims(folder, f'worker {os.getpid()}', lease_sec=0.05)
         for number in range(5):
-            claims.take(('train', number))
+            claims.take(('train', number), 0)
             claims.renew()
             claims.release(('train', number))
 
@@ -96,7 +98,7 @@ def test_killed_workers_leave_nothing_that_stays(tmp_path):
     left = {('train', number) for number in range(5)}
     deadline = time.monotonic() + 10
     while left and time.monotonic() < deadline:
-        left -= {group for group in left if last.take(group)}
+        left -= {group for group in left if last.take(group, 0)}
         time.sleep(0.02)
     assert not left
     assert last.free('train', range(5)) == []

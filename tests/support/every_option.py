@@ -75,6 +75,8 @@ ELSEWHERE: Mapping[str, str] = {
     'max_staleness': _VLLM,
     'policy.keyframe_every': _VLLM,
     'policy.lease_sec': _VLLM,
+    'batch.oversample': _VLLM,
+    'batch.deadline_sec': _VLLM,
     'policy.tensor_parallel': 'needs several GPUs',
     'policy.gpu_memory_utilization': 'needs a GPU',
     "sandbox.backend = 'harbor'": _HARBOR,

@@ -15,7 +15,8 @@ TABLE = token_bytes(build(TINY))
 
 def document(rollout, group=None, scores=None, store='train', **loss):
     group = group or [rollout]
-    return rollout_document(store, group, rollout, scores, small_config(**loss), TABLE)
+    step = 1 if store == 'train' else None
+    return rollout_document(store, group, rollout, scores, step, small_config(**loss), TABLE)
 
 
 def expand(runs):

@@ -1,0 +1,220 @@
+"""Steps from the groups that are whole, on real stores, with a thread in the place of workers."""
+
+import collections
+import json
+import random
+import threading
+import time
+
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import base
+from echo_jax.run.ahead import InFlight, Ledger
+from echo_jax.run.arrivals import Arrivals
+from echo_jax.run.entry import Stop
+from echo_jax.run.numbering import Steps
+from echo_jax.run.workdir import Workdir
+from echo_jax.store.claims import Claims
+from echo_jax.store.due import DueStore
+from echo_jax.store.kvstore import open_kvstore
+from echo_jax.store.rollouts import RolloutStore
+from echo_jax.types import Role, Rollout, Status, Task
+
+TASKS = [Task(f'task-{i}', None, '') for i in range(200)]
+
+
+def recipe(groups=2, staleness=2, **batch) -> ml_collections.FrozenConfigDict:
+    c = base.get_config()
+    c.policy.backend = 'vllm'
+    c.max_staleness = staleness
+    c.batch.groups, c.group_size = groups, 2
+    c.batch.update(batch)
+    return ml_collections.FrozenConfigDict(c)
+
+
+def group_of(group_id: int, task_id: str, version: int) -> list[Rollout]:
+    roles = np.array([Role.PROMPT, Role.ACTION, Role.OUTPUT], np.uint8)
+    versions = np.where(roles == Role.ACTION, version, -1).astype(np.int32)
+    numbers = np.zeros(3, np.int32)
+    return [
+        Rollout(
+            tokens=numbers + sample,
+            roles=roles,
+            rollout_logprobs=numbers.astype(np.float32),
+            policy_versions=versions,
+            turn_starts=np.array([1], np.int32),
+            reward=0.0,
+            status=Status.OK,
+            task_id=task_id,
+            group_id=group_id,
+            sample_id=sample,
+            environment_only=False,
+        )
+        for sample in range(2)
+    ]
+
+
+class Run:
+    """A learner without its learning: it draws steps, and the version is the number of steps."""
+
+    def __init__(self, folder, config, steps=12):
+        self.work = Workdir(folder, config)
+        self.store = RolloutStore(self.work.url('rollouts', 'train'))
+        self.due = DueStore(self.work.url('fleet'))
+        self.steps, self.done = steps, 0
+        self.start()
+
+    def start(self, state=None, done=0):
+        """A process that starts; `state` is of the checkpoint at `done`."""
+        ledger, config = Ledger(self.work), self.work.config
+        arrivals = Arrivals(self.work, Stop())
+        self.ahead, self.done = InFlight(TASKS, arrivals, config, self.steps, ledger), done
+        self.due.clear()
+        if state:
+            self.ahead.set_state(state)
+
+    def step(self) -> tuple[list[int], dict[str, float]]:
+        rollouts, values = self.ahead.draw(self.done)
+        oldest = min(r.policy_versions.max() for r in rollouts)
+        assert 0 <= self.done - oldest <= self.work.config.max_staleness
+        self.ahead.trained()
+        self.done += 1
+        return sorted({r.group_id for r in rollouts}), values
+
+    def wanted(self) -> list[int]:
+        """The groups that workers have to draw, by number."""
+        ids = sorted(i for due in self.due.listed() for i in due.group_ids)
+        return self.store.missing(ids)
+
+    def write(self, *group_ids: int, version: int | None = None) -> None:
+        tasks = dict(pair for due in self.due.listed() for pair in due.assignments)
+        for i in (i for i in group_ids if i in tasks):  # others are due no longer
+            version = self.done if version is None else version
+            self.store.write_group(group_of(i, tasks[i], version))
+
+
+def begun(run: Run) -> None:
+    """Lets the run post what its first step wants, which the test then draws."""
+    run.ahead._fill(run.done)
+
+
+def test_a_step_takes_the_oldest_groups_that_are_whole(tmp_path):
+    run = Run(tmp_path / 'run', recipe())
+    begun(run)
+    assert run.wanted() == [0, 1, 2, 3, 4, 5]  # three steps' worth
+    run.write(1, 5, 3)
+    assert run.step()[0] == [1, 3]
+    begun(run)
+    assert run.wanted() == [0, 2, 4, 6, 7]  # as many new ones as a step has taken; 5 is there
+    run.write(7, 2)
+    assert run.step() == ([2, 5], {'rollout/dropped_groups': 0, 'rollout/groups_waiting': 1})
+
+
+def test_what_is_too_old_is_dropped_and_replaced(tmp_path, capsys):
+    run = Run(tmp_path / 'run', recipe())
+    begun(run)
+    for _ in range(3):
+        begun(run)
+        run.write(*run.wanted()[1:3])  # group 0 is slow
+        run.step()
+    run.write(0, version=0)  # and whole when step 4 of weights 3 is due
+    begun(run)
+    run.write(*run.wanted()[:3])
+    groups, values = run.step()
+    assert 0 not in groups and values['rollout/dropped_groups'] == 1
+    assert 'groups 0 came too late and are dropped' in ' '.join(capsys.readouterr().out.split())
+    begun(run)
+    in_flight = run.wanted() + [i for i in run.store.groups() if Steps(run.work.config)[i] is None]
+    steps = Steps(run.work.config)
+    steps.read(open_kvstore(run.work.url()))
+    assert steps.is_known(0) and steps[0] is None and steps[groups[0]] == 4
+    assert len([i for i in set(in_flight) if not steps.is_known(i)]) == 6
+
+
+def test_a_group_that_is_bound_to_be_too_old_is_not_waited_for(tmp_path):
+    run = Run(tmp_path / 'run', recipe(staleness=1))
+    begun(run)
+    worker = Claims(run.due.url, 'worker', lease_sec=60)
+    assert worker.take(('train', 0), 0)
+    for _ in range(2):
+        run.write(*run.wanted()[1:3])
+        run.step()
+        begun(run)
+    run.write(*run.wanted()[1:3])
+    _, values = run.step()
+    assert values['rollout/dropped_groups'] == 1 and 0 not in run.wanted()
+    worker._lease_sec = 0
+    assert worker.renew() == {('train', 0)}  # so the worker gives it up
+
+
+def test_a_deadline_drops_what_takes_too_long(tmp_path):
+    run = Run(tmp_path / 'run', recipe(staleness=0, oversample=1, deadline_sec=0.3))
+    begun(run)
+    assert run.wanted() == [0, 1, 2]
+    worker = Claims(run.due.url, 'worker', lease_sec=60)
+    assert worker.take(('train', 0), 0) and worker.take(('train', 1), 0)
+    writer = threading.Timer(1.0, run.write, [2, 3])
+    writer.start()
+    groups, values = run.step()
+    writer.join()
+    assert groups == [2, 3] and values['rollout/dropped_groups'] == 2
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize('seed', range(6))
+def test_killed_at_any_time_every_group_is_trained_on_once(tmp_path, seed):
+    """Processes end between any two lines of a step and go on from the last checkpoint."""
+    random_ = random.Random(seed)
+    run = Run(tmp_path / 'run', recipe(oversample=1))
+    saved, trained = (None, 0), {}
+    ended = threading.Event()
+
+    def draw():
+        while not ended.is_set():
+            wanted = run.wanted()
+            if wanted:
+                age = random_.randint(0, 3)
+                run.write(random_.choice(wanted), version=max(run.done - age, 0))
+            time.sleep(0.001)
+
+    worker = threading.Thread(target=draw)
+    worker.start()
+    try:
+        while run.done < run.steps:
+            state = run.ahead.get_state()
+            if random_.random() < 0.4:
+                saved = (state, run.done)
+            if random_.random() < 0.3:
+                run.start(*saved)
+            if random_.random() < 0.2:  # killed between drawing and the checkpoint
+                run.ahead.draw(run.done)
+                run.start(*saved)
+            number, (groups, _) = run.done, run.step()
+            assert trained.setdefault(number, groups) == groups  # the same again
+    finally:
+        ended.set()
+        worker.join()
+    counts = collections.Counter(i for groups in trained.values() for i in groups)
+    assert set(counts.values()) == {1} and len(trained) == run.steps
+    steps = Steps(run.work.config)
+    steps.read(open_kvstore(run.work.url()))
+    assert {i: steps[i] for i in counts} == {
+        i: number + 1 for number, groups in trained.items() for i in groups
+    }
+
+
+def test_a_row_that_was_not_written_to_its_end_counts_for_nothing(tmp_path):
+    run = Run(tmp_path / 'run', recipe())
+    begun(run)
+    run.write(0, 1)
+    run.step()
+    file = run.work.path / 'groups.jsonl'
+    file.write_text(file.read_text() + '{"step": 2, "gro')
+    run.start()
+    run.write(2, 3)
+    assert run.step()[0] == [0, 1]
+    run.write(*run.wanted()[:2])
+    run.step()
+    assert [row['step'] for row in map(json.loads, file.open())] == [1, 2]
