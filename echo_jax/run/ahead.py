@@ -137,8 +137,8 @@ class InFlight:
             unread = [i for i in self._chosen if i not in self._whole]
             self._whole |= zip(unread, self._arrivals.read('train', unread))
         values = {
-            'rollout/dropped_groups': float(len(dropped)),
-            'rollout/groups_waiting': float(len(self._whole) - len(self._chosen)),
+            'rollout/late_groups': float(len(dropped)),
+            'rollout/waiting_groups': float(len(self._whole) - len(self._chosen)),
         }
         return [rollout for i in self._chosen for rollout in self._whole[i]], values
 

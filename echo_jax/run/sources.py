@@ -4,6 +4,7 @@ Either way the weights go out through the weight store, and whole groups come ba
 stores; a group that is in its store already is not drawn again. Nothing is trained here.
 """
 
+import concurrent.futures
 import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +68,9 @@ def make_source(
 
 
 class EmbeddedSource:
-    """Samples in this process (`policy.backend='jax'`), when groups are waited for."""
+    """Samples in this process (`policy.backend='jax'`): when groups are waited for, or with
+    `max_staleness` 1 in a thread of its own, in the order in which they were posted.
+    """
 
     def __init__(
         self,
@@ -87,6 +90,8 @@ class EmbeddedSource:
             slots=config.policy.slots,
             cache_tokens=config.protocol.max_total_tokens,
         )
+        self._ahead = concurrent.futures.ThreadPoolExecutor(1) if config.max_staleness else None
+        self._posted: dict[DueGroups, concurrent.futures.Future[None]] = {}
         self._make_sandbox = sandbox_maker(config)
         self._draw = functools.partial(
             draw_in_waves,
@@ -100,17 +105,24 @@ class EmbeddedSource:
         self._weights.publish(model_params.flatten(self._serving(params)), version)
 
     def post(self, due: DueGroups) -> None:
-        pass
+        if self._ahead:
+            self._posted[due] = self._ahead.submit(self._draw_due, due)
 
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
         self._stop.check()
+        if self._ahead:
+            self._posted.pop(due).result()
+        else:
+            self._draw_due(due)
+        return RolloutStore(self._work.url('rollouts', due.store)).read_groups(due.group_ids)
+
+    def _draw_due(self, due: DueGroups) -> None:
         store = RolloutStore(self._work.url('rollouts', due.store))
         tasks, task_ids = self._tasks[due.split], dict(due.assignments)
         missing = store.missing(task_ids)
         if missing:
             assignments = [(group_id, tasks[task_ids[group_id]]) for group_id in missing]
             self._stop.run(self._draw_missing(assignments, store, due))
-        return store.read_groups(due.group_ids)
 
     async def _draw_missing(
         self, assignments: list[tuple[int, Task]], store: RolloutStore, due: DueGroups
@@ -120,6 +132,8 @@ class EmbeddedSource:
         await self._draw(assignments, store, group_size=due.group_size, temperature=due.temperature)
 
     def close(self) -> None:
+        if self._ahead:
+            self._ahead.shutdown()
         self._make_sandbox.close()
 
 

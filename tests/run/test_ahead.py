@@ -109,7 +109,7 @@ def test_a_step_takes_the_oldest_groups_that_are_whole(tmp_path):
     begun(run)
     assert run.wanted() == [0, 2, 4, 6, 7]  # as many new ones as a step has taken; 5 is there
     run.write(7, 2)
-    assert run.step() == ([2, 5], {'rollout/dropped_groups': 0, 'rollout/groups_waiting': 1})
+    assert run.step() == ([2, 5], {'rollout/late_groups': 0, 'rollout/waiting_groups': 1})
 
 
 def test_what_is_too_old_is_dropped_and_replaced(tmp_path, capsys):
@@ -123,7 +123,7 @@ def test_what_is_too_old_is_dropped_and_replaced(tmp_path, capsys):
     begun(run)
     run.write(*run.wanted()[:3])
     groups, values = run.step()
-    assert 0 not in groups and values['rollout/dropped_groups'] == 1
+    assert 0 not in groups and values['rollout/late_groups'] == 1
     assert 'groups 0 came too late and are dropped' in ' '.join(capsys.readouterr().out.split())
     begun(run)
     in_flight = run.wanted() + [i for i in run.store.groups() if Steps(run.work.config)[i] is None]
@@ -144,7 +144,7 @@ def test_a_group_that_is_bound_to_be_too_old_is_not_waited_for(tmp_path):
         begun(run)
     run.write(*run.wanted()[1:3])
     _, values = run.step()
-    assert values['rollout/dropped_groups'] == 1 and 0 not in run.wanted()
+    assert values['rollout/late_groups'] == 1 and 0 not in run.wanted()
     worker._lease_sec = 0
     assert worker.renew() == {('train', 0)}  # so the worker gives it up
 
@@ -159,7 +159,7 @@ def test_a_deadline_drops_what_takes_too_long(tmp_path):
     writer.start()
     groups, values = run.step()
     writer.join()
-    assert groups == [2, 3] and values['rollout/dropped_groups'] == 2
+    assert groups == [2, 3] and values['rollout/late_groups'] == 2
 
 
 @pytest.mark.timeout(120)

@@ -72,7 +72,6 @@ ELSEWHERE: Mapping[str, str] = {
     "model.remat = 'offload'": 'needs an accelerator: tests/learner/test_platforms.py',
     'model.path': 'needs a model in files: tests/test_export.py',
     "policy.backend = 'vllm'": _VLLM,
-    'max_staleness': _VLLM,
     'policy.keyframe_every': _VLLM,
     'policy.lease_sec': _VLLM,
     'batch.oversample': _VLLM,
@@ -174,6 +173,7 @@ RUNS: Mapping[str, Run] = {
         {
             **SEVERAL_UPDATES,
             'num_steps': 2,
+            'max_staleness': 1,
             'loss.kl_coef': 0.05,
             'loss.kl': 'k1',
             'loss.kl_in': 'reward',
