@@ -82,7 +82,8 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         state, extra, done = restored
         ahead.set_state(extra['ahead'])
         clock.resume(extra['seconds'])
-        env_term.adapted, heldout.best = extra['env_coef'], tuple(extra['best'])
+        env_term.adapted = extra['env_coef']
+        heldout.set_state(extra['heldout'])
         report.CONSOLE.print(f'resumed at step {done} of {num_steps}')
     metrics.resume(done)
     if leads:
@@ -98,8 +99,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         if checkpointer.latest() != done:
             if leads:  # first, so that there is no checkpoint without its rows
                 work.share('metrics.jsonl', LEDGER, 'tensorboard')
-            extra = {'ahead': ahead.get_state(), 'env_coef': env_term.adapted, 'best': heldout.best}
-            checkpointer.save(done, state, extra | {'seconds': clock.seconds()})
+            extra = {'ahead': ahead.get_state(), 'heldout': heldout.get_state()}
+            extra |= {'env_coef': env_term.adapted, 'seconds': clock.seconds()}
+            checkpointer.save(done, state, extra)
 
     try:
         with report.Progress('train', num_steps, done) as progress:
@@ -107,7 +109,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 started = time.monotonic()
                 rollouts, chosen = ahead.draw(done)
                 rollouts, redrawn = redraw_equal(rollouts, source, splits, config, done)
-                evaluated = heldout.collect()
+                evaluated = heldout.collect(done)
                 drawn = time.monotonic()
                 state, values = learner.learn(state, rollouts, done)
                 ahead.trained()

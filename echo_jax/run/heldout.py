@@ -3,6 +3,7 @@
 Nothing that is drawn here is trained on.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from echo_jax.run.intervals import Estimate
 from echo_jax.run.measures import env_ce, imagined
+from echo_jax.run.numbering import may_be_late
 from echo_jax.run.results import pass_rates, result_of
 from echo_jax.run.sources import Source
 from echo_jax.store.due import DueGroups
@@ -37,6 +39,7 @@ class Heldout:
         self._num_steps, self._score = num_steps, score
         self._fixed: list[Rollout] = []  # drawn before training: the environment CE's
         self._posted: DueGroups | None = None  # not waited for yet
+        self._is_told = True  # whether the source knows of it
         self.rollouts: list[Rollout] = []  # the newest of all tasks
         # The best solve rate between start and end, and its version: (-1, 0) before there is one.
         self.best: tuple[float, int] = (-1.0, 0)
@@ -55,21 +58,41 @@ class Heldout:
         return summary(when, self.rollouts, ce)
 
     def post(self, done: int) -> None:
-        """Lets an evaluation of version `done` be drawn, if it is time for one."""
+        """Lets an evaluation of version `done` be drawn, if it is time for one.
+
+        After `set_state`, one that was not there yet is posted again.
+        """
         tasks = self._tasks[: self._config.eval.tasks]
-        if self._is_time(done) and tasks:
+        is_new = self._posted is None and bool(tasks) and self._is_time(done)
+        if is_new:
             self._posted = self._due(f'heldout_{done:06d}', tasks, done)
+        if self._posted and (is_new or not self._is_told):
             self._source.post(self._posted)
+        self._is_told = True
 
-    def collect(self) -> dict[str, float]:
-        """The metrics of the evaluation that was posted before, if one was. Waits for its rollouts.
+    def get_state(self) -> dict[str, Any]:
+        """What a resumed run has to know, as JSON can hold it."""
+        return {'best': self.best, 'posted': self._posted and dataclasses.asdict(self._posted)}
 
-        It is called in the next step, after that step's own rollouts are there: workers draw both
-        together.
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.best = tuple(state['best'])
+        self._posted = DueGroups.of(state['posted']) if state['posted'] else None
+        self._is_told = False
+
+    def collect(self, done: int) -> dict[str, float]:
+        """The metrics of the evaluation that was posted before, if one was, and its rollouts are
+        there or have to be waited for.
+
+        It is called in each step, after the rollouts of the step after the first `done` are there:
+        workers draw both together. If steps do not wait for slow groups, they do not wait for these
+        either, until the next evaluation, or the end, is near.
         """
         if self._posted is None:
             return {}
-        due = self._posted
+        due, last = self._posted, done + 1
+        is_last = last == self._num_steps or self._is_time(last)
+        if may_be_late(self._config) and not is_last and not self._source.is_there(due):
+            return {}
         rollouts = self._wait(due)
         self._posted = None
         values = evaluation_metrics(rollouts)

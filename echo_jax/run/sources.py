@@ -48,6 +48,9 @@ class Source(Interface):
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
         """The groups, which were posted, by number. Raises Stopped if a stop is requested."""
 
+    def is_there(self, due: DueGroups) -> bool:
+        """Whether `wait` would return at once."""
+
     def close(self) -> None:
         """Is called when the run needs no more rollouts."""
 
@@ -115,6 +118,9 @@ class EmbeddedSource:
         else:
             self._draw_due(due)
         return RolloutStore(self._work.url('rollouts', due.store)).read_groups(due.group_ids)
+
+    def is_there(self, due: DueGroups) -> bool:
+        return due in self._posted and self._posted[due].done()
 
     def _draw_due(self, due: DueGroups) -> None:
         store = RolloutStore(self._work.url('rollouts', due.store))
@@ -196,6 +202,10 @@ class WorkerSource:
 
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
         return self.arrivals.wait(due)
+
+    def is_there(self, due: DueGroups) -> bool:
+        arrived, _ = self.arrivals.look([due], known=(), must_wait=False)
+        return len(arrived) == len(due.group_ids)
 
     def close(self) -> None:
         if distributed.leads():
