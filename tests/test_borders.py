@@ -48,6 +48,8 @@ MODULES_WITH_JAX = {
     'echo_jax.run.heldout',
     'echo_jax.run.scoring',
     'echo_jax.run.redraw',
+    'echo_jax.run.ahead',
+    'echo_jax.run.arrivals',
     'echo_jax.run.sources',
     'echo_jax.run.warm_start',
 }

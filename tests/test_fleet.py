@@ -3,6 +3,7 @@
 vLLM, sandboxes, stores and signals are real. Needs the environment of `make rollout`.
 """
 
+import json
 import os
 import pathlib
 import signal
@@ -165,6 +166,26 @@ def test_a_dead_workers_groups_go_to_one_that_joins_late(fleet):
     assert reports['second']['groups'] > 0
     claims = (fleet.workdir / 'fleet' / 'claims').rglob('*')
     assert not [file for file in claims if file.is_file() and file.suffix != '.__lock']
+
+
+LATE = '--config.max_staleness=1', '--config.batch.oversample=1', '--config.batch.deadline_sec=200'
+
+
+@pytest.mark.parametrize('fleet', [(*NO_WARM_START, *LATE)], indirect=True)
+def test_steps_take_the_groups_that_are_whole(fleet):
+    """The learner is killed, and trains on each group once all the same."""
+    learner, worker = fleet.learner(), fleet.worker()
+    wait_for(lambda: len(metrics(fleet.workdir)) >= 3, seconds=500)
+    learner.kill()
+    learner.wait()
+    learner = fleet.learner()
+    assert fleet.ends(learner) == 0 and fleet.ends(worker) == 0
+    lines = (fleet.workdir / 'groups.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    taken = [group for row in rows for group in row['groups']]
+    assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+    assert len(taken) == len(set(taken)) == STEPS * GROUPS
+    assert all(row['rollout/max_staleness'] <= 1 for row in metrics(fleet.workdir))
 
 
 def test_two_workers_have_no_name_in_common(fleet):

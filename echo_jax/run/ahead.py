@@ -125,7 +125,7 @@ class InFlight:
             for due in self._posted:
                 self._arrivals.post(due)
             self._is_told = True
-        self._fill(done)
+        self.post(done)
         row = distributed.leader_says(self._ledger.find(done + 1))
         if row is None:
             dropped = self._wait(done)
@@ -141,6 +141,19 @@ class InFlight:
             'rollout/waiting_groups': float(len(self._whole) - len(self._chosen)),
         }
         return [rollout for i in self._chosen for rollout in self._whole[i]], values
+
+    def post(self, done: int) -> None:
+        """Posts new groups until as many are in flight as may be."""
+        config = self._config
+        steps = min(config.max_staleness + 1, self._num_steps - done)
+        wanted = steps * config.batch.groups + config.batch.oversample
+        count = wanted - sum(len(due.group_ids) for due in self._posted)
+        if count > 0:
+            ids = [task.task_id for _ in range(count) for task in next(self._tasks)]
+            due = due_groups(config, ids, self._next, done)
+            self._next += count
+            self._posted.append(due)
+            self._arrivals.post(due)
 
     def trained(self) -> None:
         self._remove(self._chosen)
@@ -176,26 +189,13 @@ class InFlight:
             is_enough, must_wait = len(self._whole) >= self._config.batch.groups, True
         return all_dropped
 
-    def _fill(self, done: int) -> None:
-        """Posts new groups until as many are in flight as may be."""
-        config = self._config
-        steps = min(config.max_staleness + 1, self._num_steps - done)
-        wanted = steps * config.batch.groups + config.batch.oversample
-        count = wanted - sum(len(due.group_ids) for due in self._posted)
-        if count > 0:
-            ids = [task.task_id for _ in range(count) for task in next(self._tasks)]
-            due = due_groups(config, ids, self._next, done)
-            self._next += count
-            self._posted.append(due)
-            self._arrivals.post(due)
-
     def _drop(self, group_ids: Sequence[int], done: int) -> None:
         """Drops groups for good, and posts others in their place."""
         if group_ids:
             numbers = ', '.join(map(str, group_ids))
             report.CONSOLE.print(f'step {done + 1}: groups {numbers} came too late and are dropped')
             self._remove(group_ids)
-            self._fill(done)
+            self.post(done)
 
     def _remove(self, group_ids: Sequence[int]) -> None:
         gone = set(group_ids)

@@ -81,7 +81,7 @@ def test_a_worker_that_lacks_a_task_goes_on(tmp_path, tiny_tokenizer, monkeypatc
 
     async def draw():
         for group_id in due.group_ids:
-            await worker.draw(due, group_id)
+            await worker.draw(due, group_id, lambda rollout: None)
             policy.__init__(tiny_tokenizer, [DONE])
         worker._make_sandbox.close()
 
