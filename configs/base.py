@@ -358,6 +358,11 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The seconds after which others draw the groups of a worker that has died. A worker that lives
     # says so three times as often.
     c.policy.lease_sec = 60.0
+    # What new weights do to the turns that a worker samples: 'recompute', the turns pause while the
+    # weights load, are read again by the new weights, and go on; 'keep', they go on at once, with
+    # what the old weights made of their beginning; 'drain', they end first, and the engine empties.
+    # See docs/design.md#swaps.
+    c.policy.swap = 'recompute'
     # The number of GPUs of one worker's engine.
     c.policy.tensor_parallel = 1
     # If N > 1, a whole copy of the weights is published at least every N versions, and what changed

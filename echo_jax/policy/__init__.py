@@ -21,6 +21,16 @@ class PolicyError(RuntimeError):
     """The policy itself failed for good: its worker has to end, and no rollout gets a reward."""
 
 
+# What a swap of weights does with the turns that run; docs/design.md#swaps.
+SWAPS = ('recompute', 'keep', 'drain')
+
+
+def check_swap(swap: str) -> None:
+    """Raises ValueError unless `policy.swap` is one of SWAPS."""
+    if swap not in SWAPS:
+        raise ValueError(f'policy.swap is {swap!r}; expected one of {SWAPS}')
+
+
 class Policy(Protocol):
     """Whatever samples tokens; one object serves any number of episodes at once."""
 

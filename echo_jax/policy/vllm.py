@@ -1,11 +1,11 @@
 """The policy on GPUs: vLLM's asynchronous engine, whose weights are swapped in place and proven.
 
-It takes tokens and gives tokens; vLLM batches, caches prefixes and decodes. A turn is sampled by
-one version: `load` reads the new weights while the engine goes on, waits for the running turns to
-end, loads, drops the prefix cache, and scores a probe whose log-probabilities the learner published
-with the version. The probe is needed: vLLM has reported success when it had kept an old head, and
-when it served old entries of its cache. This module needs vLLM, in an environment of its own, and
-no JAX; `vllm_rank.py` runs inside vLLM.
+It takes tokens and gives tokens; vLLM batches, caches prefixes and decodes. `load` reads the new
+weights while the engine goes on, pauses the running turns or waits for their end, loads, and scores
+a probe whose log-probabilities the learner published with the version. The probe is needed: vLLM
+has reported success when it had kept an old head, and when it served old entries of its cache. Each
+token says which version sampled it, and no turn is given out before all of its are proven. This
+module needs vLLM, in an environment of its own, and no JAX; `vllm_rank.py` runs inside vLLM.
 """
 
 import asyncio
@@ -19,26 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from echo_jax.policy import Generation, PolicyError, vllm_rank
+from echo_jax.policy import Generation, PolicyError, check_swap, vllm_engine, vllm_rank
+from echo_jax.policy.vllm_probe import PROBE_TOLERANCE, Judge, check_about
 from echo_jax.store.kvstore import CorruptError, MissingError
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import Batch
 
-# vLLM reads these when it is imported. VLLM_CPU_KVCACHE_SPACE is in GiB.
-_ENVIRONMENT = {
-    'VLLM_NO_USAGE_STATS': '1',
-    'DO_NOT_TRACK': '1',
-    'HF_HUB_OFFLINE': '1',
-    'TRANSFORMERS_OFFLINE': '1',
-    'VLLM_LOGGING_LEVEL': 'WARNING',
-    'VLLM_LOGGING_STREAM': 'ext://sys.stderr',  # stdout is the program's own
-    'VLLM_CPU_KVCACHE_SPACE': '1',
-}
-# The mean absolute gap of the probe, in nats, that rounding alone can explain.
-PROBE_TOLERANCE = {'float32': 1e-3, 'bfloat16': 0.05, 'float16': 0.01}
-_SAME = 1e-6  # nats; log-probabilities that differ by less may be those of the same weights
 _POLL_SECONDS = 0.05
-_CPU_BATCH_TOKENS = 2048  # the engine may prefill at least this many tokens at one time
 _CACHE_SECONDS = 5.0  # within which the blocks of aborted requests must be free
 _STORE_ERRORS = {error.__name__: error for error in (CorruptError, MissingError, ValueError)}
 
@@ -49,14 +36,16 @@ class Swap(NamedTuple):
     version: int
     probe_gap: float  # nats, mean over the probe's tokens of |engine - learner|
     read_seconds: float  # the engine sampled on meanwhile
-    drain_seconds: float  # until the turns that ran had ended
-    load_seconds: float  # in which the engine sampled nothing
+    drain_seconds: float  # until the turns that ran had ended, or were paused
+    load_seconds: float  # then, until the weights were loaded; the engine sampled nothing
+    probe_seconds: float  # then, until the probe agreed; only 'drain' lets turns wait for it
 
 
-class _Probe(NamedTuple):
-    tokens: list[int]
-    learner: np.ndarray  # float32 [n - 1], of all tokens but the first
-    engine: np.ndarray
+class _Tried(NamedTuple):
+    gap: float  # the probe's, nats
+    problem: str  # '' if the weights are proven
+    still: float  # when the engine sampled nothing any more, by time.monotonic
+    loaded: float  # when it had the weights
 
 
 class VllmPolicy:
@@ -73,22 +62,33 @@ class VllmPolicy:
         store: WeightStore,
         max_model_len: int,
         probe_tolerance: float,
+        swap_mode: str,
+        slots: int,
         version: int = -1,
     ):
-        """version: of the weights that the engine has; -1: none, `load` brings the first."""
+        """slots: turns that are in the engine together.
+        version: of the weights that the engine has; -1: none, `load` brings the first.
+        """
         self.engine, self._store = engine, store
-        self._max_model_len, self._probe_tolerance = max_model_len, probe_tolerance
+        self._max_model_len, self._judge = max_model_len, Judge(probe_tolerance)
+        self._swap_mode = swap_mode
         self.version = version
         self.swap: Swap | None = None
+        # What vLLM calls the weights that it has: the version, and which attempt to load it. The
+        # spans of a turn's tokens come with these labels. Those that are refused count for nothing.
+        self._label, self._refused = f'{version}.0', set[str]()
+        self._settled = asyncio.Event()  # whether the label is proven or refused
+        self._settled.set()
         # Why it does not sample; '' if it does.
         self._refusal = '' if version >= 0 else 'the policy has no weights yet; call load first'
-        self._proven: _Probe | None = None
         self._numbers = itertools.count()
         self._loading = asyncio.Lock()
         self._open, self._idle = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._idle.set()
         self._running = 0
+        # In flight the probe must find room in a full engine, so turns wait for theirs out here.
+        self._slots = contextlib.nullcontext() if swap_mode == 'drain' else asyncio.Semaphore(slots)
 
     @classmethod
     async def start(
@@ -99,6 +99,7 @@ class VllmPolicy:
         dtype: str,
         max_model_len: int,
         max_num_seqs: int,
+        swap: str = 'recompute',
         probe_tolerance: float | None = None,
         **engine_args,
     ) -> 'VllmPolicy':
@@ -110,12 +111,14 @@ class VllmPolicy:
         dtype: what the engine's weights and activations are.
         max_model_len: tokens of a context and what is sampled after it.
         max_num_seqs: turns that decode together.
+        swap: what `load` does with the turns that run; docs/design.md#swaps.
         probe_tolerance: nats; by default the dtype's in PROBE_TOLERANCE.
         engine_args: other arguments of vLLM's AsyncEngineArgs, such as tensor_parallel_size; they
             replace those that are set here.
 
         Raises PolicyError if vLLM is missing or refuses the model.
         """
+        check_swap(swap)
         if probe_tolerance is None:
             if dtype not in PROBE_TOLERANCE:
                 expected = list(PROBE_TOLERANCE)
@@ -135,10 +138,13 @@ class VllmPolicy:
             worker_extension_cls=f'{vllm_rank.__name__}.{vllm_rank.WeightLoader.__name__}',
             disable_log_stats=True,
         )
-        engine = _start_engine(arguments | engine_args)
+        if swap != 'drain':  # room for the probe, and the first place in the queue
+            arguments |= dict(max_num_seqs=max_num_seqs + 1, scheduling_policy='priority')
+        engine = vllm_engine.start_engine(arguments | engine_args)
         store, version = WeightStore(weights_url or 'memory://'), -1 if weights_url else 0
-        policy = cls(engine, store, max_model_len, probe_tolerance, version)
+        policy = cls(engine, store, max_model_len, probe_tolerance, swap, max_num_seqs, version)
         await policy._call('end_with', os.getpid())
+        await engine.update_weight_version(policy._label)
         return policy
 
     async def generate(
@@ -150,8 +156,10 @@ class VllmPolicy:
         seed: int,
         stop_token_ids: tuple[int, ...],
     ) -> Generation:
-        """Samples until a stop token, which is in the result, or `max_tokens`, from one version.
+        """Samples until a stop token, which is in the result, or `max_tokens`.
 
+        If weights are swapped meanwhile, the later tokens are of a newer version, unless swaps wait
+        for turns. A turn with tokens of weights that are refused then is sampled again.
         Temperature 0 is greedy, with the log-probabilities of temperature 1. Cancelling the call
         frees the engine's request. Raises ValueError for a context that is empty or does not fit,
         and PolicyError if the engine died or its weights are not proven.
@@ -162,25 +170,28 @@ class VllmPolicy:
                 f'a context of {len(context)} tokens and max_tokens={max_tokens} do not fit '
                 f'max_model_len={self._max_model_len}; raise protocol.max_total_tokens'
             )
-        async with self._turn():
-            version = self.version
-            output = await self._request(
-                context,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=seed,
-                stop_token_ids=list(stop_token_ids),
-                ignore_eos=True,  # only the caller says what ends a turn
-                logprobs=0,  # of the sampled token
-            )
-        completion = output.outputs[0]
+        while True:
+            async with self._turn():
+                output = await self._request(
+                    context,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    stop_token_ids=list(stop_token_ids),
+                    ignore_eos=True,  # only the caller says what ends a turn
+                    logprobs=0,  # of the sampled token
+                )
+            completion = output.outputs[0]
+            versions = await self._versions(completion)
+            if versions is not None:
+                break
         if completion.finish_reason not in ('stop', 'length'):
             raise PolicyError(f'vLLM ended a turn with {completion.finish_reason!r}')
         tokens = np.array(completion.token_ids, np.int32)
         return Generation(
             tokens,
             np.array(completion.logprobs.logprobs, np.float32),
-            np.full(len(tokens), version, np.int32),
+            versions,
             completion.finish_reason,
         )
 
@@ -205,30 +216,41 @@ class VllmPolicy:
         return logprobs
 
     async def load(self, version: int) -> None:
-        """Swaps to a published version; running turns end first, and turns that begin then wait.
+        """Swaps to a published version, in flight or not (docs/design.md#swaps).
 
         The version's `about` holds 'arrays', which `vllm_rank.read_published` reads, and 'probe':
         its 'tokens', and their 'logprobs' under the published weights at temperature 1, the first
-        of which is 0. A swap that did not take is done once more. If that does not take either,
-        PolicyError is raised, and `generate` raises it too until a later `load` succeeds.
-        MissingError, CorruptError and the ValueError for an `about` that is not understood come
-        before anything has changed, and the version that was there goes on sampling.
+        of which is 0. A swap that did not take is done once more, in an engine that is empty. If
+        that does not take either, PolicyError is raised, and `generate` raises it too until a later
+        `load` succeeds. MissingError, CorruptError and the ValueError for an `about` that is not
+        understood come before anything has changed, and the version before goes on sampling.
         """
-        async with self._loading, _engine_errors():
+        async with self._loading, vllm_engine.engine_errors():
             about = await asyncio.to_thread(self._store.about, version)
-            _check(about, version)
+            check_about(about, version)
             started = time.monotonic()
             await self._fetch(version, about['arrays'])
             read = time.monotonic()
-            self._open.clear()
             try:
-                await self._idle.wait()
-                drained = time.monotonic()
-                gap = await self._swap(version, about)
+                if self._swap_mode == 'drain' or self._refusal:  # or nothing can run
+                    self._open.clear()
+                    await self._idle.wait()
+                    tried = await self._try(version, about['probe'])
+                else:
+                    tried = await self._try(version, about['probe'], self._paused('keep'))
+                still = tried.still
+                if tried.problem:
+                    logging.warning('version %d: %s; loading it once more', version, tried.problem)
+                    await self._empty()
+                    # It is fetched and loaded as a whole: that alone mends half an update.
+                    await self._fetch(version, about['arrays'])
+                    tried = await self._try(version, about['probe'])
             finally:
                 self._open.set()
-            seconds = read - started, drained - read, time.monotonic() - drained
-            self.swap = Swap(version, gap, *seconds)
+            if tried.problem:
+                raise PolicyError(self._refusal)
+            seconds = read - started, still - read, tried.loaded - still
+            self.swap = Swap(version, tried.gap, *seconds, time.monotonic() - tried.loaded)
 
     async def close(self) -> None:
         """Ends the engine and its processes; turns that still run raise PolicyError."""
@@ -237,39 +259,47 @@ class VllmPolicy:
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """Holds one turn: it waits while weights are swapped, and the next swap waits for it."""
-        while not self._open.is_set():
-            await self._open.wait()
-        if self._refusal:
-            raise PolicyError(self._refusal)
-        self._running += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+        """Holds one turn: it waits for a slot, and while a swap needs the engine empty."""
+        async with self._slots:
+            while not self._open.is_set():
+                await self._open.wait()
+            if self._refusal:
+                raise PolicyError(self._refusal)
+            self._running += 1
+            self._idle.clear()
+            try:
+                yield
+            finally:
+                self._running -= 1
+                if not self._running:
+                    self._idle.set()
 
-    async def _request(self, context: list[int], **sampling):
+    async def _versions(self, completion) -> np.ndarray | None:
+        """int32 [n], the version of each sampled token; None if the turn has to be sampled again.
+
+        It waits for the probe if that still has to prove the weights of the last tokens.
+        """
+        spans = completion.weight_versions
+        if spans and spans[-1].version == self._label:
+            await self._settled.wait()
+        emptied = completion.finish_reason == 'abort' and not self._open.is_set()
+        if emptied or any(span.version in self._refused for span in spans):
+            return None
+        versions = [int(span.version.partition('.')[0]) for span in spans]
+        return np.repeat(np.array(versions, np.int32), [span.end - span.start for span in spans])
+
+    async def _request(self, context: list[int], priority: int = 0, **sampling):
         """Asks the engine for one request, and returns vLLM's whole output."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        # Only with 'keep' does the cache hold entries of several versions.
+        salt = self._label if self._swap_mode == 'keep' else None
+        number = str(next(self._numbers))
+        return await vllm_engine.request(self.engine, number, context, salt, priority, **sampling)
 
-        params = SamplingParams(
-            **sampling,
-            detokenize=False,
-            flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        prompt = {'prompt_token_ids': context}
-        async with _engine_errors():
-            outputs = self.engine.generate(prompt, params, str(next(self._numbers)))
-            return [output async for output in outputs][-1]
-
-    async def _prompt_logprobs(self, tokens: list[int]) -> np.ndarray:
+    async def _prompt_logprobs(self, tokens: list[int], priority: int = 0) -> np.ndarray:
         """float32 [n - 1], at temperature 1: of all tokens but the first."""
-        output = await self._request(tokens, max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        output = await self._request(
+            tokens, priority, max_tokens=1, temperature=0.0, prompt_logprobs=0
+        )
         return np.array(output.prompt_logprobs.logprobs, np.float32)
 
     async def _fetch(self, version: int, arrays: dict[str, dict]) -> None:
@@ -281,48 +311,77 @@ class VllmPolicy:
             if error:
                 raise _STORE_ERRORS.get(error, PolicyError)(message)
 
-    async def _swap(self, version: int, about: dict) -> float:
-        """Loads what was fetched until it is proven, at most twice; returns the probe's gap."""
-        # From here on the engine's weights are of no version, until the probe says that they are.
-        self._refusal = f'version {version} was not loaded to its end; load a version again'
-        gap, problem = await self._try(version, about['probe'])
-        if problem:
-            logging.warning('version %d: %s; loading it once more', version, problem)
-            # It is fetched again too, and loaded as a whole: that alone mends half an update.
-            await self._fetch(version, about['arrays'])
-            gap, problem = await self._try(version, about['probe'])
-        if problem:
-            self._refusal = f'version {version} of {self._store.url} did not take: {problem}'
-            raise PolicyError(self._refusal)
-        self.version, self._refusal = version, ''
-        return gap
+    @contextlib.asynccontextmanager
+    async def _paused(self, mode: str) -> AsyncIterator[None]:
+        """Has the engine sample nothing; by mode, the turns that run wait ('keep') or 'abort'."""
+        try:
+            await self.engine.pause_generation(mode=mode, clear_cache=False)
+            yield
+        finally:
+            await self.engine.resume_generation()
 
-    async def _try(self, version: int, probe: dict) -> tuple[float, str]:
-        """Loads what was fetched and scores the probe; (the probe's gap, what is wrong or '')."""
+    async def _empty(self) -> None:
+        """Ends the turns that run, which `generate` samples again when the engine is open."""
+        while self._running:  # a request may have been on its way when the others were aborted
+            async with self._paused('abort'):
+                pass
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), _POLL_SECONDS)
+
+    async def _try(
+        self, version: int, probe: dict, pause: contextlib.AbstractAsyncContextManager | None = None
+    ) -> _Tried:
+        """Loads what was fetched and scores the probe.
+
+        pause: holds the turns that run while weights are loaded; None: there are none.
+        """
+        label = f'{version}.{next(self._numbers)}'
+        gap, problem = np.inf, 'it was not loaded to its end; load a version again'
+        try:
+            async with pause or contextlib.nullcontext():
+                still = time.monotonic()
+                # From here on the engine's weights are of no version, until the probe says so.
+                self._label = label
+                self._settled.clear()
+                failed = await self._replace(in_flight=pause is not None)
+            loaded = time.monotonic()
+            if not failed:
+                # It goes first: turns that have to be prefilled again take longer, and wait for it.
+                engine = await self._prompt_logprobs(probe['tokens'], priority=-1)
+                gap, failed = self._judge.judge(version, probe, engine)
+            problem = failed
+        finally:
+            if self._label == label:
+                self._settle(version, problem)
+        return _Tried(gap, problem, still, loaded)
+
+    def _settle(self, version: int, problem: str) -> None:
+        """Says whether what is sampled under the label is `version`'s."""
+        if problem:
+            self._refused.add(self._label)
+            self._refusal = f'version {version} of {self._store.url} did not take: {problem}'
+            self._open.clear()  # `load` opens it, when it has tried again
+        else:
+            self.version, self._refusal = version, ''
+        self._settled.set()
+
+    async def _replace(self, in_flight: bool) -> str:
+        """Loads what was fetched and drops what was cached; what is wrong or ''."""
+        await self.engine.update_weight_version(self._label)
         try:
             await self._call('load_fetched')
-        except Exception as error:  # vLLM raises a bare one for whatever went wrong in a rank
-            return np.inf, f'loading failed with {error}'
-        if not await self._drop_prefixes():
-            return np.inf, 'the prefix cache of the version before could not be dropped'
-        tokens, learner = probe['tokens'], np.asarray(probe['logprobs'], np.float32)[1:]
-        engine = await self._prompt_logprobs(tokens)
-        gap = float(np.abs(engine - learner).mean())
-        if not gap <= self._probe_tolerance:  # a NaN is no success
-            return gap, (
-                f"the probe's log-probabilities are {gap:.2g} nats off the learner's, more than "
-                f'{self._probe_tolerance:g}'
+            # With 'keep' the turns that run go on with their cache, and no other turn uses it.
+            if in_flight and self._swap_mode == 'keep':
+                return ''
+            # Turns that run are prefilled again, with the tokens that they have.
+            dropped = await (
+                self.engine.reset_prefix_cache(reset_running_requests=True)
+                if in_flight
+                else self._drop_prefixes()
             )
-        before = self._proven
-        if (
-            before is not None
-            and before.tokens == tokens
-            and np.abs(before.learner - learner).max() > _SAME
-            and np.array_equal(before.engine, engine)
-        ):
-            return gap, f"the learner's probe changed since version {self.version}, vLLM's did not"
-        self._proven = _Probe(tokens, learner, engine)
-        return gap, ''
+        except Exception as error:  # vLLM raises a bare one for whatever went wrong in a rank
+            return f'loading failed with {error}'
+        return '' if dropped else 'the prefix cache of the version before could not be dropped'
 
     async def _drop_prefixes(self) -> bool:
         """Drops the prefix cache; returns False if it cannot be, because blocks stay in use.
@@ -339,52 +398,3 @@ class VllmPolicy:
     async def _call(self, method: str, *args) -> list:
         """Calls a method of `WeightLoader` in every rank, and returns what each returned."""
         return await self.engine.collective_rpc(method, args=args)
-
-
-def _start_engine(arguments: dict):
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        from vllm import AsyncEngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
-    except ImportError as error:
-        raise PolicyError(
-            f'vLLM cannot be imported ({error}); install requirements-rollout.txt, or on a CPU '
-            'run `make rollout`, and start the worker in that environment'
-        ) from error
-    if current_platform.is_cpu():
-        # On a CPU a prompt that is prefilled in parts kills the engine (0.32): vLLM then sets the
-        # random generator of the request's seed back, which PyTorch's for CPUs cannot do.
-        batch = max(arguments['max_model_len'], _CPU_BATCH_TOKENS)
-        arguments = dict(enable_chunked_prefill=False, max_num_batched_tokens=batch) | arguments
-    try:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-    except (ValueError, OSError, RuntimeError) as error:
-        reason = str(error).strip().partition('\n')[0]
-        raise PolicyError(f'vLLM does not start with {arguments["model"]}: {reason}') from error
-
-
-@contextlib.asynccontextmanager
-async def _engine_errors() -> AsyncIterator[None]:
-    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-    try:
-        yield
-    except (EngineDeadError, EngineGenerateError) as error:
-        raise PolicyError(f"vLLM's engine failed: {error or type(error).__name__}") from error
-
-
-def _check(about: dict, version: int) -> None:
-    probe = about.get('probe', {})
-    tokens, logprobs = probe.get('tokens', ()), probe.get('logprobs', ())
-    if not about.get('arrays') or not 1 < len(tokens) == len(logprobs):
-        raise ValueError(
-            f'version {version} says {sorted(about)} of itself; a swap needs arrays, and a probe '
-            f'with as many logprobs ({len(logprobs)}) as tokens ({len(tokens)})'
-        )
-    vllm_rank.read_published(about['arrays'])  # refuses what a rank would not understand
-    if probe.get('temperature', 1.0) != 1.0:
-        raise ValueError(
-            f"version {version}'s probe is at temperature {probe['temperature']}, not 1"
-        )

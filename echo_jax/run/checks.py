@@ -14,6 +14,7 @@ from echo_jax.learner.options import check_clashes, check_options
 from echo_jax.learner.step import ShardedModel
 from echo_jax.learner.updates import check_cut
 from echo_jax.model import huggingface
+from echo_jax.policy import check_swap
 from echo_jax.run.inert import check_inert, sandbox_kinds
 from echo_jax.run.numbering import may_be_late
 from echo_jax.run.sinks import check_packages
@@ -79,6 +80,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         )
     if config.policy.backend not in ('jax', 'vllm'):
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")
+    check_swap(config.policy.swap)
     if config.max_staleness < 0:
         raise ValueError(f'max_staleness is {config.max_staleness}; expected 0 or more steps')
     if config.max_staleness > 1 and config.policy.backend == 'jax':

@@ -197,6 +197,7 @@ INERT = (
     ),
     Inert(
         keys=(
+            'policy.swap',
             'policy.tensor_parallel',
             'policy.keyframe_every',
             'policy.gpu_memory_utilization',

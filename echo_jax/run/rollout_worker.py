@@ -20,7 +20,7 @@ import ml_collections
 
 from echo_jax.agent.collect import collect
 from echo_jax.agent.protocol import Protocol
-from echo_jax.policy import PolicyError
+from echo_jax.policy import PolicyError, check_swap
 from echo_jax.run.inert import check_inert
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox import Sandbox
@@ -67,7 +67,13 @@ class RolloutWorker:
         self._counts = {'groups': 0, 'rollouts': 0, 'failed': 0}
 
     async def refresh(self) -> None:
-        """Takes the newest published weights, unless it has them."""
+        """Takes the newest published weights, unless it has them.
+
+        A swap goes on to its end even if the call is cancelled: the other groups need it.
+        """
+        await asyncio.shield(self._take_newest())
+
+    async def _take_newest(self) -> None:
         async with self._loading:
             newest = await asyncio.to_thread(self._weights.newest)
             if newest is not None and newest != self._loaded:
@@ -85,6 +91,7 @@ class RolloutWorker:
         """
         async with asyncio.TaskGroup() as tasks:
             reporting = tasks.create_task(self.report())
+            following = tasks.create_task(self.follow())
             drawing: dict[Group, asyncio.Task[None]] = {}
             while not await asyncio.to_thread(self._due.finished):
                 for group in await asyncio.to_thread(self._claims.renew):
@@ -97,8 +104,10 @@ class RolloutWorker:
                 drawing = {group: task for group, task in drawing.items() if not task.done()}
                 pause = self._work.poll_seconds
                 await asyncio.sleep(min(pause, _CLAIM_SECONDS) if claimed else pause)
-            for task in [*drawing.values(), reporting]:
+            for task in [*drawing.values(), reporting, following]:
                 task.cancel()
+            async with self._loading:  # a swap that was begun ends before the engine does
+                pass
 
     def _claim(self) -> tuple[DueGroups, Group] | None:
         """Claims the oldest group that is due and that nobody draws, if there is room for one.
@@ -209,6 +218,18 @@ class RolloutWorker:
             await asyncio.to_thread(self._due.report, self.name, values)
             await asyncio.sleep(_REPORT_SECONDS)
 
+    async def follow(self) -> None:
+        """Takes new weights while groups are drawn, if the swap does not wait for their turns."""
+        while self._work.config.policy.swap != 'drain':
+            try:
+                await self.refresh()
+            except PolicyError:
+                raise
+            except Exception as error:  # of the store; the groups of that version wait
+                logging.error('the newest weights are tried again in a while: %r', error)
+                await asyncio.sleep(_AVOIDED_SECONDS)
+            await asyncio.sleep(self._work.poll_seconds)
+
     async def close(self) -> None:
         await self._policy.close()
         await asyncio.to_thread(self._make_sandbox.close)
@@ -263,6 +284,7 @@ def engine_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
         'dtype': config.model.dtype,
         'max_model_len': config.protocol.max_total_tokens,
         'max_num_seqs': config.policy.slots,
+        'swap': config.policy.swap,
         'tensor_parallel_size': config.policy.tensor_parallel,
         'gpu_memory_utilization': config.policy.gpu_memory_utilization,
     }
@@ -294,4 +316,5 @@ def check_config(config: ml_collections.ConfigDict, overrides: Iterable[str]) ->
             f'policy.backend is {config.policy.backend!r}: its learner samples by itself; workers '
             "are for 'vllm'"
         )
+    check_swap(config.policy.swap)
     check_inert(config, overrides)

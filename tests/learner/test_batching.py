@@ -236,7 +236,11 @@ def test_metrics_by_hand():
     rollouts = [
         dataclasses.replace(FIRST, metrics={'seconds_sampling': 2.0, 'turns': 99.0}),
         dataclasses.replace(SECOND, metrics={'seconds_sampling': 4.0}),
-        make_rollout('PAA', reward=1.0, group=1, sample=0, version=1),
+        # One turn through which the weights were swapped.
+        dataclasses.replace(
+            make_rollout('PAA', reward=1.0, group=1, sample=0),
+            policy_versions=np.array([-1, 1, 3], np.int32),
+        ),
         dataclasses.replace(
             make_rollout('P', reward=9.0, group=1, sample=1, status=Status.INFRA_ERROR),
             environment_only=True,

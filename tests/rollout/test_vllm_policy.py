@@ -14,6 +14,7 @@ import psutil
 
 from echo_jax.policy import Generation, PolicyError
 from echo_jax.policy.vllm import VllmPolicy
+from echo_jax.policy.vllm_engine import check_interface
 from echo_jax.policy.vllm_rank import read_published, share
 from echo_jax.store.kvstore import CorruptError, MissingError
 from tests.support.qwen3_learner import EOS, VOCAB, Learner, published
@@ -28,11 +29,14 @@ PROMPTS = [RNG.integers(0, VOCAB, length) for length in (1, 140, 200, 300)]
 class Rig:
     """One learner, one engine, one event loop; versions count on from test to test."""
 
-    def __init__(self, folder, *, tied: bool, kv_heads: int = 2, **options):
-        self.learner = Learner(folder, tied=tied, kv_heads=kv_heads)
+    def __init__(
+        self, folder, *, tied: bool, kv_heads: int = 2, swap: str = 'recompute', **options
+    ):
+        self.learner, self.mode = Learner(folder, tied=tied, kv_heads=kv_heads), swap
         self.loop = asyncio.Runner()
         self.next = 0
-        self.policy = self.loop.run(start(self.learner, **options))  # minutes, on a busy machine
+        # Minutes, on a busy machine.
+        self.policy = self.loop.run(start(self.learner, swap=swap, **options))
 
     def run(self, work):
         return self.loop.run(asyncio.wait_for(work, 240))
@@ -56,11 +60,17 @@ class Rig:
 
     def gap(self, prompt, generation, temperature: float = 1.0) -> float:
         """The largest distance from the reference's log-probabilities, by the version sampled."""
-        (version,) = {*generation.versions.tolist()}
-        tokens = [*prompt, *generation.token_ids]
-        expected = self.learner.logprobs(tokens, temperature, version)[len(prompt) :]
-        assert np.abs(expected).max() > 0.1  # something to be wrong about
-        return float(np.abs(generation.logprobs - expected).max())
+        return max(self.gaps(prompt, generation, temperature).values())
+
+    def gaps(self, prompt, generation, temperature: float = 1.0) -> dict[int, float]:
+        """The same for the tokens of each version: those before have that version's weights too."""
+        tokens, found = [*prompt, *generation.token_ids], {}
+        for version in {*generation.versions.tolist()}:
+            expected = self.learner.logprobs(tokens, temperature, version)[len(prompt) :]
+            assert np.abs(expected).max() > 0.1  # something to be wrong about
+            distances = np.abs(generation.logprobs - expected)
+            found[version] = float(distances[generation.versions == version].max())
+        return found
 
 
 async def start(learner: Learner, **options) -> VllmPolicy:
@@ -95,9 +105,19 @@ async def running(policy, turns: int) -> None:
         await asyncio.sleep(0.001)
 
 
-@pytest.fixture(scope='module', params=['tied', 'untied'])
+async def interrupted(policy, turns, version, **options) -> list:
+    """The results or errors of turns that ran when `version` was loaded, and of its `load`."""
+    first = asyncio.create_task(generate_all(policy, turns, **options))
+    await running(policy, len(turns))
+    (load,) = await asyncio.gather(policy.load(version), return_exceptions=True)
+    assert load is not None or not first.done()
+    return [*await asyncio.gather(first, return_exceptions=True), load]
+
+
+@pytest.fixture(scope='module', params=['tied-recompute', 'untied-keep', 'tied-drain'])
 def rig(request, tmp_path_factory):
-    rig = Rig(tmp_path_factory.mktemp(request.param), tied=request.param == 'tied')
+    head, swap = request.param.split('-')
+    rig = Rig(tmp_path_factory.mktemp(request.param), tied=head == 'tied', swap=swap)
     with pytest.raises(PolicyError, match='no weights yet'):
         rig.generate(PROMPTS[:1])
     rig.swap()
@@ -123,25 +143,29 @@ def test_every_swap_brings_the_learners_logprobs(rig, temperature):
                 assert greedy.tolist() == generation.token_ids.tolist()
 
 
-def test_the_prefix_cache_must_be_dropped(rig, monkeypatch):
-    """If `load` did not drop it, old keys and values would be used under the new weights."""
+def test_no_turn_uses_the_cache_of_other_weights(rig, monkeypatch):
+    """Old keys and values would be used if `load` did not drop them, or, if it keeps them for the
+    turns that run, did not set them apart."""
 
-    async def keep(self):
+    async def stay(**_):
         return True
 
     rig.generate(PROMPTS[3:])
     with monkeypatch.context() as undone:
-        undone.setattr(VllmPolicy, '_drop_prefixes', keep)
+        undone.setattr(rig.policy.engine, 'reset_prefix_cache', stay)
         rig.swap()
     (stale,) = rig.generate(PROMPTS[3:])
-    assert rig.gap(PROMPTS[3], stale) > 1e-2
+    assert rig.gap(PROMPTS[3], stale) > 1e-2 or rig.mode == 'keep'
     rig.swap()
     (fresh,) = rig.generate(PROMPTS[3:])
     assert rig.gap(PROMPTS[3], fresh) < 1e-4
 
 
 def test_a_cache_that_stays_is_no_success(rig, monkeypatch):
-    async def refuse():
+    if rig.mode == 'keep':
+        pytest.skip('nothing is dropped')
+
+    async def refuse(**_):
         return False
 
     with monkeypatch.context() as stuck:
@@ -200,6 +224,8 @@ def test_half_an_update_is_done_once_more(rig, caplog):
 
 def test_turns_that_run_end_on_their_version(rig):
     """16 turns under way, a swap, and 16 more that were asked for while it waits."""
+    if rig.mode != 'drain':
+        pytest.skip('turns are swapped in flight')
     old, new = rig.policy.version, rig.publish()
     prompts = PROMPTS * 4
 
@@ -222,6 +248,109 @@ def test_turns_that_run_end_on_their_version(rig):
     # The model's own end of text ends no turn: none of the callers asked for it.
     assert all(g.finish_reason == 'length' and len(g.token_ids) == 200 for g in first)
     assert any(EOS in g.token_ids[:-1] for g in first)
+
+
+LONG = [*PROMPTS[:2]] * 4  # with the tokens sampled, more than the cache's block in any case
+
+
+@pytest.fixture
+def in_flight(rig):
+    if rig.mode == 'drain':
+        pytest.skip('turns end before a swap')
+    return rig
+
+
+def test_turns_that_run_go_on_with_new_weights(in_flight, capsys):
+    rig, old = in_flight, in_flight.policy.version
+    new = rig.publish()
+    (turns, problem) = rig.run(interrupted(rig.policy, LONG, new, max_tokens=360))
+    assert problem is None and rig.policy.swap.drain_seconds < 1
+    after = []
+    for prompt, turn in zip(LONG, turns):
+        assert len(turn.token_ids) == 360 and (np.diff(turn.versions) >= 0).all()
+        gaps = rig.gaps(prompt, turn)
+        assert gaps.keys() == {old, new} and gaps[old] < 1e-4
+        after.append(gaps[new])
+        # A context that a turn of both versions has left in the cache.
+        context = [*prompt, *turn.token_ids[:-100]]
+        (later,) = rig.generate([context])
+        assert {*later.versions.tolist()} == {new} and rig.gap(context, later) < 1e-4
+    if rig.mode == 'recompute':
+        assert max(after) < 1e-3
+    else:  # the keys and values of old weights
+        assert min(after) > 1e-3
+    with capsys.disabled():
+        print(f' {rig.mode}: {max(after):.2g} nats off after a swap', end=' ')
+
+
+def test_no_token_of_refused_weights_is_given_out(in_flight):
+    rig, bad = in_flight, in_flight.publish(probe_error=0.01)
+    turns, problem = rig.run(interrupted(rig.policy, LONG, bad, max_tokens=360))
+    for error in (turns, problem):
+        assert isinstance(error, PolicyError) and f'version {bad} ' in str(error)
+    rig.swap()
+    (turn,) = rig.generate(PROMPTS[1:2])
+    assert rig.gap(PROMPTS[1], turn) < 1e-4
+
+
+def test_a_turn_that_ends_before_the_probe_waits_for_it(in_flight, monkeypatch):
+    """Every turn has ended, the last tokens under the new weights, when these are refused."""
+    rig, bad = in_flight, in_flight.publish(probe_error=0.01)
+    engine, generate = rig.policy.engine, rig.policy.engine.generate
+
+    async def late(*args, **options):
+        is_probe = options['priority'] < 0
+        while is_probe and engine.output_processor.get_num_unfinished_requests():
+            await asyncio.sleep(0.01)
+        async for output in generate(*args, **options):
+            yield output
+
+    with monkeypatch.context() as waiting:
+        waiting.setattr(engine, 'generate', late)
+        turns, problem = rig.run(interrupted(rig.policy, LONG, bad, max_tokens=360))
+    assert isinstance(problem, PolicyError) and isinstance(turns, PolicyError)
+    rig.swap()
+
+
+def test_turns_of_refused_weights_are_sampled_again(in_flight):
+    """The first attempt leaves half an update, under which the turns go on for a moment."""
+    rig, new = in_flight, in_flight.publish()
+    rig.fail_at('half')
+    turns, problem = rig.run(interrupted(rig.policy, LONG, new, max_tokens=360))
+    assert problem is None
+    again = rig.generate(LONG, max_tokens=360)
+    for prompt, turn, same in zip(LONG, turns, again):
+        assert {*turn.versions.tolist()} == {new} and rig.gap(prompt, turn) < 1e-4
+        assert turn.token_ids.tolist() == same.token_ids.tolist()
+
+
+def test_a_swap_that_is_cancelled_leaves_nothing_waiting(in_flight, monkeypatch):
+    """Before weights are replaced the old version goes on; after that nothing is given out."""
+    rig = in_flight
+
+    async def cancel(owner, method: str):
+        begun = asyncio.Event()
+
+        async def hang(*_, **__):
+            begun.set()
+            await asyncio.sleep(3600)
+
+        turns = asyncio.create_task(generate_all(rig.policy, LONG, max_tokens=100))
+        await running(rig.policy, len(LONG))
+        with monkeypatch.context() as hanging:
+            hanging.setattr(owner, method, hang)
+            load = asyncio.create_task(rig.policy.load(rig.publish()))
+            await begun.wait()
+            load.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await load
+        return await turns
+
+    old = rig.policy.version
+    assert {*rig.run(cancel(rig.policy.engine, 'pause_generation'))[0].versions.tolist()} == {old}
+    with pytest.raises(PolicyError, match='not loaded to its end'):
+        rig.run(cancel(rig.policy, '_prompt_logprobs'))
+    rig.swap()
 
 
 def test_a_seed_repeats_its_sample(rig):
@@ -342,6 +471,14 @@ async def turns_that_fail(policy, end) -> float:
         with pytest.raises(PolicyError):
             await failing
     return time.monotonic() - started
+
+
+def test_a_vllm_without_what_swaps_need_is_refused(monkeypatch):
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    monkeypatch.delattr(AsyncLLM, 'update_weight_version')
+    with pytest.raises(PolicyError, match=r'^vLLM .* has no AsyncLLM\.update_weight_version, .*'):
+        check_interface()
 
 
 def test_an_engine_that_died_fails_every_turn(rig):

@@ -70,7 +70,7 @@ CHOICES = {
     ),
     'optimizer.warmup_from': ({'optimizer.warmup_steps': 0}, {'optimizer.warmup_steps': 5}),
     'sharding.vocab': ({'mesh.tensor': 1}, {'mesh.tensor': -1}),
-    'policy.tensor_parallel': ({'policy.backend': 'jax'}, {'policy.backend': 'vllm'}),
+    'policy.swap': ({'policy.backend': 'jax'}, {'policy.backend': 'vllm'}),
     'sandbox.user': ({'sandbox.hardening': 'docker'}, {'sandbox.hardening': 'strict'}),
     'verifier.kill_agent_processes': (
         {'sandbox.hardening': 'strict'},
@@ -278,6 +278,10 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
         ({'group_size': 0}, 'group_size is 0; expected at least 1'),
         ({'sandbox.at_once': 0}, 'sandbox.at_once is 0; expected at least 1'),
         ({'policy.backend': 'torch'}, "policy.backend is 'torch'; expected 'jax' or 'vllm'"),
+        (
+            {'policy.swap': 'wait', 'policy.backend': 'vllm'},
+            "policy.swap is 'wait'; expected one of ('recompute', 'keep', 'drain')",
+        ),
         ({'seed': -1}, 'seed is -1; expected 0 to 2147483647'),
         ({'seed': 1 << 31}, 'seed is 2147483648; expected 0 to 2147483647'),
         ({'batch.updates': 0}, 'batch.updates is 0; expected at least 1'),
@@ -420,6 +424,9 @@ def test_workers_refuse_a_key_that_cannot_act():
     rollout_worker.check_config(config, [])
     with pytest.raises(ValueError, match=r'loss\.mismatch_cap=2\.0 has no effect'):
         rollout_worker.check_config(config, ['loss.mismatch_cap'])
+    config.policy.swap = 'wait'
+    with pytest.raises(ValueError, match=r"policy\.swap is 'wait'; expected one of"):
+        rollout_worker.check_config(config, [])
 
 
 def test_a_worker_without_jax_can_check():

@@ -19,6 +19,7 @@ from echo_jax.learner.options import NAMES
 from echo_jax.learner.updates import MINI
 from echo_jax.model import attention
 from echo_jax.model.qwen3 import REMAT
+from echo_jax.policy import SWAPS
 from echo_jax.run.inert import flat, inert_keys
 from echo_jax.tasks.generate import generate_tasks
 from tests.support import divided
@@ -49,6 +50,7 @@ KNOWN: Mapping[str, Sequence] = {
     **{f'optimizer.{key}': names for key, names in _OPTIMIZER.items()},
     **{f'warm_start.optimizer.{key}': names for key, names in _OPTIMIZER.items()},
     'policy.backend': ('jax', 'vllm'),
+    'policy.swap': SWAPS,
     'sandbox.backend': _SANDBOXES,
     'warm_start.sandbox': _SANDBOXES,
     'sandbox.shell': ('fresh', 'persistent'),
@@ -64,6 +66,7 @@ TEXTS = (
 )
 _HARBOR = 'Harbor has an environment of its own, without JAX: tests/sandbox/test_harbor_*.py'
 _VLLM = 'vLLM has an environment of its own: tests/test_fleet.py'
+_SWAPS = 'vLLM has an environment of its own: tests/rollout/test_vllm_policy.py'
 # What none of the runs can have on one CPU, and why, or where else it is run.
 ELSEWHERE: Mapping[str, str] = {
     "model.attention = 'splash'": 'needs a TPU: tests/learner/test_platforms.py',
@@ -72,6 +75,7 @@ ELSEWHERE: Mapping[str, str] = {
     "model.remat = 'offload'": 'needs an accelerator: tests/learner/test_platforms.py',
     'model.path': 'needs a model in files: tests/test_export.py',
     "policy.backend = 'vllm'": _VLLM,
+    **{f'policy.swap = {swap!r}': _SWAPS for swap in SWAPS},
     'policy.keyframe_every': _VLLM,
     'policy.lease_sec': _VLLM,
     'batch.oversample': _VLLM,
