@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 
 import docker
+import psutil
 import pytest
 
 from echo_jax.store.due import DueStore
@@ -186,6 +187,18 @@ def test_steps_take_the_groups_that_are_whole(fleet):
     assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
     assert len(taken) == len(set(taken)) == STEPS * GROUPS
     assert all(row['rollout/max_staleness'] <= 1 for row in metrics(fleet.workdir))
+
+
+@pytest.mark.parametrize('fleet', [NO_WARM_START], indirect=True)
+def test_a_worker_that_is_killed_while_its_engine_starts_leaves_nothing(fleet):
+    """vLLM's own processes outlive theirs."""
+    fleet.learner()
+    worker = fleet.worker()
+    wait_for(lambda: len(psutil.Process(worker.pid).children(recursive=True)) >= 2, seconds=300)
+    children = psutil.Process(worker.pid).children(recursive=True)
+    worker.kill()
+    worker.wait()
+    assert psutil.wait_procs(children, timeout=200)[1] == []
 
 
 def test_two_workers_have_no_name_in_common(fleet):

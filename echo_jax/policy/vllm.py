@@ -143,7 +143,6 @@ class VllmPolicy:
         engine = vllm_engine.start_engine(arguments | engine_args)
         store, version = WeightStore(weights_url or 'memory://'), -1 if weights_url else 0
         policy = cls(engine, store, max_model_len, probe_tolerance, swap, max_num_seqs, version)
-        await policy._call('end_with', os.getpid())
         await engine.update_weight_version(policy._label)
         return policy
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator
 
-from echo_jax.policy import PolicyError
+from echo_jax.policy import PolicyError, vllm_rank
 
 # vLLM reads these when it is imported. VLLM_CPU_KVCACHE_SPACE is in GiB.
 _ENVIRONMENT = {
@@ -25,6 +25,7 @@ _CPU_BATCH_TOKENS = 2048  # the engine may prefill at least this many tokens at 
 def start_engine(arguments: dict):
     """vLLM's AsyncLLM, by arguments of its AsyncEngineArgs; it blocks for a minute.
 
+    Its processes end when this one does.
     Raises PolicyError if vLLM is missing, too old or too new for swaps, or refuses the arguments.
     """
     for name, value in _ENVIRONMENT.items():
@@ -45,11 +46,14 @@ def start_engine(arguments: dict):
         # that a swap interrupts is prefilled again, as a whole, beside one token of every other.
         batch = max(arguments['max_model_len'] + arguments['max_num_seqs'], _CPU_BATCH_TOKENS)
         arguments = dict(enable_chunked_prefill=False, max_num_batched_tokens=batch) | arguments
+    os.environ[vllm_rank.OWNER] = str(os.getpid())
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     except (ValueError, OSError, RuntimeError) as error:
         reason = str(error).strip().partition('\n')[0]
         raise PolicyError(f'vLLM does not start with {arguments["model"]}: {reason}') from error
+    finally:
+        del os.environ[vllm_rank.OWNER]
 
 
 def check_interface() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from echo_jax.store.weights import WeightStore
 
 READING = 'reading'
+OWNER = 'ECHO_JAX_ENGINE_OWNER'  # while an engine starts, the process that it belongs to
 
 
 class Split(NamedTuple):
@@ -100,19 +101,6 @@ class WeightLoader:
     # version is published as a small difference to this one.
     _source: tuple[str, Mapping[str, dict]] | None = None
     _fetch: concurrent.futures.Future[dict[str, np.ndarray]]
-
-    def end_with(self, pid: int) -> None:
-        """Ends this process when process `pid` ends.
-
-        By themselves vLLM's processes outlive the worker that started them, and keep their GPUs.
-        """
-        descriptor = os.pidfd_open(pid)
-
-        def wait() -> None:
-            select.select([descriptor], [], [])
-            os._exit(1)  # the engine's process follows those of its ranks
-
-        threading.Thread(target=wait, daemon=True).start()
 
     def begin_fetch(self, weights_url: str, version: int, arrays: Mapping[str, dict]) -> None:
         """Starts to read this rank's part of a version in a thread, while the engine goes on.
@@ -209,3 +197,26 @@ def our_slices(array: Published, part: Share) -> tuple[slice, ...]:
     axis = 1 - part.axis if array.transposed else part.axis
     before = axis + 1 if array.stacked else axis
     return (slice(None),) * before + (slice(part.start, part.stop),)
+
+
+def _end_with(pid: int) -> None:
+    """Ends this process when process `pid` ends; the engine's process follows those of its ranks.
+
+    By themselves vLLM's processes outlive the worker that started them, and keep their GPUs.
+    """
+
+    def wait(descriptor: int) -> None:
+        select.select([descriptor], [], [])
+        os._exit(1)
+
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:  # it has ended already
+        os._exit(1)
+    threading.Thread(target=wait, args=(descriptor,), daemon=True).start()
+
+
+# When a rank imports this module, long before anybody could call it: its worker may be killed while
+# the engine starts.
+if OWNER in os.environ:
+    _end_with(int(os.environ[OWNER]))

@@ -2,7 +2,6 @@
 
 import asyncio
 import multiprocessing
-import subprocess
 import time
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 pytest.importorskip('vllm', reason='vLLM is not installed here; `make rollout` makes .venv-rollout')
 
-import psutil
 
 from echo_jax.policy import Generation, PolicyError
 from echo_jax.policy.vllm import VllmPolicy
@@ -492,27 +490,12 @@ def test_an_engine_that_died_fails_every_turn(rig):
 
 
 def test_two_ranks_read_their_shares(tmp_path, monkeypatch):
-    """There are fewer key-value heads than ranks, and the vocabulary is padded.
-
-    The ranks also end, and give their GPUs back, with the process that they were told to end with.
-    """
+    """There are fewer key-value heads than ranks, and the vocabulary is padded."""
     monkeypatch.setenv('VLLM_CPU_OMP_THREADS_BIND', 'nobind')  # more ranks than NUMA nodes
-    others = {*multiprocessing.active_children()}
     rig = Rig(tmp_path, tied=False, kv_heads=1, tensor_parallel_size=2)
     for _ in range(2):
         rig.swap()
         for prompt, generation in zip(PROMPTS, rig.generate(PROMPTS)):
             assert rig.gap(prompt, generation) < 1e-4
-    (core,) = {*multiprocessing.active_children()} - others
-    ranks = [p for p in psutil.Process(core.pid).children() if 'VLLM::Worker' in p.cmdline()[0]]
-    assert len(ranks) == 2
-    owner = subprocess.Popen(['sleep', '600'])
-    rig.run(rig.policy.engine.collective_rpc('end_with', args=(owner.pid,)))
-    assert rig.run(turns_that_fail(rig.policy, owner.kill)) < 10
-    owner.wait()
-    deadline = time.monotonic() + 30
-    while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
     rig.run(rig.policy.close())
     rig.loop.close()
