@@ -227,7 +227,8 @@ def test_a_worker_reports_what_is_described():
     after_a_swap = {name for name, when in documented.items() if when.strip() != 'always'}
     assert after_a_swap == {*Swap._fields} - {'version'}
     assert {*documented} - after_a_swap == {
-        *('worker', 'at', 'version', 'groups', 'rollouts', 'failed', 'drawing', 'episodes')
+        *('worker', 'at', 'version', 'damaged', 'groups', 'rollouts', 'failed', 'drawing'),
+        'episodes',
     }
 
 

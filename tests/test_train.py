@@ -366,16 +366,19 @@ def test_no_namespaces(programs, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_corrupt_checkpoint_is_named_and_can_be_removed(programs, finished, tmp_path):
+def test_what_is_damaged_is_named_or_made_again(programs, finished, tmp_path):
+    """A checkpoint, which a person has to remove, and a group, which is drawn anew."""
     workdir = shutil.copytree(finished, tmp_path / 'run')
     last = workdir / 'checkpoints' / 'train' / str(STEPS)
-    file = max((last / 'state').rglob('d/*'), key=lambda path: path.stat().st_size)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    file.write_bytes(data)
+    group = max((workdir / 'rollouts' / 'train' / 'groups').iterdir())
+    for file in (max((last / 'state').rglob('d/*'), key=lambda path: path.stat().st_size), group):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0x10
+        file.write_bytes(data)
     line = programs.fails('train', *programs.train_flags(workdir))
     assert f'cannot restore step {STEPS}' in line and f'remove the folder {last}' in line
     shutil.rmtree(last)
     (workdir / 'summary.json').unlink()
     programs.train(workdir)
     assert same(workdir, finished)
+    assert (workdir / 'rollouts' / 'train' / 'aside' / group.name).exists()

@@ -375,10 +375,13 @@ class ShardedModel:
         return lambda params, batch: score(params, sharding.put_batch(batch, self.mesh))
 
     def serving(self) -> Callable[[nnx.State], nnx.State]:
-        """Casts parameters to the dtype that the model computes in, as a sampler has them."""
+        """Casts parameters to the dtype that the model computes in, as a sampler has them.
+
+        A copy in any case: it is still read while the next step overwrites the parameters.
+        """
 
         def as_served(params):
-            return jax.tree.map(lambda x: x.astype(self.model.dtype), params)
+            return jax.tree.map(lambda x: jnp.copy(x.astype(self.model.dtype)), params)
 
         return jax.jit(as_served, out_shardings=self.placed)
 

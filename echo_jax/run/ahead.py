@@ -135,7 +135,9 @@ class InFlight:
             dropped, self._chosen = row['dropped'], row['groups']
             self._drop(dropped, done)
             unread = [i for i in self._chosen if i not in self._whole]
-            self._whole |= zip(unread, self._arrivals.read('train', unread))
+            if unread:
+                self._whole |= zip(unread, self._arrivals.wait_for(self._posted, unread))
+        self._arrivals.read_ahead(self._posted, {*self._whole})
         values = {
             'rollout/late_groups': float(len(dropped)),
             'rollout/waiting_groups': float(len(self._whole) - len(self._chosen)),
@@ -175,10 +177,7 @@ class InFlight:
         """Returns, when enough groups are whole, those that it dropped meanwhile."""
         all_dropped: list[int] = []
         oldest = done - self._config.max_staleness
-        is_enough, must_wait = (
-            False,
-            False,
-        )  # at first, so that an older group that is whole goes first
+        is_enough = must_wait = False  # at first, so that an older group that is whole goes first
         while not is_enough:
             arrived, late = self._arrivals.look(self._posted, self._whole, oldest, must_wait)
             self._whole |= zip(arrived, self._arrivals.read('train', arrived))

@@ -5,29 +5,43 @@ into the stores, and what it saw is told to the others, because a process that l
 would hang them.
 """
 
+import contextlib
 import dataclasses
+import threading
 import time
-from collections.abc import Collection, Container, Sequence, Set
+from collections.abc import Callable, Collection, Container, Sequence, Set
 
 from echo_jax.learner import distributed
 from echo_jax.run import report
 from echo_jax.run.entry import Stop, Stopped
 from echo_jax.run.workdir import Workdir
-from echo_jax.store.claims import read_claims
+from echo_jax.store.claims import Group, read_claims
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.rollouts import RolloutStore
+from echo_jax.store.weights import WeightStore
 from echo_jax.types import Rollout
 
 _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
+_REPORTS_SECONDS = 2.0  # between two looks at what workers report
 
 
 class Arrivals:
-    """Groups that workers draw, from the moment in which they are posted."""
+    """Groups that workers draw, from the moment in which they are posted.
 
-    def __init__(self, work: Workdir, stop: Stop):
+    A group that is damaged has not arrived: it is set aside, and workers draw it anew.
+    """
+
+    def __init__(self, work: Workdir, stop: Stop, publish_again: Callable[[], None]):
+        """publish_again: every process calls it if a worker finds the newest weights damaged."""
         self.due = DueStore(work.url('fleet'))
-        self._work, self._stop = work, stop
+        self._work, self._stop, self.publish_again = work, stop, publish_again
+        self._weights = WeightStore(work.url('weights'))
         self._claimed: dict[int, float] = {}  # when a claim was seen first, by time.monotonic()
+        self._groups: dict[Group, list[Rollout]] = {}  # read, and not asked for yet
+        self._lock = threading.Lock()  # of that
+        self._ahead: dict[str, list[int]] = {}  # what is read ahead, by store
+        self._reader: threading.Thread | None = None
+        self._closed = threading.Event()
 
     def post(self, due: DueGroups) -> None:
         if distributed.leads():
@@ -35,6 +49,8 @@ class Arrivals:
 
     def remove(self, due: DueGroups, group_ids: Collection[int]) -> DueGroups:
         """`due` without these groups, which no worker has to draw any more."""
+        for group_id in group_ids:
+            self._groups.pop((due.store, group_id), None)
         if distributed.leads():
             return self.due.remove(due, group_ids)
         gone = tuple(i for i in due.group_ids if i in group_ids)
@@ -42,12 +58,20 @@ class Arrivals:
 
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
         """All of these groups, by number, and withdraws them. Raises Stopped on a stop."""
-        wanted, arrived = set(due.group_ids), set()
-        while arrived < wanted:
-            arrived |= {*self.look([due], arrived)[0]}
+        groups = self.wait_for([due], due.group_ids)
         if distributed.leads():
             self.due.withdraw(due)
-        return self.read(due.store, due.group_ids)
+        return groups
+
+    def wait_for(
+        self, posted: Sequence[DueGroups], group_ids: Sequence[int]
+    ) -> list[list[Rollout]]:
+        """These of the groups that are posted. Raises Stopped on a stop."""
+        wanted, arrived = set(group_ids), set()
+        others = {i for due in posted for i in due.group_ids} - wanted
+        while not wanted <= arrived:
+            arrived |= {*self.look(posted, arrived | others)[0]}
+        return self.read(posted[0].store, group_ids)
 
     def look(
         self,
@@ -62,15 +86,69 @@ class Arrivals:
         `oldest`, or more than `batch.deadline_sec` ago; without `oldest` none is. If `must_wait`,
         it waits until there are groups to return. Raises Stopped if a stop is requested.
         """
-        seen = self._look(posted, known, oldest, must_wait) if distributed.leads() else None
-        seen = distributed.leader_says(seen)
-        if seen is None:
-            raise Stopped
-        arrived, late = seen
-        return arrived, late
+        while True:
+            seen = self._look(posted, known, oldest, must_wait) if distributed.leads() else None
+            seen = distributed.leader_says(seen)
+            if seen is None:
+                raise Stopped
+            arrived, late, is_damaged = seen
+            if not is_damaged:
+                return arrived, late
+            report.CONSOLE.print('a worker finds the newest weights damaged; they go out again')
+            self.publish_again()
 
     def read(self, store: str, group_ids: Sequence[int]) -> list[list[Rollout]]:
-        return RolloutStore(self._work.url('rollouts', store)).read_groups(group_ids)
+        """Groups that have arrived, once each."""
+        with self._lock:
+            unread = [i for i in group_ids if (store, i) not in self._groups]
+            groups = RolloutStore(self._work.url('rollouts', store)).read_groups(unread)
+            self._groups |= {(store, i): group for i, group in zip(unread, groups)}
+            return [self._groups.pop((store, i)) for i in group_ids]
+
+    @property
+    def held(self) -> set[Group]:
+        """The groups that are read and that nobody has asked for yet."""
+        return set(self._groups)
+
+    def read_ahead(self, posted: Sequence[DueGroups], known: Container[int]) -> None:
+        """From now on a thread reads what arrives of these groups, while the learner learns."""
+        ahead: dict[str, list[int]] = {}
+        for due in posted:
+            ahead.setdefault(due.store, []).extend(i for i in due.group_ids if i not in known)
+        with self._lock:
+            self._ahead = ahead
+            gone = [(s, i) for s, i in self._groups if s in ahead and i not in ahead[s]]
+            for group in gone:
+                del self._groups[group]
+        if self._reader is None:
+            self._reader = threading.Thread(target=self._read, name='read')
+            self._reader.start()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+        if self._reader is not None:
+            self._reader.join()
+
+    def _read(self) -> None:
+        # Python ends when this thread has, and this one when the program's last line was.
+        while not self._closed.wait(self._work.poll_seconds) and threading.main_thread().is_alive():
+            with self._lock, contextlib.suppress(OSError, ValueError):  # a look meets it again
+                for store, group_ids in self._ahead.items():
+                    self._take(store, group_ids)
+
+    def _take(self, store: str, group_ids: Sequence[int]) -> list[int]:
+        """Reads those that have arrived; returns the others."""
+        rollouts = RolloutStore(self._work.url('rollouts', store))
+        unread = [i for i in group_ids if (store, i) not in self._groups]
+        missing = {*rollouts.missing(unread)}
+        there = [i for i in unread if i not in missing]
+        if distributed.leads():
+            sound = rollouts.read_sound(there)
+        else:  # it is for the leader to set one aside
+            sound = dict(zip(there, rollouts.read_groups(there)))
+        self._groups |= {(store, i): group for i, group in sound.items()}
+        return [i for i in group_ids if (store, i) not in self._groups]
 
     def _look(
         self,
@@ -78,25 +156,38 @@ class Arrivals:
         known: Container[int],
         oldest: int | None,
         must_wait: bool,
-    ) -> tuple[list[int], list[int]] | None:
-        """The same in the leading process; None on a stop."""
-        wanted = {due: [i for i in due.group_ids if i not in known] for due in posted}
-        since = time.monotonic()
+    ) -> tuple[list[int], list[int], bool] | None:
+        """The same in the leading process, and whether the newest weights are damaged; None on a
+        stop.
+        """
+        wanted = [(due.store, [i for i in due.group_ids if i not in known]) for due in posted]
+        told = asked = time.monotonic()
         while not self._stop.requested:
             arrived, missing = [], set()
-            for due, group_ids in wanted.items():
-                store = RolloutStore(self._work.url('rollouts', due.store))
-                lacking = {*store.missing(group_ids)}
+            for store, group_ids in wanted:
+                with self._lock:
+                    lacking = {*self._take(store, group_ids)}
                 arrived += [i for i in group_ids if i not in lacking]
                 missing |= lacking
             late = [] if oldest is None else self._late(missing, oldest)
             if arrived or late or not must_wait:
-                return arrived, late
-            if time.monotonic() - since > _SILENCE_SECONDS:
+                return arrived, late, False
+            now = time.monotonic()
+            if now - asked > _REPORTS_SECONDS:
+                if self._is_damaged():
+                    return [], [], True
+                asked = now
+            if now - told > _SILENCE_SECONDS:
                 report.CONSOLE.print(self._silence(posted, len(missing)))
-                since = time.monotonic()
+                told = now
             time.sleep(self._work.poll_seconds)
         return None
+
+    def _is_damaged(self) -> bool:
+        """Whether a worker says of the newest weights that it cannot read them."""
+        newest = self._weights.newest()
+        named = {document.get('damaged') for document in self.due.reports()}
+        return newest is not None and newest[1] in named
 
     def _late(self, missing: Set[int], oldest: int) -> list[int]:
         """Those of the missing groups of training that were claimed too long ago."""

@@ -4,7 +4,6 @@ The program `echo_jax.worker` and the Ray fleet (launch/ray) are two ways to sta
 """
 
 import asyncio
-import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -27,7 +26,7 @@ from echo_jax.sandbox import Sandbox
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.claims import Claims, Group
 from echo_jax.store.due import DueGroups, DueStore
-from echo_jax.store.kvstore import MissingError
+from echo_jax.store.kvstore import CorruptError, MissingError
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import Rollout, Status, Task
@@ -58,6 +57,7 @@ class RolloutWorker:
         self._sandboxes = asyncio.Semaphore(config.sandbox.at_once)
         self._loading = asyncio.Lock()
         self._loaded: tuple[int, str] | None = None
+        self._damaged = ''  # the attempt at a version that could not be read
         self._tasks: dict[str, dict[str, Task]] = {}
         self._claims = Claims(self._due.url, name, config.policy.lease_sec)
         # The episodes that keep engine and sandboxes busy, and how many run or wait to begin.
@@ -76,11 +76,16 @@ class RolloutWorker:
     async def _take_newest(self) -> None:
         async with self._loading:
             newest = await asyncio.to_thread(self._weights.newest)
-            if newest is not None and newest != self._loaded:
-                # A version that is missing by now was collected, because there is a newer one.
-                with contextlib.suppress(MissingError):
-                    await self._policy.load(newest[0])
-                    self._loaded = newest
+            if newest is None or newest == self._loaded or newest[1] == self._damaged:
+                return
+            try:
+                await self._policy.load(newest[0])
+                self._loaded = newest
+            except MissingError:
+                pass  # a version that is missing by now was collected, because there is a newer one
+            except CorruptError as error:
+                logging.error('%s; the learner is asked for it again', error)
+                self._damaged = newest[1]
 
     async def serve(self) -> None:
         """Draws the groups that are due and that no other worker draws, until the learner finishes.
@@ -214,7 +219,8 @@ class RolloutWorker:
         while True:
             swap = self._policy.swap._asdict() if self._policy.swap else {}
             drawing = {'drawing': len(self._claims.held), 'episodes': self._running}
-            values = {'version': self._policy.version} | self._counts | drawing | swap
+            values = {'version': self._policy.version, 'damaged': self._damaged}
+            values |= self._counts | drawing | swap
             await asyncio.to_thread(self._due.report, self.name, values)
             await asyncio.sleep(_REPORT_SECONDS)
 

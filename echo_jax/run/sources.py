@@ -1,9 +1,11 @@
 """Where the learner's rollouts come from: the policy in this process, or workers elsewhere.
 
-Either way the weights go out through the weight store, and whole groups come back through rollout
-stores; a group that is in its store already is not drawn again. Nothing is trained here.
+Either way the weights go out through the weight store, while the learner goes on, and whole groups
+come back through rollout stores; a group that is in its store already is not drawn again, unless it
+is damaged. Nothing is trained here.
 """
 
+import asyncio
 import concurrent.futures
 import functools
 import shutil
@@ -27,6 +29,7 @@ from echo_jax.policy.jax import JaxPolicy
 from echo_jax.run import report
 from echo_jax.run.arrivals import Arrivals
 from echo_jax.run.entry import Stop
+from echo_jax.run.publishing import Publishing
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.due import DueGroups
@@ -40,7 +43,10 @@ PROBE_TOKENS = 256
 
 class Source(Interface):
     def publish(self, params: nnx.State, version: int) -> None:
-        """Makes `params` the weights that groups due at `version` or later are sampled from."""
+        """Makes `params` the weights that groups due at `version` or later are sampled from.
+
+        Returns before they are written. Raises what went wrong with the version before.
+        """
 
     def post(self, due: DueGroups) -> None:
         """Says that these groups will be waited for; they may be drawn from now on."""
@@ -95,6 +101,7 @@ class EmbeddedSource:
         )
         self._ahead = concurrent.futures.ThreadPoolExecutor(1) if config.max_staleness else None
         self._posted: dict[DueGroups, concurrent.futures.Future[None]] = {}
+        self._publishing = Publishing()
         self._make_sandbox = sandbox_maker(config)
         self._draw = functools.partial(
             draw_in_waves,
@@ -105,7 +112,8 @@ class EmbeddedSource:
         )
 
     def publish(self, params: nnx.State, version: int) -> None:
-        self._weights.publish(model_params.flatten(self._serving(params)), version)
+        served = model_params.flatten(self._serving(params))
+        self._publishing.begin(functools.partial(self._weights.publish, served, version))
 
     def post(self, due: DueGroups) -> None:
         if self._ahead:
@@ -113,11 +121,16 @@ class EmbeddedSource:
 
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
         self._stop.check()
-        if self._ahead:
-            self._posted.pop(due).result()
-        else:
-            self._draw_due(due)
-        return RolloutStore(self._work.url('rollouts', due.store)).read_groups(due.group_ids)
+        store = RolloutStore(self._work.url('rollouts', due.store))
+        while True:
+            if self._ahead:
+                self._posted.pop(due).result()
+            else:
+                self._draw_due(due)
+            groups = store.read_sound(due.group_ids)
+            if len(groups) == len(due.group_ids):
+                return [groups[i] for i in due.group_ids]
+            self.post(due)  # again, for those that were damaged
 
     def is_there(self, due: DueGroups) -> bool:
         return due in self._posted and self._posted[due].done()
@@ -133,6 +146,7 @@ class EmbeddedSource:
     async def _draw_missing(
         self, assignments: list[tuple[int, Task]], store: RolloutStore, due: DueGroups
     ) -> None:
+        await asyncio.to_thread(self._publishing.wait)
         params = model_params.unflatten(self._model.abstract, self._weights.read(due.version))
         await self._policy.load(jax.device_put(params, self._model.placed), due.version)
         await self._draw(assignments, store, group_size=due.group_size, temperature=due.temperature)
@@ -140,6 +154,7 @@ class EmbeddedSource:
     def close(self) -> None:
         if self._ahead:
             self._ahead.shutdown()
+        self._publishing.close()
         self._make_sandbox.close()
 
 
@@ -165,7 +180,9 @@ class WorkerSource:
             work.url('weights'), keyframe_every=config.policy.keyframe_every
         )
         self._serving = model.serving()
-        self.arrivals = Arrivals(work, stop)
+        self._publishing = Publishing()
+        self._published: tuple[nnx.State, int] | None = None  # the newest weights
+        self.arrivals = Arrivals(work, stop, self._publish_again)
         self._score = model.score()
         length = min(PROBE_TOKENS, config.batch.seq_len)
         self._probe = np.asarray(probe[:length], np.int32)
@@ -184,7 +201,25 @@ class WorkerSource:
 
     def publish(self, params: nnx.State, version: int) -> None:
         served = self._serving(params)
-        logprobs = np.asarray(self._score(served, self._probe_batch))[0, : len(self._probe)]
+        scores = self._score(served, self._probe_batch)
+        self._published = params, version
+        self._publishing.begin(functools.partial(self._write, served, scores, version))
+
+    def _publish_again(self) -> None:
+        """Publishes the newest weights once more, because a worker finds them damaged.
+
+        All hosts call it, in a wait for groups: the parameters have not been overwritten yet.
+        """
+        assert self._published is not None  # a worker has read of it
+        params, version = self._published
+        self._publishing.wait()
+        if distributed.leads():
+            self._weights.rewind(version - 1)
+        distributed.leader_says(None)  # no host begins before that is done
+        self.publish(params, version)
+
+    def _write(self, served: nnx.State, scores: jax.Array, version: int) -> None:
+        logprobs = np.asarray(scores)[0, : len(self._probe)]
         about = {
             'arrays': published_arrays(self._model.model),
             'probe': {'tokens': self._probe.tolist(), 'logprobs': logprobs.tolist()},
@@ -208,6 +243,8 @@ class WorkerSource:
         return len(arrived) == len(due.group_ids)
 
     def close(self) -> None:
+        self._publishing.close()
+        self.arrivals.close()
         if distributed.leads():
             self.arrivals.due.finish()
 

@@ -19,6 +19,7 @@ each rollout instead of a column of the header.
 """
 
 import json
+import logging
 import pathlib
 import re
 import struct
@@ -79,6 +80,33 @@ class RolloutStore:
         ids = list(ids)
         futures = [self._kvstore.read(group_key(group_id)) for group_id in ids]
         return [self._decode(group_id, future.result()) for group_id, future in zip(ids, futures)]
+
+    def read_sound(self, ids: Iterable[int]) -> dict[int, list[Rollout]]:
+        """Those of the groups that are there and undamaged, by number.
+
+        A damaged one is set aside as `aside/000000000012`, which is logged. Then it is missing, and
+        can be drawn and written anew.
+        """
+        sound = {}
+        futures = {group_id: self._kvstore.read(group_key(group_id)) for group_id in ids}
+        for group_id, future in futures.items():
+            found = future.result()
+            if found.state == 'missing':
+                continue
+            try:
+                sound[group_id] = self._decode(group_id, found)
+            except CorruptError as error:
+                aside = f'aside/{group_id:012d}'
+                self._kvstore[aside] = found.value
+                self.remove([group_id])
+                logging.error(
+                    'group %d in %s is corrupt (%s); it is set aside as %s and drawn anew',
+                    group_id,
+                    self.url,
+                    error.__cause__,
+                    aside,
+                )
+        return sound
 
     def groups(self, first: int = 0) -> list[int]:
         """Ids, from `first` on, of the groups that are there, ascending. Each can be read whole."""

@@ -20,7 +20,9 @@ from echo_jax.store.claims import Claims
 from echo_jax.store.due import DueStore
 from echo_jax.store.kvstore import open_kvstore
 from echo_jax.store.rollouts import RolloutStore
+from echo_jax.store.weights import WeightStore
 from echo_jax.types import Role, Rollout, Status, Task
+from tests.support.small_run import wait_for
 
 TASKS = [Task(f'task-{i}', None, '') for i in range(200)]
 
@@ -69,8 +71,9 @@ class Run:
     def start(self, state=None, done=0):
         """A process that starts; `state` is of the checkpoint at `done`."""
         ledger, config = Ledger(self.work), self.work.config
-        arrivals = Arrivals(self.work, Stop())
-        self.ahead, self.done = InFlight(TASKS, arrivals, config, self.steps, ledger), done
+        self.arrivals = Arrivals(self.work, Stop(), lambda: None)
+        self.ahead = InFlight(TASKS, self.arrivals, config, self.steps, ledger)
+        self.done = done
         self.due.clear()
         if state:
             self.ahead.set_state(state)
@@ -218,3 +221,81 @@ def test_a_row_that_was_not_written_to_its_end_counts_for_nothing(tmp_path):
     run.write(*run.wanted()[:2])
     run.step()
     assert [row['step'] for row in map(json.loads, file.read_text().splitlines())] == [1, 2]
+
+
+def damage(run: Run, group_id: int) -> None:
+    file = run.work.path / 'rollouts' / 'train' / 'groups' / f'{group_id:012d}'
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize('moment', ['before the step', 'while another is learned', 'on a resume'])
+def test_a_damaged_group_is_set_aside_and_drawn_anew(tmp_path, caplog, moment):
+    run = Run(tmp_path / 'run', recipe(staleness=1))
+    begun(run)
+    state = run.ahead.get_state()
+    if moment == 'before the step':
+        run.write(0, 1)
+        damage(run, 0)
+        run.write(2)
+        assert run.step()[0] == [1, 2]
+    else:
+        run.write(1, 2, 3) if moment == 'on a resume' else run.write(1, 2)
+        assert run.step()[0] == [1, 2]  # its learning is not over yet
+        if moment == 'on a resume':
+            damage(run, 1)
+            run.start(state)
+            anew = threading.Timer(0.5, lambda: run.write(1, version=0))
+            anew.start()
+            assert run.step()[0] == [1, 2]  # as the ledger says
+            anew.join()
+        else:
+            begun(run)
+            run.store.write_group(group_of(0, 'task-0', 0)[:1])
+            damage(run, 0)
+            wait_for(lambda: 0 in run.wanted())
+    name = '000000000001' if moment == 'on a resume' else '000000000000'
+    assert (run.work.path / 'rollouts' / 'train' / 'aside' / name).exists()
+    assert 'is corrupt' in caplog.text and 'drawn anew' in caplog.text
+    if moment != 'on a resume':
+        begun(run)
+        assert 0 in run.wanted()
+        run.write(0)
+        run.write(*run.wanted()[:1])
+        assert 0 in run.step()[0]
+
+
+def test_what_arrives_while_a_step_is_learned_is_read_at_once(tmp_path):
+    run = Run(tmp_path / 'run', recipe())
+    begun(run)
+    run.write(0, 1)
+    run.ahead.draw(run.done)
+    run.write(2, 3)
+    file = run.work.path / 'rollouts' / 'train' / 'groups' / '000000000003'
+    wait_for(lambda: len(run.arrivals.held) == 2)
+    file.unlink()  # nobody reads it again
+    run.ahead.trained()
+    run.done += 1
+    assert run.step()[0] == [2, 3]
+
+
+def test_weights_that_a_worker_finds_damaged_go_out_again(tmp_path):
+    run = Run(tmp_path / 'run', recipe())
+    weights = WeightStore(run.work.url('weights'))
+    arrays = {'a': np.ones(3, np.float32)}
+    weights.publish(arrays, 0)
+    again = []
+
+    def publish_again():
+        weights.rewind(-1)
+        weights.publish(arrays, 0)
+        again.append(weights.newest())
+        run.write(0, 1)
+
+    run.arrivals.publish_again = publish_again
+    begun(run)
+    first = weights.newest()
+    run.due.report('worker', {'version': 0, 'drawing': 0, 'damaged': first[1]})
+    assert run.step()[0] == [0, 1]
+    assert len(again) == 1 and again[0] != first  # the report that is left is of the old ones
