@@ -1,12 +1,12 @@
 """How long the learner waits when one episode in 16 takes ten times as long as the others.
 
-    .venv/bin/python experiments/benchmarks/stragglers.py --run=runs/machine [--steps=12] [--tail=10]
+    .venv/bin/python experiments/benchmarks/stragglers.py --run=runs/machine [--tail=10]
 
 A learner and a worker with vLLM, in real sandboxes, on the tasks of the finished run `--run` of
 configs/machine.py and with its model, whose agent calls tools. The first call of a tool in an
-episode sleeps `--sleep` seconds, in one episode of 16 `--tail` times that. The learner learns from each
-step `--updates` times, so that it has about as much to do as at full size. Every mode is a run of
-its own, of `--steps` steps: max_staleness 0, 1 and 4, and 4 as others have it (`rounds`): groups
+episode sleeps `--sleep` seconds, in one episode of 16 `--tail` times that. The learner learns from
+each step `--updates` times, so that it has about as much to do as at full size. Every mode is a run
+of its own, of `--steps` steps: max_staleness 0, 1 and 4, and 4 as others have it (`rounds`): groups
 are drawn ahead as well, but each step waits for all of its own.
 
 idle is the share of the learner's time in which it waited for groups, over all steps but the
