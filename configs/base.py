@@ -486,6 +486,10 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # are kept for the viewer, 6 bytes a token; 0 keeps none. They are those of the pass that the
     # step learns from, and cost no other.
     c.logging.scores = 20
+    # The number of steps, the newest, whose rollouts are kept, and the evaluations between them;
+    # None keeps all. What steps after the oldest save trained on stays in any case, because a
+    # resumed run may need it; so do the held-out rollouts from before and after training.
+    c.logging.rollouts = placeholder(int)
     # The project of Weights & Biases that the metrics go to, with the package wandb. If this is
     # empty, none do.
     c.logging.wandb = ''

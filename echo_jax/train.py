@@ -22,6 +22,7 @@ from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_rea
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.ahead import groups_ahead
+from echo_jax.run.changes import said
 from echo_jax.run.checks import check_config, sandboxes_here
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.heldout import Heldout
@@ -30,6 +31,7 @@ from echo_jax.run.learning import Learner
 from echo_jax.run.measures import headline
 from echo_jax.run.numbering import LEDGER
 from echo_jax.run.redraw import redraw_equal
+from echo_jax.run.retention import remove_ending, remove_old_rollouts
 from echo_jax.run.sources import count_steps, make_source, read_splits
 from echo_jax.run.warm_start import first_params
 from echo_jax.run.workdir import Workdir
@@ -87,10 +89,16 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         report.CONSOLE.print(f'resumed at step {done} of {num_steps}')
     metrics.resume(done)
     if leads:
+        if changes := work.go_on(done):
+            report.CONSOLE.print(f'from step {done} on: {said(changes)}', soft_wrap=True)
+        if done < num_steps:
+            remove_ending(work)
         WeightStore(work.url('weights')).rewind(done)
     source.publish(state.params, done)
     before = heldout.draw('before', params, version=0)
     heldout.post(done)  # again, if the run stopped before it was there
+    if distributed.leader_says(metrics.lacks(done, 'eval/env_ce')):  # since it was the last step
+        metrics.add(done, heldout.env_ce(done, state.params))
     del params
 
     # ---------------------------------------------------------------------- reinforcement learning
@@ -98,6 +106,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         checkpointer.keep_best(heldout.best_version)
         if checkpointer.latest() != done:
             if leads:  # first, so that there is no checkpoint without its rows
+                remove_old_rollouts(work, done, checkpointer.oldest())
                 work.share('metrics.jsonl', LEDGER, 'tensorboard')
             extra = {'ahead': ahead.get_state(), 'heldout': heldout.get_state()}
             extra |= {'env_coef': env_term.adapted, 'seconds': clock.seconds()}
@@ -158,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
     if idle:
         report.CONSOLE.print(f'cannot act with the other keys: {idle}', soft_wrap=True)
     with distributed.leader_first('workdir'):
-        work = Workdir(_WORKDIR.value, config)
+        work = Workdir(_WORKDIR.value, config, is_learner=True)
     try:
         train(config, work)
     except entry.Stopped:

@@ -120,6 +120,11 @@ class Checkpointer:
         """The last step that is saved whole, or None."""
         return self._manager.latest_step()
 
+    def oldest(self) -> int | None:
+        """The first step that is on disk whole, or None; a save that is under way is not there."""
+        directory = epath.Path(self._directory)
+        return min(ocp.utils.checkpoint_steps(directory), default=None)
+
     def wait(self) -> None:
         """Returns when every save that was begun is on disk."""
         self._manager.wait_until_finished()

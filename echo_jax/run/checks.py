@@ -65,8 +65,9 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         value = operator.attrgetter(key)(config)
         if value is not None and value < 1:
             raise ValueError(f'{key} is {value}; expected at least 1')
-    if config.logging.scores < 0:
-        raise ValueError(f'logging.scores is {config.logging.scores}; expected 0 or more steps')
+    for key in ('scores', 'rollouts'):
+        if (config.logging[key] or 0) < 0:
+            raise ValueError(f'logging.{key} is {config.logging[key]}; expected 0 or more steps')
     if not 0 <= config.logging.prometheus_port < 1 << 16:
         port = config.logging.prometheus_port
         raise ValueError(f'logging.prometheus_port is {port}; expected 1 to 65535, or 0 for none')

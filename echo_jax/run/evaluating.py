@@ -132,7 +132,8 @@ def read_rollouts(place: str, vocabulary: int) -> list[Rollout]:
             break
     else:
         raise ValueError(
-            f'--rollouts={place} holds no rollouts; name RUN/heldout_before, or a rollout store'
+            f'--rollouts={place} holds no rollouts, or they were removed by logging.rollouts; name '
+            'RUN/heldout_before, or a rollout store'
         )
     largest = max(int(r.tokens.max(initial=0)) for r in rollouts)
     if largest >= vocabulary:

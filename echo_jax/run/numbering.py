@@ -29,14 +29,15 @@ class Steps:
 
     def __init__(self, config: ml_collections.ConfigDict):
         self._config = config
-        self._ledger: dict[int, int | None] | None = {} if may_be_late(config) else None
+        # (step, whether it trained on the group or dropped it) by group.
+        self._ledger: dict[int, tuple[int, bool]] | None = {} if may_be_late(config) else None
 
     def read(self, kvstore: ts.KvStore) -> None:
         """Reads what the learner has written by now in the run's folder."""
         if self._ledger is not None:
             rows = read_ledger(kvstore.read(LEDGER).result().value.decode())
-            self._ledger = {i: row['step'] for row in rows for i in row['groups']}
-            self._ledger |= {i: None for row in rows for i in row['dropped']}
+            self._ledger = {i: (row['step'], True) for row in rows for i in row['groups']}
+            self._ledger |= {i: (row['step'], False) for row in rows for i in row['dropped']}
 
     def is_known(self, group_id: int) -> bool:
         """Whether it is decided which step that is, or that none is."""
@@ -45,8 +46,15 @@ class Steps:
     def __getitem__(self, group_id: int) -> int | None:
         """None if the group was dropped, or no step has taken it yet."""
         if self._ledger is None:
+            return self.decided(group_id)
+        step, is_trained = self._ledger.get(group_id, (None, False))
+        return step if is_trained else None
+
+    def decided(self, group_id: int) -> int | None:
+        """The step that trains on the group or dropped it; None if no step has done so yet."""
+        if self._ledger is None:
             return group_id // groups_of_step(self._config) + 1
-        return self._ledger.get(group_id)
+        return self._ledger.get(group_id, (None, False))[0]
 
 
 def read_ledger(text: str) -> list[dict[str, Any]]:

@@ -73,6 +73,20 @@ class Metrics:
             return
         with self._file.open('a') as file:
             file.write(json.dumps({'step': step, **values}) + '\n')
+        self._show(step, values)
+
+    def lacks(self, step: int, name: str) -> bool:
+        """Whether there is a row of `step` without that number."""
+        return any(row['step'] == step and name not in row for row in self.rows())
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Adds values to the row of `step`, the last."""
+        if self._writes and values:
+            rows = [row | values if row['step'] == step else row for row in self.rows()]
+            write_whole(self._file, ''.join(json.dumps(row) + '\n' for row in rows))
+            self._show(step, values)
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()  # now: a run in a bucket copies the file as it is

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from echo_jax.run.changes import difference
 from echo_jax.run.intervals import (
     Difference,
     Estimate,
@@ -19,7 +20,7 @@ from echo_jax.run.intervals import (
     mean_of_shares,
 )
 from echo_jax.run.measures import pass_at_k
-from echo_jax.run.workdir import difference, write_whole
+from echo_jax.run.workdir import write_whole
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import SOLVED_REWARD, Rollout, Status, Task
 

@@ -57,6 +57,7 @@ def weights_and_biases(work: Workdir, project: str) -> Sink:
         resume='allow',
         dir=str(work.path),
         config=work.config.to_dict(),
+        allow_val_change=True,  # of what a run may change when it goes on
         settings=wandb.Settings(console='off', silent=True),
     )
     return lambda step, values: run.log(dict(values), step=step)

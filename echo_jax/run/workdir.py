@@ -1,6 +1,7 @@
 """The folder or bucket of a run: what lies where in it, and that it belongs to one config.
 
-config.json      the recipe it was made with; another one is refused
+config.json      the recipe that the run goes by; another one is refused, but for what changes.py
+                 allows, and config_history.jsonl says what has changed since the run was made
 tasks/           generated tasks, if the config names none
 tokenizer/       a Hugging Face tokenizer directory
 model/           config.json and tokenizer for the workers' engines, if the config names no model
@@ -20,6 +21,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 
 import ml_collections
@@ -28,22 +30,28 @@ import transformers
 
 from echo_jax.agent.dialects import find_dialect
 from echo_jax.agent.tokenizer import build_tokenizer, chat_template, training_texts
-from echo_jax.run import tasksets
+from echo_jax.run import changes, tasksets
 from echo_jax.store.kvstore import inside, open_kvstore, write_once
 from echo_jax.tasks.generate import generate_tasks
 from echo_jax.types import Task
 
 _WHOLE = '.whole'  # is written last when a folder is shared
+_MADE = 'made'  # in a bucket whose config has changed: the generation of its first config.json
+_TAKING, _TAKING_SECONDS = 'taking-', 3600.0  # after which nobody takes into that folder any more
 TOKENIZER_TASKS = 500  # training tasks that the small tokenizer is trained on
 
 
 class Workdir:
     """`path` is the folder of its files on this machine; `url` leads to what others reach too."""
 
-    def __init__(self, place: str | os.PathLike, config: ml_collections.ConfigDict):
+    def __init__(
+        self, place: str | os.PathLike, config: ml_collections.ConfigDict, is_learner: bool = False
+    ):
         """Makes the run at `place`, a folder or a gs:// URL, or opens it again.
 
-        Raises ValueError if it is of another config, or this machine may not write there.
+        `config` may differ from the run's in what changes.py allows; each program goes by its own.
+        Raises ValueError if it is of another config, or this machine may not write there, or if
+        `is_learner` and the run cannot go on by this config.
         """
         self.config = config
         self._read: dict[str, tasksets.Read] = {}
@@ -59,12 +67,41 @@ class Workdir:
             name = hashlib.sha256(self._root.encode() + made).hexdigest()[:16]
             self.path = _cache() / name
             self.path.mkdir(parents=True, exist_ok=True)
-        theirs = json.loads(found)
-        if ours != theirs:
-            raise ValueError(
-                f'{self._root} is a run of another config ({difference(theirs, ours)}); '
-                'resume it with its own, or give another --workdir'
-            )
+            for left in self.path.glob(f'{_TAKING}*'):  # by a process that was killed
+                if time.time() - left.stat().st_mtime > _TAKING_SECONDS:
+                    shutil.rmtree(left, ignore_errors=True)
+        self._changes = changes.find_changes(json.loads(found), ours, self._root)
+        if is_learner:
+            changes.check_longer(self._changes, ours, self._root)
+
+    def go_on(self, step: int) -> changes.Changes:
+        """Makes this config the run's from `step` on, and returns what it changes.
+
+        For the leading process of a learner. The history is written first, so that no config is
+        without its row if the process is killed in between.
+        """
+        changed, self._changes = self._changes, {}
+        if changed:
+            self.take(changes.HISTORY)
+            history = self.path / changes.HISTORY
+            text = history.read_text() if history.exists() else ''
+            write_whole(history, changes.history_with(text, step, changed))
+            self.share(changes.HISTORY)
+            document = json.dumps(json.loads(self.config.to_json()), indent=1)
+            if self._bucket is None:
+                write_whole(self.path / 'config.json', document)
+            else:
+                found = _config_in(self._root, self._bucket)
+                write_once(self._bucket, _MADE, found.stamp.generation)
+                self._bucket['config.json'] = document.encode()
+        return changed
+
+    def remove(self, *names: str) -> None:
+        """Removes files of the run, here and where other machines find them."""
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+            if self._bucket is not None:
+                del self._bucket[name]
 
     def _in_folder(self, document: str) -> str:
         """The config that is there, after `document` was written if there was none."""
@@ -77,7 +114,7 @@ class Workdir:
         return file.read_text()
 
     def _in_bucket(self, bucket: ts.KvStore, document: str) -> tuple[bytes, bytes]:
-        """The same in a bucket, with what tells when the config was written."""
+        """The same in a bucket, with what tells when the run was made."""
         found = _config_in(self._root, bucket)
         if found.state == 'missing':
             if bucket.list().result():
@@ -87,7 +124,8 @@ class Workdir:
             except ValueError as error:
                 raise _refused(self._root, error) from error
             found = _config_in(self._root, bucket)
-        return found.value, found.stamp.generation
+        made = bucket.read(_MADE).result()  # after the config, which is written after it
+        return found.value, made.value if made.state == 'value' else found.stamp.generation
 
     def _strange(self) -> ValueError:
         return ValueError(f'{self._root} is not empty and holds no run; give another --workdir')
@@ -149,7 +187,7 @@ class Workdir:
         keys = [key.decode() for key in self._bucket.list(inside(name)).result()]
         if keys and f'{name}/{_WHOLE}' not in keys:
             return False
-        partial = pathlib.Path(tempfile.mkdtemp(prefix='taking-', dir=self.path))
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=_TAKING, dir=self.path))
         try:
             for key in keys or [name]:
                 found = self._bucket.read(key).result()
@@ -285,20 +323,3 @@ def write_whole(file: pathlib.Path, text: str) -> None:
     partial = file.with_name(file.name + '.partial')
     partial.write_text(text)
     partial.rename(file)
-
-
-def difference(theirs: dict, ours: dict) -> str:
-    """The first key in which two trees of settings differ, with both values."""
-    theirs, ours = _flat(theirs), _flat(ours)
-    key = next(k for k in [*ours, *theirs] if ours.get(k, '-') != theirs.get(k, '-'))
-    return f'{key} is {theirs.get(key, "absent")!r} there, {ours.get(key, "absent")!r} here'
-
-
-def _flat(tree: dict, prefix: str = '') -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f'{prefix}{key}.')
-        else:
-            flat[f'{prefix}{key}'] = value
-    return flat

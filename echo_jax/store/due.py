@@ -92,8 +92,12 @@ class DueStore:
         self._kvstore.delete_range(keys).result()
 
     def clear(self) -> None:
-        """Withdraws everything: for a learner that starts, before it posts groups of its own."""
+        """Withdraws everything: for a learner that starts, before it posts groups of its own.
+
+        Workers are told no longer to end, if the run had finished: it may be longer now.
+        """
         self._kvstore.delete_range(inside('due')).result()
+        self._kvstore.write('finished', None).result()
 
     def finish(self) -> None:
         """Tells every worker to end."""

@@ -121,8 +121,8 @@ class RolloutStore:
 
     def remove(self, ids: Iterable[int]) -> None:
         """Removes groups, which may be written anew; one that is not there does no harm."""
-        for group_id in ids:
-            del self._kvstore[group_key(group_id)]
+        for removed in [self._kvstore.write(group_key(group_id), None) for group_id in ids]:
+            removed.result()
 
     def _decode(self, group_id: int, found: ts.KvStore.ReadResult) -> list[Rollout]:
         if found.state == 'missing':

@@ -26,8 +26,9 @@ def glance(
     """
     steps, recent = metrics.last(_RECENT)
     step, config = (steps[-1] if steps else 0), work.config
+    now_config = _document(kvstore, 'config.json')  # the run may have been made longer meanwhile
     # With num_epochs the number of steps depends on the tasks, which are not read here.
-    total = config.num_steps if config.num_epochs is None else None
+    total = None if now_config.get('num_epochs') else now_config.get('num_steps')
     summary = _summary(kvstore)
     sampling, learning = (_mean(recent, f'time/{name}') or 0.0 for name in ('sampling', 'learning'))
     seconds = sampling + learning or None
@@ -58,6 +59,7 @@ def glance(
         'groups_found': index.found,
         'groups_read': index.read,
         'rollouts': len(index.rows),
+        'rollouts_of': now_config.get('logging', {}).get('rollouts'),
         'problems': list(index.problems.values())[:20],
         'problem_count': len(index.problems),
     }
@@ -84,9 +86,13 @@ def _last(columns: dict[str, list[float]], *names: str) -> float | None:
 
 def _summary(kvstore: ts.KvStore) -> dict:
     """summary.json, which a finished run has."""
-    found = kvstore.read('summary.json').result()
-    document = json.loads(found.value) if found.state == 'value' else {}
+    document = _document(kvstore, 'summary.json')
     return {visible(name): number(value) for name, value in document.items()}
+
+
+def _document(kvstore: ts.KvStore, name: str) -> dict:
+    found = kvstore.read(name).result()
+    return json.loads(found.value) if found.state == 'value' else {}
 
 
 def _reasons(index: Index) -> list[list]:

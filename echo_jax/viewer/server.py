@@ -84,9 +84,11 @@ def _make_app(site: Site, token: str, host: str, port: int) -> ASGIApp:
         return _answer(request, files[name], pathlib.PurePath(name).suffix)
 
     def data(request: Request) -> Response:
-        document = site.document(request.path_params['name'])
+        name = request.path_params['name']
+        document = site.document(name)
         if document is None:
-            return PlainTextResponse('there is no such document\n', 404)
+            why = '; the run may keep it no longer: logging.rollouts' if '/rollout-' in name else ''
+            return PlainTextResponse(f'there is no such document{why}\n', 404)
         body = json.dumps(document, allow_nan=False, separators=(',', ':')).encode()
         return _answer(request, body, '.json')
 

@@ -39,8 +39,9 @@ def test_a_learner_that_starts_leaves_nothing_of_the_last_one_due(due_store):
     due_store.post(TRAIN)
     due_store.post(HELDOUT)
     due_store.report('w', {'version': 1})
+    due_store.finish()
     due_store.clear()
-    assert due_store.listed() == []
+    assert due_store.listed() == [] and not due_store.finished()
     assert [report['worker'] for report in due_store.reports()] == ['w']
 
 

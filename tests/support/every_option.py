@@ -134,6 +134,7 @@ RUNS: Mapping[str, Run] = {
             'warm_start.steps': 120,
             'warm_start.explore_steps': 60,
             'warm_start.save_every': 120,
+            'logging.rollouts': 1,
             'loss.targets': 'observation',
             'loss.env_normalization': 'selected',
             'loss.max_env_tokens': 24,

@@ -32,6 +32,8 @@ function runCard(run) {
   const isReading = now.groups_read + now.problem_count < now.groups_found;
   const reading = isReading
     ? `, ${show(now.groups_read)} of ${show(now.groups_found)} groups read` : '';
+  const kept = now.rollouts_of === null
+    ? '' : `; those older than ${show(now.rollouts_of)} steps are removed`;
   return el('section', { class: 'card', 'aria-label': `Run ${run.name}` },
     el('h2', {}, el('span', { class: `dot run-${run.index % 6}` }), run.name),
     el('p', { class: 'faint place' }, run.url),
@@ -40,7 +42,7 @@ function runCard(run) {
     now.sampling_share === null ? null : shares(now),
     statuses.length ? failures(now, statuses) : null,
     now.workers.length ? workers(now) : null,
-    el('p', { class: 'faint' }, `${show(now.rollouts)} rollouts${reading}`),
+    el('p', { class: 'faint' }, `${show(now.rollouts)} rollouts${kept}${reading}`),
     now.problem_count
       ? fold(`${show(now.problem_count)} that cannot be read`, false, list(now.problems)) : null);
 }
