@@ -1,4 +1,5 @@
-"""Writes docs/configuration.md from configs/base.py, the recipes, and the table of inert keys.
+"""Writes docs/configuration.md from configs/base.py, the recipes, and the tables of inert keys and
+of those that may change when a run goes on.
 
     python -m docs.make_configuration
 
@@ -11,6 +12,7 @@ import pathlib
 import re
 
 from configs import base
+from echo_jax.run.changes import CHANGEABLE
 from echo_jax.run.inert import INERT, flat, keys_of
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,8 +43,9 @@ A key that does not exist is refused. So is a key that is set although it can ha
 the others chosen; the column "meaning" says when that is. A flag sets a key even to its default. A
 recipe sets it to another value than the default, which is no error if a flag made it inert.
 
-A workdir belongs to the config that it was made with. `train` on a workdir of another config names
-the first key that differs and stops.
+A workdir belongs to its config. `train` on a workdir of another config names the first key that
+differs and stops, unless it is one of these, which change nothing that is learned but its rounding
+([docs/design.md#state](design.md#state) says how a run goes on with other values):
 """
 
 
@@ -115,12 +118,22 @@ def together(names: list[str]) -> str:
 def page() -> str:
     """The whole text of docs/configuration.md."""
     said, values, defaults = comments(), recipes(), flat(base.get_config())
-    parts = [HEAD, '## The run', table('', defaults, said, values)]
+    parts = [HEAD, changeable(), '## The run', table('', defaults, said, values)]
     for section in said:
         if section not in defaults:
             parts += [f'## {section}', linked(said[section])]
             parts += [table(section, defaults, said, values)]
     return '\n\n'.join(part.strip() for part in parts) + '\n'
+
+
+def changeable() -> str:
+    """The keys that may change when a run goes on, with the reasons."""
+    rows = ['| may change | why |', '|---|---|']
+    for row in CHANGEABLE:
+        keys = ', '.join(f'`{key}`' for key in row.keys)
+        only = '' if len(row.backends) > 1 else f", with `policy.backend = '{row.backends[0]}'`"
+        rows.append(f'| {keys}{only} | {linked(row.reason)} |')
+    return '\n'.join(rows)
 
 
 def table(

@@ -23,8 +23,7 @@ class Changeable(NamedTuple):
 
 CHANGEABLE = (
     Changeable(
-        ('num_steps', 'num_epochs'),
-        'steps that follow change nothing in those before; check_longer says what is refused',
+        ('num_steps', 'num_epochs'), 'upwards: steps that follow change nothing in those before'
     ),
     Changeable(
         ('mesh', 'sharding'), 'the same parameters and the same sums, divided over other devices'

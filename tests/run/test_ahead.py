@@ -208,6 +208,22 @@ def test_killed_at_any_time_every_group_is_trained_on_once(tmp_path, seed):
     }
 
 
+def test_a_run_that_has_come_to_its_end_is_made_longer(tmp_path):
+    run, trained = Run(tmp_path / 'run', recipe(), steps=3), []
+    for steps in (3, 6):
+        run.steps = steps
+        run.start(run.ahead.get_state(), run.done)
+        while run.done < run.steps:
+            begun(run)
+            run.write(*run.wanted())
+            trained += run.step()[0]
+        begun(run)
+        assert not run.wanted()
+    assert trained == list(range(12))
+    rows = [json.loads(row) for row in (run.work.path / 'groups.jsonl').read_text().splitlines()]
+    assert [(row['step'], row['dropped']) for row in rows] == [(n, []) for n in range(1, 7)]
+
+
 def test_a_row_that_was_not_written_to_its_end_counts_for_nothing(tmp_path):
     run = Run(tmp_path / 'run', recipe())
     begun(run)

@@ -1,6 +1,7 @@
 """A run in a bucket: a real server on this machine, which TensorStore and Orbax talk to."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -116,6 +117,34 @@ def test_a_run_made_again_has_nothing_of_the_old_one(machine):
     open_kvstore('gs://bucket/again').delete_range(ts.KvStore.KeyRange()).result()
     new = Workdir('gs://bucket/again', get_config())
     assert not (new.path / 'metrics.jsonl').exists()
+
+
+def test_a_run_that_goes_on_with_another_config_keeps_its_folders(machine):
+    machine('first')
+    config = get_config()
+    work = Workdir('gs://bucket/longer', config, is_learner=True)
+    (work.path / 'summary.json').write_text('{}')
+    work.share('summary.json')
+    left, taking = work.path / 'taking-left', work.path / 'taking-now'
+    for folder in (left, taking):
+        folder.mkdir()
+    os.utime(left, (0, 0))  # by a process that was killed long ago
+    for steps in (100, 120):  # each writes config.json anew, which has another generation then
+        config.num_steps = steps
+        learner = Workdir('gs://bucket/longer', config, is_learner=True)
+        assert learner.path == work.path
+        assert learner.go_on(80).keys() == {'num_steps'}
+    learner.remove('summary.json')
+    assert Workdir.open('gs://bucket/longer').config.num_steps == 120
+    assert Workdir('gs://bucket/longer', get_config()).path == work.path  # a worker of before
+    assert taking.exists() and not left.exists()
+
+    machine('second')
+    other = Workdir.open('gs://bucket/longer')
+    assert other.config.num_steps == 120 and not other.take('summary.json')
+    assert other.take('config_history.jsonl')
+    rows = (other.path / 'config_history.jsonl').read_text().splitlines()
+    assert [json.loads(row)['changes']['num_steps'] for row in rows] == [[80, 100], [100, 120]]
 
 
 def test_refusals(machine):
