@@ -295,6 +295,7 @@ def test_dockers_and_harbors_keys_are_not_read_for_a_local_sandbox(programs):
             {'loss.equal_groups': 'redraw', 'loss.redraw_limit': 0},
             'loss.redraw_limit is 0; expected at least 1',
         ),
+        ({'logging.rollouts': -1}, 'logging.rollouts is -1; expected 0 or more steps'),
         ({'max_staleness': -1}, 'max_staleness is -1; expected 0 or more steps'),
         ({'max_staleness': 2}, 'max_staleness is 2; the embedded policy draws one step ahead'),
         (
