@@ -5,8 +5,10 @@ import json
 import socket
 import urllib.parse
 
+import ml_collections
 import pytest
 
+from echo_jax.run.workdir import Workdir
 from echo_jax.viewer.server import link, listen
 from echo_jax.viewer.site import Site
 from tests.support.viewed_run import make_run, write_group, write_rows
@@ -78,6 +80,21 @@ def test_the_glance_says_how_the_run_is(open_server):
     assert glance['reward'] == 0.4 and glance['env_ce'] == 0.5 and glance['staleness'] == 0.5
     assert glance['statuses']['infra_error'] == 8 and glance['statuses']['ok'] == 16
     assert glance['workers'] == []
+
+
+def test_a_run_that_goes_on_while_it_is_looked_at(tmp_path):
+    work = make_run(tmp_path / 'run')
+    write_group(work, 0)
+    write_rows(work, 1, 4)
+    with serving([work.url()]) as address:
+        assert ask(address, '/data/run-0/rollout-train-0-0.json')[0] == 200
+        config = ml_collections.ConfigDict(work.config)
+        config.num_steps, config.logging.rollouts = 12, 2
+        Workdir(work.url(), config, is_learner=True).go_on(4)
+        glance = json.loads(ask(address, '/data/run-0/glance.json')[2])
+        assert (glance['steps'], glance['rollouts_of']) == (12, 2)
+        status, _, body = ask(address, '/data/run-0/rollout-train-9-0.json')
+        assert (status, b'no longer: logging.rollouts' in body) == (404, True)
 
 
 @pytest.mark.parametrize(
