@@ -66,7 +66,7 @@ def find_changes(theirs: dict, ours: dict, place: str) -> Changes:
     """
     before, now = _flat(theirs), _flat(ours)
     keys = [key for key in dict.fromkeys([*now, *before]) if _at(now, key) != _at(before, key)]
-    backend = _at(before, 'policy.backend')
+    backend = {**now, **before}['policy.backend']
     allowed = [name for row in CHANGEABLE if backend in row.backends for name in row.keys]
     for key in keys:
         if not any(f'{key}.'.startswith(f'{name}.') for name in allowed):
