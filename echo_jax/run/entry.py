@@ -1,20 +1,25 @@
 """The entry of every program: from its flags to its exit code.
 
-It turns an expected error into one line on stderr, and signals into a request to stop. It knows no
-program: what a program expects to go wrong besides EXPECTED, the program says itself.
+It turns an expected error into one line on stderr, signals into a request to stop, and has every
+line that is logged say whose it is. It knows no program: what a program expects to go wrong besides
+EXPECTED, the program says itself.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import logging
+import os
 import pathlib
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from echo_jax.run.inert import base_values
@@ -28,6 +33,7 @@ _FLAG_ERRORS = (flags.Error, ValueError, OSError, SyntaxError)
 _KEY_ERRORS = (AttributeError, LookupError, TypeError)
 T = TypeVar('T')
 _nones: list[str] = []  # keys that flags have set to None
+_labels: dict[str, object] = {}  # of this process; see label_logs
 
 
 def run(main: Callable[[Sequence[str]], None], *expected: type[Exception]) -> None:
@@ -39,10 +45,44 @@ def run(main: Callable[[Sequence[str]], None], *expected: type[Exception]) -> No
     flags.DEFINE_bool('traceback', False, 'Show where an error came from.')
 
     def guarded(argv):
+        place = flags.FLAGS['workdir'].value if 'workdir' in flags.FLAGS else None
+        label_logs(*([place] if isinstance(place, str) else place or []))
         with _one_line(*EXPECTED, *expected):
             main(argv)
 
     app.run(guarded, flags_parser=_parse)
+
+
+def label_logs(*workdirs: str, **labels: object) -> None:
+    """Has every line that this process logs, by absl or by `logging`, say whose it is:
+
+        W1129 10:55:17.123456 17 episode.py:296] run=tiny host=box process=4711 worker=box-0: ...
+
+    workdirs: of the runs, which are named by their last parts. labels: others, in addition to those
+    of earlier calls. `process` is the process's id, unless its program says that it is one of
+    several. What a program prints for the person who started it is no log, and stays as it is.
+    """
+    own = {'run': '', 'host': socket.gethostname(), 'process': os.getpid()}
+    runs = ','.join(os.path.basename(os.path.abspath(place)) for place in workdirs)
+    _labels.update(own | _labels | ({'run': runs} if runs else {}) | labels)
+    if not flags.FLAGS.is_parsed():  # in a process of Ray's, which has none; absl would complain
+        flags.FLAGS.mark_as_parsed()
+    absl_logging.use_absl_handler()
+    absl_logging.get_absl_handler().setFormatter(_Labelled())
+
+
+def log_label() -> str:
+    """What every line begins with, once `label_logs` was called."""
+    named = (f'{name}={value}' for name, value in _labels.items() if value != '')
+    return printable(f'{" ".join(named)}:')
+
+
+class _Labelled(logging.Formatter):
+    """absl's prefix and the labels of the process, in every line of what is logged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        start = f'{absl_logging.get_absl_log_prefix(record)}{log_label()} '
+        return '\n'.join(start + line for line in super().format(record).split('\n'))
 
 
 def printable(text: str) -> str:

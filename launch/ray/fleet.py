@@ -52,6 +52,8 @@ class WorkerActor:
 
     async def serve(self) -> None:
         """Draws groups until the learner has finished."""
+        _, workdir, name = self._settings
+        entry.label_logs(workdir, worker=name)
         try:
             worker = await start(*self._settings)
             try:

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import re
+import socket
 import subprocess
 import sys
 
@@ -30,6 +32,31 @@ config = config_flags.DEFINE_config_file('config')
 raises = flags.DEFINE_string('raises', '', 'An error.')
 flags.mark_flag_as_required('config')
 entry.run(main, OurError)
+"""
+
+# It logs by both libraries, in several threads and lines.
+LOGS = """
+import logging, threading
+from absl import flags
+from absl import logging as absl_logging
+from echo_jax.run import entry
+from echo_jax.run.report import CONSOLE
+
+def main(argv):
+    logging.warning('of %s', 'the root')
+    absl_logging.error('of absl')
+    entry.label_logs(worker='w-0')
+    thread = threading.Thread(target=logging.getLogger('a.module').error, args=('two\\nlines',))
+    thread.start()
+    thread.join()
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        logging.exception('a bug')
+    CONSOLE.print('for a person')
+
+flags.DEFINE_list('workdir', [], '')
+entry.run(main)
 """
 
 
@@ -118,6 +145,54 @@ def test_traceback_on_request():
 
 def test_ctrl_c():
     assert fails(CONFIG, '--raises=KeyboardInterrupt') == 'stopped'
+
+
+@pytest.mark.parametrize(
+    'flags, runs',
+    [
+        (['--workdir=/a/tiny'], 'run=tiny '),
+        (['--workdir=gs://bucket/runs/tiny/,.'], f'run=tiny,{ROOT.name} '),
+        ([], ''),
+    ],
+)
+def test_every_line_of_the_log_says_whose_it_is(flags, runs):
+    process = subprocess.Popen(
+        [sys.executable, '-c', LOGS, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, 'for a person\n')
+    whose = f'{runs}host={socket.gethostname()} process={process.pid}'
+    form = re.compile(r'([EW])\d{4} [\d:.]+ +\d+ [\w<>]+(\.py)?:\d+\] (.*)')
+    found = [form.fullmatch(line) for line in err.splitlines()]
+    assert None not in found, err
+    said = [(match[1], match[3]) for match in found]
+    assert said[:4] == [
+        ('W', f'{whose}: of the root'),
+        ('E', f'{whose}: of absl'),
+        ('E', f'{whose} worker=w-0: two'),
+        ('E', f'{whose} worker=w-0: lines'),
+    ]
+    assert said[4] == ('E', f'{whose} worker=w-0: a bug')
+    assert said[-1] == ('E', f'{whose} worker=w-0: ZeroDivisionError: division by zero')
+    assert all(text.startswith(f'{whose} worker=w-0: ') for _, text in said[4:])
+
+
+def test_a_process_of_rays_logs_the_same_lines():
+    """It is started by none of the programs, and has no flags."""
+    script = (
+        'import logging\n'
+        'from echo_jax.run import entry\n'
+        "entry.label_logs('/a/tiny', worker='ray-0')\n"
+        "logging.warning('lost')"
+    )
+    command = [sys.executable, '-c', script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    whose = rf'run=tiny host={re.escape(socket.gethostname())} process=\d+ worker=ray-0'
+    assert re.fullmatch(rf'W.* <string>:4\] {whose}: lost\n', done.stderr), done.stderr
 
 
 def test_no_import_order_lets_transformers_ask_for_pytorch():
