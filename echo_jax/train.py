@@ -30,6 +30,7 @@ from echo_jax.run.inert import inert_keys
 from echo_jax.run.learning import Learner
 from echo_jax.run.measures import headline
 from echo_jax.run.numbering import LEDGER
+from echo_jax.run.pace import Pace
 from echo_jax.run.redraw import redraw_equal
 from echo_jax.run.retention import remove_ending, remove_old_rollouts
 from echo_jax.run.sources import count_steps, make_source, read_splits
@@ -112,6 +113,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
             extra |= {'env_coef': env_term.adapted, 'seconds': clock.seconds()}
             checkpointer.save(done, state, extra)
 
+    pace = Pace(work, source, num_steps)
     try:
         with report.Progress('train', num_steps, done) as progress:
             while done < num_steps:
@@ -125,9 +127,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 done += 1
                 source.publish(state.params, done)
                 heldout.post(done)
-                values |= chosen | redrawn | evaluated | {'time/sampling': drawn - started}
-                values['time/learning'] = time.monotonic() - drawn
-                metrics.write(done, values | heldout.env_ce(done, state.params))
+                learned = time.monotonic()
+                values |= chosen | redrawn | evaluated | heldout.env_ce(done, state.params)
+                metrics.write(done, values | pace.step(done, rollouts, started, drawn, learned))
                 if done % config.checkpoint.every == 0 or heldout.wants_save(done):
                     save()
                 progress.show(done, **headline(values))
@@ -158,6 +160,7 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     config = ml_collections.FrozenConfigDict(_CONFIG.value)
     distributed.start()
+    entry.label_logs(process=jax.process_index())
     check_config(config, entry.overrides())  # before the workdir is this config's for good
     check_reach(_WORKDIR.value)
     for backend in sandboxes_here(config):

@@ -220,18 +220,6 @@ def test_the_summary_is_described(finished):
     assert table('summary.json').keys() - summary.keys() <= output
 
 
-def test_a_worker_reports_what_is_described():
-    from echo_jax.policy.vllm import Swap
-
-    documented = table("Workers' reports")
-    after_a_swap = {name for name, when in documented.items() if when.strip() != 'always'}
-    assert after_a_swap == {*Swap._fields} - {'version'}
-    assert {*documented} - after_a_swap == {
-        *('worker', 'at', 'version', 'damaged', 'groups', 'rollouts', 'failed', 'drawing'),
-        'episodes',
-    }
-
-
 # ------------------------------------------------------------------------ the checks themselves
 
 

@@ -127,6 +127,7 @@ def test_steps_ahead_are_drawn_while_the_learner_learns(fleet):
     rows = assert_whole(fleet)
     staleness = [row['rollout/max_staleness'] for row in rows]
     assert staleness[0] == 0 and 1 <= max(staleness) <= 2
+    assert rows[0]['rollout/age/0'] == 1 and min(row['rollout/age/0'] for row in rows) < 1
     assert 0 < rows[0]['train/logprob_gap'] <= 1e-3  # the others are of older weights
 
 
@@ -225,6 +226,15 @@ def test_a_bad_task_ends_neither_learner_nor_worker(programs, tmp_path):
         lost = [rollout for rollout in rollouts if rollout.status == Status.INFRA_ERROR]
         assert {rollout.task_id for rollout in lost} == {bad}
         assert all(word in rollout.reason for rollout in lost)
+        host = socket.gethostname()
+        whose = f'] run=run host={host} process={worker.pid} worker={host}-0: '
+        assert f'{whose}task {bad}, ' in fleet.logs()
+        (report,) = DueStore(fleet.workdir / 'fleet').reports()
+        assert report['failed'] == len(lost) and report['swaps'] > 1
+        assert report['sampled_tokens'] > 0 and 0 < report['idle'] < 1 and report['swapping'] > 0
+        text = (fleet.workdir / 'metrics.jsonl').read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        assert all(0 <= row[f'system/engine_idle/{host}-0'] <= 1 for row in rows)
     finally:
         fleet.stop()
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 
@@ -17,7 +18,13 @@ BREAKS = pytest.mark.parametrize('damage', [break_user, break_link, break_encodi
 def test_training_goes_on(programs, tmp_path, damage):
     bad, word = make_set(tmp_path / 'set', damage)
     flags = [f'--config.tasks.train={tmp_path / "set"}', *NO_WARM_START]
-    programs.train(tmp_path / 'run', *flags, without=['warm_start', 'tasks.train_count'])
+    without = ['warm_start', 'tasks.train_count']
+    flags = programs.train_flags(tmp_path / 'run', *flags, without=without)
+    done = programs.run('train', *flags)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if f'task {bad}, ' in line]
+    whose = f'] run=run host={socket.gethostname()} process=0: task {bad}, group '
+    assert said and all(whose in line for line in said)
     rows = metrics(tmp_path / 'run')
     assert len(rows) == summary(tmp_path / 'run')['steps'] == 6
     store = RolloutStore(tmp_path / 'run' / 'rollouts' / 'train')
@@ -28,6 +35,8 @@ def test_training_goes_on(programs, tmp_path, damage):
         assert rollout.status == Status.INFRA_ERROR and word in rollout.reason
     assert all(r.status != Status.INFRA_ERROR for r in rollouts if r.task_id != bad)
     assert sum(row['rollout/status/infra_error'] for row in rows) == len(lost)
+    errors = [value for row in rows for name, value in row.items() if '/error/' in name]
+    assert sum(errors) == len(lost)
 
 
 @BREAKS

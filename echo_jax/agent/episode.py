@@ -306,7 +306,7 @@ async def run_group(
             group_id=group_id,
             sample_id=sample_id,
             environment_only=task.environment_only,
-            metrics={'infra_retries': float(retries)},
+            metrics={'infra_retries': float(retries), f'error/{type(error).__name__}': 1.0},
         )
 
     def give_up(state: tenacity.RetryCallState) -> Rollout:

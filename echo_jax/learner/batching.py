@@ -326,7 +326,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
     what is `environment_only`, as `uninformative_groups` does.
     `uninformative_groups` is the share of groups whose rewards are all equal, so that their
     advantages are 0. `staleness` is `version` minus the oldest version in a rollout. Each of the
-    rollouts' own metrics is averaged over the rollouts that have it.
+    rollouts' own metrics is averaged over the rollouts that have it, and `error/...` summed.
     """
     values = collections.defaultdict(list)
     groups = collections.defaultdict(set)
@@ -353,5 +353,23 @@ def rollout_metrics(rollouts: Sequence[Rollout], version: int) -> dict[str, floa
     for name in ('tokens', 'staleness'):
         if values[name]:
             result[f'rollout/max_{name}'] = float(np.max(values[name]))
+    errors = [name for name in own if name.startswith('error/')]  # these are counts
+    result |= {f'rollout/{name}': float(np.sum(values[name])) for name in errors}
     statuses = collections.Counter(r.status for r in rollouts)
     return result | {f'rollout/status/{status}': float(statuses[status]) for status in Status}
+
+
+def age_metrics(rollouts: Sequence[Rollout], version: int, max_staleness: int) -> dict[str, float]:
+    """Metrics `rollout/age/N`, N from 0 to `max_staleness`: shares of the ACTION tokens by age.
+
+    A token's age is `version`, which is being trained, minus the version that sampled it. Without
+    such tokens there are no metrics.
+    """
+    acting = [r.policy_versions[r.roles == Role.ACTION] for r in rollouts]
+    versions = np.concatenate([*acting, np.zeros(0, np.int32)])
+    if not len(versions):
+        return {}
+    # A learner that went back may meet tokens of weights that it has yet to train.
+    ages = np.maximum(version - versions, 0).astype(int)
+    shares = np.bincount(ages, minlength=max_staleness + 1) / len(ages)
+    return {f'rollout/age/{age}': float(share) for age, share in enumerate(shares)}

@@ -22,6 +22,7 @@ from flax import nnx
 from echo_jax.model.attention import Cache
 from echo_jax.model.family import ModelConfig
 from echo_jax.policy import Generation
+from echo_jax.policy.meter import Meter
 
 # All four are shapes of compiled functions, so every request is served without another compilation.
 DECODE_TOKENS = 8  # decoded in a slot between two looks at the queue of requests
@@ -80,6 +81,7 @@ class JaxPolicy:
         self._waiting: list[_Request] = []
         self._runner: asyncio.Task | None = None
         self._clock = 0  # counts admitted requests
+        self.meter = Meter()
 
     async def load(self, params: nnx.State, version: int) -> None:
         """Takes new weights once the running generations have ended, and drops every cache."""
@@ -120,7 +122,9 @@ class JaxPolicy:
         request = _Request(context, max_tokens, temperature, key, stop, future)
         self._waiting.append(request)
         self._running()
-        await future
+        with self.meter.turn():
+            await future
+        self.meter.sampled(len(request.tokens))
         return Generation(
             np.array(request.tokens, np.int32),
             np.array(request.logprobs, np.float32),

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from echo_jax.policy import Generation, PolicyError, check_swap, vllm_engine, vllm_rank
+from echo_jax.policy.meter import Meter, Swap
 from echo_jax.policy.vllm_probe import PROBE_TOLERANCE, Judge, check_about
 from echo_jax.store.kvstore import CorruptError, MissingError
 from echo_jax.store.weights import WeightStore
@@ -28,17 +29,6 @@ from echo_jax.types import Batch
 _POLL_SECONDS = 0.05
 _CACHE_SECONDS = 5.0  # within which the blocks of aborted requests must be free
 _STORE_ERRORS = {error.__name__: error for error in (CorruptError, MissingError, ValueError)}
-
-
-class Swap(NamedTuple):
-    """How long the last `load` took, and how well its probe agreed."""
-
-    version: int
-    probe_gap: float  # nats, mean over the probe's tokens of |engine - learner|
-    read_seconds: float  # the engine sampled on meanwhile
-    drain_seconds: float  # until the turns that ran had ended, or were paused
-    load_seconds: float  # then, until the weights were loaded; the engine sampled nothing
-    probe_seconds: float  # then, until the probe agreed; only 'drain' lets turns wait for it
 
 
 class _Tried(NamedTuple):
@@ -86,7 +76,7 @@ class VllmPolicy:
         self._open, self._idle = asyncio.Event(), asyncio.Event()
         self._open.set()
         self._idle.set()
-        self._running = 0
+        self.meter = Meter()
         # In flight the probe must find room in a full engine, so turns wait for theirs out here.
         self._slots = contextlib.nullcontext() if swap_mode == 'drain' else asyncio.Semaphore(slots)
 
@@ -187,6 +177,7 @@ class VllmPolicy:
         if completion.finish_reason not in ('stop', 'length'):
             raise PolicyError(f'vLLM ended a turn with {completion.finish_reason!r}')
         tokens = np.array(completion.token_ids, np.int32)
+        self.meter.sampled(len(tokens))
         return Generation(
             tokens,
             np.array(completion.logprobs.logprobs, np.float32),
@@ -234,7 +225,8 @@ class VllmPolicy:
                 if self._swap_mode == 'drain' or self._refusal:  # or nothing can run
                     self._open.clear()
                     await self._idle.wait()
-                    tried = await self._try(version, about['probe'])
+                    with self.meter.still():
+                        tried = await self._try(version, about['probe'])
                 else:
                     tried = await self._try(version, about['probe'], self._paused('keep'))
                 still = tried.still
@@ -242,8 +234,9 @@ class VllmPolicy:
                     logging.warning('version %d: %s; loading it once more', version, tried.problem)
                     await self._empty()
                     # It is fetched and loaded as a whole: that alone mends half an update.
-                    await self._fetch(version, about['arrays'])
-                    tried = await self._try(version, about['probe'])
+                    with self.meter.still():
+                        await self._fetch(version, about['arrays'])
+                        tried = await self._try(version, about['probe'])
             finally:
                 self._open.set()
             if tried.problem:
@@ -264,13 +257,12 @@ class VllmPolicy:
                 await self._open.wait()
             if self._refusal:
                 raise PolicyError(self._refusal)
-            self._running += 1
             self._idle.clear()
             try:
-                yield
+                with self.meter.turn():
+                    yield
             finally:
-                self._running -= 1
-                if not self._running:
+                if not self.meter.turns:
                     self._idle.set()
 
     async def _versions(self, completion) -> np.ndarray | None:
@@ -315,13 +307,14 @@ class VllmPolicy:
         """Has the engine sample nothing; by mode, the turns that run wait ('keep') or 'abort'."""
         try:
             await self.engine.pause_generation(mode=mode, clear_cache=False)
-            yield
+            with self.meter.still():
+                yield
         finally:
             await self.engine.resume_generation()
 
     async def _empty(self) -> None:
         """Ends the turns that run, which `generate` samples again when the engine is open."""
-        while self._running:  # a request may have been on its way when the others were aborted
+        while self.meter.turns:  # a request may have been on its way when the others were aborted
             async with self._paused('abort'):
                 pass
             with contextlib.suppress(TimeoutError):

@@ -138,7 +138,9 @@ class InFlight:
             if unread:
                 self._whole |= zip(unread, self._arrivals.wait_for(self._posted, unread))
         self._arrivals.read_ahead(self._posted, {*self._whole})
+        posted = sum(len(due.group_ids) for due in self._posted)
         values = {
+            'rollout/in_flight_groups': float(posted - len(self._chosen)),
             'rollout/late_groups': float(len(dropped)),
             'rollout/waiting_groups': float(len(self._whole) - len(self._chosen)),
         }

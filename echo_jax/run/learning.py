@@ -69,6 +69,7 @@ class Learner:
             self._keep(self._scores, passes, learned, done)
         values |= {f'train/{name}': v for name, v in updates.finish_updates(sums).items()}
         values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
+        values |= batching.age_metrics(rollouts, done, config.max_staleness)
         return state, values | eligibility.eligibility_metrics(learned, config.loss)
 
     def _keep(

@@ -4,6 +4,7 @@ The program `echo_jax.worker` and the Ray fleet (launch/ray) are two ways to sta
 """
 
 import asyncio
+import collections
 import fcntl
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import ml_collections
 from echo_jax.agent.collect import collect
 from echo_jax.agent.protocol import Protocol
 from echo_jax.policy import PolicyError, check_swap
+from echo_jax.run import entry
 from echo_jax.run.inert import check_inert
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox import Sandbox
@@ -40,6 +42,7 @@ _REPORT_SECONDS = 5.0
 _CLAIM_SECONDS = 0.1  # between two claims
 _LOOKS = 5  # at the claims of other workers, in the time of a lease
 _AVOIDED_SECONDS = 30.0  # after an error, before a group is tried again
+_COSTS = ('read_seconds', 'drain_seconds', 'load_seconds', 'probe_seconds')  # of a swap
 
 
 class RolloutWorker:
@@ -64,7 +67,10 @@ class RolloutWorker:
         self._episodes, self._running = min(config.policy.slots, config.sandbox.at_once), 0
         self._looked = 0.0  # at the claims of others, by time.monotonic()
         self._avoided: dict[Group, float] = {}  # until when this worker leaves a group to others
-        self._counts = {'groups': 0, 'rollouts': 0, 'failed': 0}
+        # Since the start; docs/metrics.md#workers-reports has the names.
+        counted = ('groups', 'rollouts', 'failed', *(f'status/{status}' for status in Status))
+        self._counts = collections.Counter(dict.fromkeys(counted, 0))
+        self._swaps = dict.fromkeys(('swaps', *(f'total_{cost}' for cost in _COSTS)), 0.0)
 
     async def refresh(self) -> None:
         """Takes the newest published weights, unless it has them.
@@ -81,6 +87,9 @@ class RolloutWorker:
             try:
                 await self._policy.load(newest[0])
                 self._loaded = newest
+                self._swaps['swaps'] += 1
+                for cost in _COSTS:
+                    self._swaps[f'total_{cost}'] += getattr(self._policy.swap, cost)
             except MissingError:
                 pass  # a version that is missing by now was collected, because there is a newer one
             except CorruptError as error:
@@ -153,8 +162,7 @@ class RolloutWorker:
             nonlocal ended
             ended += 1
             self._running -= 1
-            self._counts['rollouts'] += 1
-            self._counts['failed'] += rollout.status == Status.INFRA_ERROR
+            self._count(rollout)
 
         try:
             await self.draw(due, group[1], on_rollout)
@@ -168,6 +176,11 @@ class RolloutWorker:
         finally:
             self._running -= due.group_size - ended
             await asyncio.to_thread(self._claims.release, group)
+
+    def _count(self, rollout: Rollout) -> None:
+        errors = [name for name in rollout.metrics if name.startswith('error/')]
+        failed = ['failed'] if rollout.status == Status.INFRA_ERROR else []
+        self._counts.update(['rollouts', f'status/{rollout.status}', *failed, *errors])
 
     async def draw(
         self, due: DueGroups, group_id: int, on_rollout: Callable[[Rollout], None]
@@ -215,14 +228,20 @@ class RolloutWorker:
         return Task(task_id, self._work.path, instruction=''), refuse
 
     async def report(self) -> None:
-        """Writes every few seconds how the worker is, until it is cancelled."""
-        while True:
-            swap = self._policy.swap._asdict() if self._policy.swap else {}
-            drawing = {'drawing': len(self._claims.held), 'episodes': self._running}
-            values = {'version': self._policy.version, 'damaged': self._damaged}
-            values |= self._counts | drawing | swap
-            await asyncio.to_thread(self._due.report, self.name, values)
-            await asyncio.sleep(_REPORT_SECONDS)
+        """Writes every few seconds how the worker is, until it is cancelled, and once more then."""
+        try:
+            while True:
+                await asyncio.to_thread(self._due.report, self.name, self._state())
+                await asyncio.sleep(_REPORT_SECONDS)
+        finally:
+            self._due.report(self.name, self._state())
+
+    def _state(self) -> dict[str, float]:
+        drawing = {'drawing': len(self._claims.held), 'episodes': self._running}
+        values = {'version': self._policy.version, 'damaged': self._damaged}
+        values |= {**self._counts, **drawing}
+        values |= self._policy.meter.read() | self._swaps
+        return values | (self._policy.swap._asdict() if self._policy.swap else {})
 
     async def follow(self) -> None:
         """Takes new weights while groups are drawn, if the swap does not wait for their turns."""
@@ -255,6 +274,10 @@ async def start(
 
     work = await open_run(config, workdir)
     name, lock = _take_name(work, name)
+    entry.label_logs(workdir, worker=name)
+    # vLLM's loggers have a handler of their own, in its engine's processes too.
+    prefix = entry.log_label().replace('%', '%%')  # it becomes part of a format
+    os.environ.setdefault('VLLM_LOGGING_PREFIX', f'{prefix} ')
     await _until(lambda: work.served_model().exists(), 'the learner to write model/')
     weights = WeightStore(work.url('weights'))
     await _until(lambda: weights.latest() is not None, 'the learner to publish its weights')

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import functools
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol as Interface
 
@@ -56,6 +57,12 @@ class Source(Interface):
 
     def is_there(self, due: DueGroups) -> bool:
         """Whether `wait` would return at once."""
+
+    def engines(self) -> dict[str, dict[str, float]]:
+        """What each engine last said of itself, by its worker's name.
+
+        Without those that are silent for longer than a lease, and in the leading process alone.
+        """
 
     def close(self) -> None:
         """Is called when the run needs no more rollouts."""
@@ -135,6 +142,9 @@ class EmbeddedSource:
     def is_there(self, due: DueGroups) -> bool:
         return due in self._posted and self._posted[due].done()
 
+    def engines(self) -> dict[str, dict[str, float]]:
+        return {'embedded': self._policy.meter.read()}
+
     def _draw_due(self, due: DueGroups) -> None:
         store = RolloutStore(self._work.url('rollouts', due.store))
         tasks, task_ids = self._tasks[due.split], dict(due.assignments)
@@ -183,7 +193,7 @@ class WorkerSource:
         self._publishing = Publishing()
         self._published: tuple[nnx.State, int] | None = None  # the newest weights
         self.arrivals = Arrivals(work, stop, self._publish_again)
-        self._score = model.score()
+        self._score, self._lease_sec = model.score(), config.policy.lease_sec
         length = min(PROBE_TOKENS, config.batch.seq_len)
         self._probe = np.asarray(probe[:length], np.int32)
         self._probe_batch = batching.make_token_batch(
@@ -241,6 +251,11 @@ class WorkerSource:
     def is_there(self, due: DueGroups) -> bool:
         arrived, _ = self.arrivals.look([due], known=(), must_wait=False)
         return len(arrived) == len(due.group_ids)
+
+    def engines(self) -> dict[str, dict[str, float]]:
+        since = time.time() - self._lease_sec
+        reports = self.arrivals.due.reports(since) if distributed.leads() else []
+        return {each['worker']: each for each in reports}
 
     def close(self) -> None:
         self._publishing.close()

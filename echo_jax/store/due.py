@@ -111,9 +111,12 @@ class DueStore:
         document = {'worker': worker, 'at': time.time()} | values
         self._kvstore[f'workers/{worker}'] = seal(document)
 
-    def reports(self) -> list[dict]:
-        """The last report of each worker; `at` is in seconds since 1970, by that worker's clock."""
-        return self._read('workers')
+    def reports(self, since: float = 0.0) -> list[dict]:
+        """The last report of each worker, unless it is older than `since`.
+
+        `at` is in seconds since 1970, by that worker's clock.
+        """
+        return [each for each in self._read('workers') if each['at'] >= since]
 
     def _read(self, folder: str) -> list[dict]:
         keys = sorted(self._kvstore.list(inside(folder)).result())

@@ -121,7 +121,10 @@ def test_whatever_a_task_or_its_sandbox_raises_is_an_infra_error(
         assert_valid(rollout)
         assert (rollout.status, rollout.reward) == (Status.INFRA_ERROR, 0.0)
         assert rollout.reason == (' '.join(str(error).split()) or 'RuntimeError')
-        assert rollout.metrics == {'infra_retries': 0.0}  # no other sandbox would do better
+        assert rollout.metrics == {
+            'infra_retries': 0.0,
+            f'error/{type(error).__name__}': 1.0,
+        }  # no other sandbox would do better
 
 
 def test_cancelling_stops_the_sandboxes(make_task, tiny_tokenizer, protocol_config):

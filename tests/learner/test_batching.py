@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_jax.learner.batching import REDUCTIONS, make_batch, make_supervised_batch, rollout_metrics
+from echo_jax.learner.batching import (
+    REDUCTIONS,
+    age_metrics,
+    make_batch,
+    make_supervised_batch,
+    rollout_metrics,
+)
 from echo_jax.types import OBSERVATION_ROLES, Role, Status
 from tests.support.random_rollouts import loss_settings, make_rollout, rollout_lists, small_config
 
@@ -266,3 +272,33 @@ def test_metrics_by_hand():
     for name, value in expected.items():
         assert metrics[f'rollout/{name}'] == pytest.approx(value), name
     assert rollout_metrics([], 0).keys() == {f'rollout/status/{status}' for status in Status}
+
+
+def test_errors_are_counted_and_not_averaged():
+    failed = [
+        dataclasses.replace(
+            make_rollout('P', reward=0.0, sample=i, status=Status.INFRA_ERROR), metrics={name: 1.0}
+        )
+        for i, name in enumerate(['error/OSError', 'error/SandboxError', 'error/SandboxError'])
+    ]
+    metrics = rollout_metrics([FIRST, *failed], version=4)
+    errors = {name: value for name, value in metrics.items() if '/error/' in name}
+    assert errors == {'rollout/error/OSError': 1, 'rollout/error/SandboxError': 2}
+
+
+def test_ages_of_tokens_by_hand():
+    swapped = dataclasses.replace(
+        make_rollout('PAAAO', reward=1.0), policy_versions=np.array([-1, 1, 3, 3, -1], np.int32)
+    )
+    newest = dataclasses.replace(
+        make_rollout('PA', reward=1.0), policy_versions=np.array([-1, 4], np.int32)
+    )
+    # Under version 4: one token of age 3, two of age 1, one of age 0.
+    expected = {'rollout/age/0': 0.25, 'rollout/age/1': 0.5, 'rollout/age/2': 0.0}
+    expected |= {'rollout/age/3': 0.25}
+    assert age_metrics([swapped, newest], version=4, max_staleness=3) == expected
+    longer = age_metrics([swapped, newest], version=4, max_staleness=4)
+    assert longer == expected | {'rollout/age/4': 0.0}
+    later = age_metrics([swapped, newest], version=5, max_staleness=4)
+    assert [later[f'rollout/age/{age}'] for age in range(5)] == [0.0, 0.25, 0.5, 0.0, 0.25]
+    assert age_metrics([make_rollout('P', reward=0.0)], version=4, max_staleness=3) == {}

@@ -98,6 +98,19 @@ def test_logprobs_equal_full_forward_passes(temperature):
         np.testing.assert_allclose(logprobs[sampled], expected[sampled], atol=2e-5)
 
 
+def test_its_meter_counts_the_tokens_of_all_turns():
+    policy = make_policy()
+
+    async def main():
+        await policy.load(PARAMS, 0)
+        return await asyncio.gather(*(episode(policy, seed) for seed in (1, 2, 3)))
+
+    tokens = sum(int(sampled.sum()) for _, sampled, _ in asyncio.run(main()))
+    found = policy.meter.read()
+    assert found['sampled_tokens'] == tokens > 9
+    assert policy.meter.turns == 0 and 0 < found['idle'] < 1 and found['swapping'] == 0
+
+
 def test_greedy_is_the_argmax_of_full_forward_passes():
     ((tokens, sampled, _),) = play([9], temperature=0.0)
     best = np.r_[-1, next_token_logits(tokens).argmax(-1)]

@@ -112,7 +112,8 @@ def test_a_step_takes_the_oldest_groups_that_are_whole(tmp_path):
     begun(run)
     assert run.wanted() == [0, 2, 4, 6, 7]  # as many new ones as a step has taken; 5 is there
     run.write(7, 2)
-    assert run.step() == ([2, 5], {'rollout/late_groups': 0, 'rollout/waiting_groups': 1})
+    counts = {'late_groups': 0, 'waiting_groups': 1, 'in_flight_groups': 4}  # of 2, 5, 7, 0, 4, 6
+    assert run.step() == ([2, 5], {f'rollout/{name}': n for name, n in counts.items()})
 
 
 def test_what_is_too_old_is_dropped_and_replaced(tmp_path, capsys):

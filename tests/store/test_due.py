@@ -59,6 +59,9 @@ def test_a_report_takes_the_place_of_the_last(due_store):
     assert (first['worker'], first['version']) == ('a-0', 7)
     assert (second['worker'], second['version']) == ('b', 2) and 'episodes' not in second
     assert abs(second['at'] - time.time()) < 60
+    assert due_store.reports(since=second['at']) == [first, second]
+    due_store.report('b', {'at': second['at'] - 30})
+    assert due_store.reports(since=second['at']) == [first]
 
 
 def test_what_a_killed_writer_left_is_not_due(tmp_path):

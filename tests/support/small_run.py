@@ -187,9 +187,10 @@ def wait_for(condition: Callable[[], bool], poll: float = 0.02, seconds: float =
 
 
 def metrics(workdir: pathlib.Path, name: str = 'metrics.jsonl') -> list[dict]:
-    """The rows without seconds, which differ from run to run."""
+    """The rows without what the clock and the machine decide, which differs from run to run."""
     rows = [json.loads(line) for line in (workdir / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith('time/')} for row in rows]
+    measured = ('time/', 'system/')
+    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows]
 
 
 def summary(workdir: pathlib.Path) -> dict:

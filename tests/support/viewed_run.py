@@ -74,10 +74,11 @@ def scores_of(rollout: Rollout, ce: float = 0.5) -> TokenScores:
     )
 
 
-def make_run(folder: pathlib.Path, **loss) -> Workdir:
+def make_run(folder: pathlib.Path, backend: str = 'jax', **loss) -> Workdir:
     """A run without a step: two groups of three rollouts a step, a tokenizer, a config."""
     config = small_config(groups=2, group_size=3, seq_len=4096, **loss)
     config.num_steps, config.model.vocab_size = 10, len(build(TINY))
+    config.policy.backend = backend
     work = Workdir(folder, ml_collections.FrozenConfigDict(config))
     build(TINY).save_pretrained(folder / 'tokenizer')
     return work

@@ -1,0 +1,64 @@
+"""How fast a run goes, and who waits for whom: the metrics of its steps that the clock decides."""
+
+import collections
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from echo_jax.run.sources import Source
+from echo_jax.run.workdir import Workdir
+from echo_jax.store.kvstore import CorruptError
+from echo_jax.types import Rollout
+
+RECENT = 20  # steps that the time left is reckoned from
+
+
+class Pace:
+    """Times the steps from row to row, so that saves and evaluations count in the step after."""
+
+    def __init__(self, work: Workdir, source: Source, num_steps: int):
+        self._path, self._source, self._num_steps = work.path, source, num_steps
+        self._last = time.monotonic()
+        self._steps: collections.deque[float] = collections.deque(maxlen=RECENT)
+
+    def step(
+        self, done: int, rollouts: Sequence[Rollout], started: float, drawn: float, learned: float
+    ) -> dict[str, float]:
+        """Metrics `time/...` and `system/...` of the step after which `done` are done.
+
+        By time.monotonic(), it `started` to wait for its `rollouts`, had them `drawn`, and had
+        `learned` and published. The next step's time begins now.
+        """
+        self._last, before = time.monotonic(), self._last
+        self._steps.append(self._last - before)
+        tokens = sum(len(rollout.tokens) for rollout in rollouts)
+        return {
+            'time/sampling': drawn - started,
+            'time/learning': learned - drawn,
+            'time/step': self._steps[-1],
+            'time/left': float(np.mean(self._steps)) * (self._num_steps - done),
+            'system/learner_idle': (drawn - started) / self._steps[-1],
+            'system/learned_tokens_per_sec': tokens / (learned - drawn),
+            'system/disk_free_bytes': float(shutil.disk_usage(self._path).free),
+            **self._engines(),
+        }
+
+    def _engines(self) -> dict[str, float]:
+        try:
+            engines = self._source.engines()
+        except CorruptError as error:  # no reason to end a run
+            logging.warning("a worker's report cannot be read: %s", error)
+            return {}
+        values = {
+            'system/engines': float(len(engines)),
+            'system/sampled_tokens_per_sec': sum(
+                each['tokens_per_sec'] for each in engines.values()
+            ),
+        }
+        for name, each in engines.items():
+            values[f'system/engine_idle/{name}'] = each['idle_now']
+            values[f'system/engine_swapping/{name}'] = each['swapping_now']
+        return values

@@ -1,0 +1,97 @@
+"""What a worker says of itself: a real worker, sandboxes and stores; its turns follow a script."""
+
+import asyncio
+import re
+
+import numpy as np
+import pytest
+
+from configs import tiny
+from echo_jax.policy.meter import Meter, Swap
+from echo_jax.policy.scripted import ScriptedPolicy
+from echo_jax.run.rollout_worker import RolloutWorker
+from echo_jax.run.workdir import Workdir
+from echo_jax.store.due import DueGroups, DueStore
+from echo_jax.store.rollouts import RolloutStore
+from echo_jax.store.weights import WeightStore
+from echo_jax.tasks.generate import generate_tasks
+from echo_jax.types import Role
+from tests.support.episodes import DONE
+from tests.support.metrics_page import table
+
+
+class Engine(ScriptedPolicy):
+    """A script behind what a worker needs of an engine, with swaps of known cost."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.version, self.swap, self.meter = -1, None, Meter()
+
+    async def load(self, version):
+        self.version = version
+        self.swap = Swap(version, 1e-4, 4.0, 0.25, 2.0, version + 0.5)
+
+    async def generate(self, *arguments, **options):
+        with self.meter.turn():
+            generation = await super().generate(*arguments, **options)
+        self.meter.sampled(len(generation.token_ids))
+        return generation
+
+    async def close(self):
+        pass
+
+
+def report_names() -> list[str]:
+    """The names of docs/metrics.md as patterns."""
+    names = table("Workers' reports")
+    return [re.escape(name).replace('CLASS', r'\w+') for name in names]
+
+
+@pytest.mark.slow
+def test_a_worker_counts_what_it_did(tmp_path, tiny_tokenizer, monkeypatch):
+    generate_tasks(tmp_path / 'set', split='train', count=1)
+    (known,) = (path.name for path in (tmp_path / 'set').iterdir() if path.is_dir())
+    config = tiny.get_config()
+    config.tasks.train = str(tmp_path / 'set')
+    config.policy.backend, config.policy.swap = 'vllm', 'drain'
+    monkeypatch.setattr(Workdir, 'tokenizer', lambda self: tiny_tokenizer)
+    work = Workdir(tmp_path / 'run', config)
+    fleet, rollouts = DueStore(work.url('fleet')), RolloutStore(work.url('rollouts', 'train'))
+    weights = WeightStore(work.url('weights'))
+    worker = RolloutWorker(work, Engine(tiny_tokenizer, [DONE]), 'box-0')
+
+    def due(first, version):
+        # This machine has one of the two tasks.
+        return DueGroups('train', 'train', first, (known, 'unknown'), 3, 1.0, version)
+
+    async def main():
+        serving = asyncio.create_task(worker.serve())
+        for version in (0, 1):
+            weights.publish({'w': np.ones(2, np.float32)}, version)
+            fleet.post(due(2 * version, version))
+            while rollouts.missing(range(2 * version + 2)):
+                await asyncio.sleep(0.05)
+        fleet.finish()
+        await serving
+        await worker.close()
+
+    asyncio.run(main())
+    (report,) = fleet.reports()
+    # Two groups of three episodes that say "done" at once, two of a task that is not here.
+    expected = {'groups': 4, 'rollouts': 12, 'failed': 6, 'drawing': 0, 'episodes': 0}
+    expected |= {'status/infra_error': 6, 'error/ValueError': 6, 'status/truncated': 0}
+    assert {name: report[name] for name in expected} == expected
+    assert sum(value for name, value in report.items() if name.startswith('status/')) == 12
+    drawn = [r for group in rollouts.read_groups(rollouts.groups()) for r in group]
+    acting = sum(int((r.roles == Role.ACTION).sum()) for r in drawn)
+    assert report['sampled_tokens'] == acting > 6
+    # Versions 0 and 1 were loaded, the latter's probe taking 1 s more.
+    costs = {'swaps': 2, 'total_read_seconds': 8, 'total_drain_seconds': 0.5}
+    costs |= {'total_load_seconds': 4, 'total_probe_seconds': 0.5 + 1.5}
+    assert {name: report[name] for name in costs} == costs
+    assert (report['version'], report['load_seconds'], report['probe_seconds']) == (1, 2.0, 1.5)
+    assert 0 < report['idle'] <= 1 and report['seconds'] > 0
+    # It says what docs/metrics.md describes, and all of that.
+    patterns = report_names()
+    assert [name for name in report if not any(re.fullmatch(p, name) for p in patterns)] == []
+    assert [p for p in patterns if not any(re.fullmatch(p, name) for name in report)] == []
