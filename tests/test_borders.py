@@ -33,6 +33,7 @@ PROGRAMS = {
     'echo_jax.plan',
     'echo_jax.export',
     'echo_jax.view',
+    'echo_jax.status',
     'echo_jax.tasks.__main__',
     'echo_jax.tasks.generate.__main__',
 }
@@ -49,6 +50,7 @@ MODULES_WITH_JAX = {
     'echo_jax.run.scoring',
     'echo_jax.run.redraw',
     'echo_jax.run.ahead',
+    'echo_jax.run.pace',
     'echo_jax.run.arrivals',
     'echo_jax.run.sources',
     'echo_jax.run.warm_start',
@@ -220,11 +222,13 @@ def test_each_check_finds_what_it_is_for(check, name, other):
 
 def needs_no_jax(name: str) -> bool:
     if name in PROGRAMS:
-        return name in ('echo_jax.worker', 'echo_jax.view', 'echo_jax.tasks.__main__')
+        without = 'worker', 'view', 'status', 'tasks.__main__'
+        return name in {f'echo_jax.{program}' for program in without}
     return room(name) not in ROOMS_WITH_JAX and name not in MODULES_WITH_JAX
 
 
-def test_a_worker_without_jax_can_import_what_it_needs():
+@pytest.mark.parametrize('program', ['worker', 'status'])
+def test_a_program_without_jax_can_import_what_it_needs(program):
     """In a process where `import jax` fails, as it does where only vLLM is installed."""
     names = [name for name in SOURCES if needs_no_jax(name) and name not in PROGRAMS]
     assert {'echo_jax.agent.episode', 'echo_jax.run.rollout_worker', 'echo_jax.types'} < {*names}
@@ -232,7 +236,7 @@ def test_a_worker_without_jax_can_import_what_it_needs():
         'import importlib, sys\n'
         f'sys.modules.update(dict.fromkeys({sorted(JAX)}))\n'
         f'for name in {names}: importlib.import_module(name)\n'
-        'importlib.import_module("echo_jax.worker")\n'  # the program too
+        f'importlib.import_module("echo_jax.{program}")\n'  # the program too
         f'print(sorted(n for n in {sorted(JAX)} if sys.modules[n] is not None))\n'
     )
     done = subprocess.run(
