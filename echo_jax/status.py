@@ -40,7 +40,7 @@ def show(found: dict[str, Any]) -> None:
         'step': _progress(found),
         'learner': _learner(found),
         'sampling': _sampling(found),
-        'token age': ', '.join(f'{age}: {share:.0%}' for age, share in found['ages'].items()),
+        'token age': ', '.join(f'{age}: {part:.0%}' for age, part in sorted(found['ages'].items())),
         'queue': _queue(found['queue']),
         'failures': _failures(found),
         'disk': _disk(found['disk']),
@@ -77,7 +77,7 @@ def _sampling(found: dict[str, Any]) -> str:
     if found['queue'] is None:
         idle, rate = found['engine_idle'].get('embedded'), found['sampled_tokens_per_sec']
         return '' if idle is None else f'idle {idle:.0%}, {rate:,.0f} tokens/s'
-    heard = [each for each in found['workers'] if not each['silent'] and 'at' in each]
+    heard = [each for each in found['workers'] if not each['silent'] and 'idle_now' in each]
     rate = sum(each['tokens_per_sec'] for each in heard)
     return f'{len(heard)} of {len(found["workers"])} workers report, {rate:,.0f} tokens/s'
 
@@ -107,7 +107,7 @@ def _workers(reports: Sequence[dict[str, Any]]) -> rich.table.Table:
         table.add_column(name, justify='right', no_wrap=True)
     for each in reports:
         name = printable(each['worker']) + (' (silent)' if each['silent'] else '')
-        if 'at' not in each:  # it cannot be read
+        if 'idle_now' not in each:  # it cannot be read, or is older code's
             table.add_row(rich.text.Text(name))
             continue
         costs = sum(value for key, value in each.items() if key.startswith('total_'))

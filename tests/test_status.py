@@ -69,7 +69,8 @@ def test_a_run_that_was_killed(programs, finished, tmp_path):
 
 def test_workers_and_failures_fit_80_columns(programs, tmp_path):
     work = make_run(tmp_path / 'run', backend='vllm')
-    more = {'time/step': 7200.0, 'system/learned_tokens_per_sec': 98765.0}
+    more = {f'rollout/age/{age}': 1 / 12 for age in range(12)}
+    more |= {'time/step': 7200.0, 'system/learned_tokens_per_sec': 98765.0}
     write_rows(work, 1, 3, **more, **{'rollout/error/SandboxError': 2.0})
     write_group(work, 0)
     meter = Meter()
@@ -78,14 +79,16 @@ def test_workers_and_failures_fit_80_columns(programs, tmp_path):
         values |= {'idle_now': 1.0, 'swapping_now': 0.25, 'tokens_per_sec': 123456.0}
         values |= {'total_read_seconds': 12345 * 3.0, 'total_load_seconds': 12345 * 1.5}
         DueStore(work.url('fleet')).report(name, meter.read() | values | {'at': time.time() - ago})
+    DueStore(work.url('fleet')).report('old', {'version': 1})  # of code before these numbers
     text = shown(programs, work.path)
     assert max(map(len, text.splitlines()[1:])) <= 80 and '…' not in text
     found = lines(text)
-    assert found['sampling'] == '1 of 2 workers report, 123,456 tokens/s'
+    assert found['sampling'] == '1 of 3 workers report, 123,456 tokens/s'
     assert found['queue'] == '0 groups due: 0 drawn now, 0 whole, 0 that nobody draws'
     assert found['failures'] == 'infra_error 6, SandboxError 6, of 18 rollouts in 3 steps'
     assert '14 h left' in found['step']  # 7 steps of 2 hours
     joined = ' '.join(text.split())
+    assert 'token age 0: 8%, 1: 8%, 2: 8%, 3: 8%' in joined and '10: 8%, 11: 8%' in joined
     assert '12345 100% 25% 123,456 12345 4.5 s 1234567 1234' in joined
     assert joined.count('(silent)') == 1
 
