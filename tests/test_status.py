@@ -41,7 +41,8 @@ def test_a_finished_run_of_the_embedded_policy(programs, finished):
     assert 'workers' not in text and 'queue' not in found
     document = json.loads(shown(programs, finished, '--json'))
     assert document['learner_idle'] == pytest.approx(idle)
-    rate = sum(row['system/learned_tokens_per_sec'] for row in rows) / 6
+    tokens = sum(row['rollout/tokens'] * 4 for row in rows)
+    rate = tokens / sum(row['time/learning'] for row in rows)
     assert document['learned_tokens_per_sec'] == pytest.approx(rate)
     # What each step says of itself is what its seconds and its rollouts say.
     for row in rows:

@@ -82,7 +82,7 @@ def standing(work: Workdir, kvstore: ts.KvStore, recent: Columns) -> dict[str, A
         'seconds_left': None if summary else last(recent, 'time/left') or left,
         'seconds_a_step': seconds,
         'learner_idle': share(recent, 'time/sampling', 'time/step'),
-        'learned_tokens_per_sec': mean(recent, 'system/learned_tokens_per_sec'),
+        'learned_tokens_per_sec': _learned(recent),
         'sampled_tokens_per_sec': last(recent, 'system/sampled_tokens_per_sec'),
         'engine_idle': {name: last(recent, key) for name, key in _below(recent, 'engine_idle')},
         'ages': {int(age): mean(recent, key) for age, key in _below(recent, 'age', 'rollout')},
@@ -116,6 +116,14 @@ def last(columns: Columns, *names: str) -> float | None:
 def share(columns: Columns, part: str, whole: str) -> float | None:
     total = sum(columns.get(whole, ()))
     return sum(columns.get(part, ())) / total if total else None
+
+
+def _learned(columns: Columns) -> float | None:
+    """Tokens a second of all the steps together, of which the first may have compiled for long."""
+    rates = columns.get('system/learned_tokens_per_sec', ())
+    seconds = columns.get('time/learning', ())[-len(rates) :]  # of rows that older code wrote: more
+    tokens = sum(rate * part for rate, part in zip(rates, seconds))
+    return tokens / sum(seconds) if rates else None
 
 
 def _below(columns: Columns, name: str, group: str = 'system') -> list[tuple[str, str]]:
