@@ -22,6 +22,7 @@ from echo_jax.store.kvstore import open_kvstore
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
 from echo_jax.types import Role, Rollout, Status, Task
+from tests.support.buckets import serving
 from tests.support.small_run import wait_for
 
 TASKS = [Task(f'task-{i}', None, '') for i in range(200)]
@@ -96,6 +97,19 @@ class Run:
         for i in (i for i in group_ids if i in tasks):  # others are due no longer
             version = self.done if version is None else version
             self.store.write_group(group_of(i, tasks[i], version))
+
+
+def draw_as(name: str, run: Run, ended: threading.Event, dice: random.Random) -> None:
+    """A worker: it claims groups and writes them."""
+    claims = Claims(run.due.url, name, lease_sec=2.0)
+    while not ended.is_set():
+        for due in run.due.listed():
+            for i, task_id in due.assignments:
+                if run.store.missing([i]) and claims.take((due.store, i), run.done):
+                    run.store.write_group(group_of(i, task_id, run.done))
+                    claims.release((due.store, i))
+        claims.renew()
+        time.sleep(dice.random() * 0.02)
 
 
 def begun(run: Run) -> None:
@@ -223,6 +237,33 @@ def test_a_run_that_has_come_to_its_end_is_made_longer(tmp_path):
     assert trained == list(range(12))
     rows = [json.loads(row) for row in (run.work.path / 'groups.jsonl').read_text().splitlines()]
     assert [(row['step'], row['dropped']) for row in rows] == [(n, []) for n in range(1, 7)]
+
+
+@pytest.mark.timeout(600)
+def test_a_bucket_that_fails_stalls_and_forgets_to_answer(tmp_path, monkeypatch):
+    """One request in ten gets a 503, half of those after the server has done what it asks."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    with serving('--unreliable=0.1', '--stall=5') as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        run, ended = Run('gs://bucket/run', recipe(staleness=1), steps=6), threading.Event()
+        workers = [
+            threading.Thread(target=draw_as, args=(f'worker-{i}', run, ended, random.Random(i)))
+            for i in range(2)
+        ]
+        try:
+            begun(run)
+            for worker in workers:
+                worker.start()
+            taken = [i for _ in range(run.steps) for i in run.step()[0]]
+        finally:
+            ended.set()
+            for worker in workers:
+                worker.join()
+        groups = run.store.read_groups(taken)
+    assert len(taken) == len({*taken}) == run.steps * 2
+    assert [group[0].group_id for group in groups] == taken
+    assert [len(group) for group in groups] == [2] * len(taken)
 
 
 def test_a_row_that_was_not_written_to_its_end_counts_for_nothing(tmp_path):

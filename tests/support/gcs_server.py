@@ -4,7 +4,9 @@
 
 Objects live in memory. Each has a generation, and requests obey conditions on it as the service
 documents them: https://cloud.google.com/storage/docs/json_api/v1/objects. The server knows no
-credentials but --token, and no folders, versions or access lists.
+credentials but --token, and no folders, versions or access lists. With --unreliable it is as a
+service may be: it answers some requests with 503, half of those only after it has done what they
+ask, and lets a few wait for --stall seconds.
 
 It is written by hand because no package on PyPI will do. gcp-storage-emulator 2026.7.19 obeys
 neither the conditions (the second of two writers wins) nor the bounds of a listing (deleting a
@@ -20,9 +22,11 @@ import http
 import http.server
 import itertools
 import json
+import random
 import re
 import sys
 import threading
+import time
 import urllib.parse
 from typing import NamedTuple
 
@@ -121,6 +125,7 @@ def resource(bucket: str, name: str, found: Object) -> dict:
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version, wbufsize = 'HTTP/1.1', -1  # buffered: one packet an answer
     buckets: Buckets
+    fails = False
     # Resumable uploads by id: (bucket, name, about, query, the bytes so far).
     uploads: dict[str, tuple]
 
@@ -128,6 +133,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
         body = self._body()
+        if self.server.dice.random() < self.server.unreliable / 50:
+            time.sleep(self.server.stall)
+        luck = self.server.dice.random()
+        if luck < self.server.unreliable / 2:
+            self._send(503)
+            return
+        self.fails = luck < self.server.unreliable  # after it has done what is asked
         try:
             given = self.headers.get('Authorization')
             if self.server.authorization not in (None, given):
@@ -251,6 +263,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, json.dumps(document).encode(), **{'Content-Type': 'application/json'})
 
     def _send(self, status: int, body: bytes = b'', **headers: str) -> None:
+        if self.fails:
+            status, body, headers = 503, b'', {}
         self.send_response(status, http.HTTPStatus(status).phrase)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -272,11 +286,16 @@ def main() -> None:
         '--token', help='token that requests must have; without it, none is checked'
     )
     parser.add_argument('--verbose', action='store_true')
+    parser.add_argument('--unreliable', type=float, default=0.0, help='the share of 503s')
+    parser.add_argument('--stall', type=float, default=5.0, help='seconds')
+    parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('buckets', nargs='+')
     flags = parser.parse_args()
     Handler.buckets, Handler.uploads = Buckets(flags.buckets), {}
     server = http.server.ThreadingHTTPServer(('127.0.0.1', flags.port), Handler)
     server.verbose = flags.verbose
+    server.unreliable, server.stall = flags.unreliable, flags.stall
+    server.dice = random.Random(flags.seed)
     server.authorization = flags.token and f'Bearer {flags.token}'
     print(f'http://127.0.0.1:{server.server_port}', flush=True)  # tells the parent that it listens
     server.serve_forever()
