@@ -236,7 +236,7 @@ class RolloutWorker:
         finally:
             self._due.report(self.name, self._state())
 
-    def _state(self) -> dict[str, float]:
+    def _state(self) -> dict[str, Any]:
         drawing = {'drawing': len(self._claims.held), 'episodes': self._running}
         values = {'version': self._policy.version, 'damaged': self._damaged}
         values |= {**self._counts, **drawing}
