@@ -12,6 +12,7 @@ draw one group, of which the rollout store keeps the first.
 import dataclasses
 import pathlib
 import re
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -31,7 +32,10 @@ class _Seen:
 
 
 class Claims:
-    """The claims of one worker under `url`, the folder of `DueStore`. Calls block."""
+    """The claims of one worker under `url`, the folder of `DueStore`.
+
+    Calls block, and may come from several threads: a group is released while others are renewed.
+    """
 
     def __init__(self, url: str | pathlib.Path, worker: str, lease_sec: float):
         self._kvstore = open_kvstore(url)
@@ -39,10 +43,12 @@ class Claims:
         self._held: dict[Group, _Seen] = {}
         self._others: dict[Group, _Seen] = {}
         self._renewals = 0
+        self._lock = threading.Lock()  # of what is held, and of the writes to it
 
     @property
     def held(self) -> set[Group]:
-        return set(self._held)
+        with self._lock:
+            return set(self._held)
 
     def take(self, group: Group, version: int) -> bool:
         """Claims a group, unless another worker has a claim whose lease runs; True if it did.
@@ -55,7 +61,8 @@ class Claims:
         is_others = found.state == 'value' and unseal(found.value)['worker'] != self._worker
         if is_others and not self._has_run_out(group, generation):
             return False
-        return self._write(group, generation, version)
+        with self._lock:
+            return self._write(group, generation, version)
 
     def free(self, store: str, group_ids: Iterable[int]) -> list[int]:
         """Those of the groups that no worker has claimed, as far as one listing tells."""
@@ -70,15 +77,14 @@ class Claims:
         A group is lost if its lease ran out and another worker took it, or if the learner wants it
         no longer.
         """
-        now = time.monotonic()
-        old = [g for g, seen in self._held.items() if now - seen.since > self._lease_sec / 3]
-        return {group for group in old if not self._renew(group, self._held[group])}
+        return {group for group in self.held if not self._renew(group)}
 
     def release(self, group: Group) -> None:
         """Gives up a claim, if this worker still has it."""
-        seen = self._held.pop(group, None)
-        if seen is not None:
-            self._kvstore.write(claim_key(group), None, if_equal=seen.generation).result()
+        with self._lock:
+            seen = self._held.pop(group, None)
+            if seen is not None:
+                self._kvstore.write(claim_key(group), None, if_equal=seen.generation).result()
 
     def _has_run_out(self, group: Group, generation: bytes) -> bool:
         now, seen = time.monotonic(), self._others.get(group)
@@ -87,8 +93,13 @@ class Claims:
             return False
         return now - seen.since > self._lease_sec
 
-    def _renew(self, group: Group, seen: _Seen) -> bool:
-        return self._write(group, seen.generation, seen.version)
+    def _renew(self, group: Group) -> bool:
+        """False if the group is lost; one that was released meanwhile is not."""
+        with self._lock:
+            seen = self._held.get(group)
+            if seen is None or time.monotonic() - seen.since <= self._lease_sec / 3:
+                return True
+            return self._write(group, seen.generation, seen.version)
 
     def _write(self, group: Group, over: bytes, version: int) -> bool:
         """Writes this worker's claim over what has the generation `over`; False if that changed."""

@@ -258,6 +258,7 @@ def test_a_bucket_that_fails_stalls_and_forgets_to_answer(tmp_path, monkeypatch)
             taken = [i for _ in range(run.steps) for i in run.step()[0]]
         finally:
             ended.set()
+            run.arrivals.close()  # its thread asks the server, which goes away below
             for worker in workers:
                 worker.join()
         groups = run.store.read_groups(taken)

@@ -54,6 +54,18 @@ def test_a_lease_that_is_renewed_does_not_run_out(tmp_path):
     assert second.renew() == set() and second.held == {GROUP}
 
 
+def test_groups_are_given_up_while_others_are_renewed(tmp_path):
+    claims = Claims(tmp_path, 'a', lease_sec=0)  # so that each call renews all
+    groups = [('train', number) for number in range(100)]
+    assert all(claims.take(group, 0) for group in groups)
+    with ThreadPoolExecutor(1) as pool:
+        released = pool.map(claims.release, groups)
+        while claims.held:
+            assert claims.renew() == set()
+        assert list(released) == [None] * 100
+    assert read_claims(tmp_path, 'train') == {}
+
+
 def test_a_worker_that_is_started_again_has_its_claims_at_once(tmp_path):
     assert Claims(tmp_path, 'a', lease_sec=60).take(GROUP, 0)
     assert not Claims(tmp_path, 'b', lease_sec=60).take(GROUP, 0)
