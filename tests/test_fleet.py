@@ -109,6 +109,25 @@ def assert_whole(fleet: Fleet) -> list[dict]:
     return rows
 
 
+def assert_each_once(fleet: Fleet, staleness: int) -> list[dict]:
+    """Asserts that every step trained on whole groups that no other did, by groups.jsonl.
+
+    Returns all metrics. Other groups stand in for those that came too late, as on a busy machine.
+    """
+    lines = (fleet.workdir / 'groups.jsonl').read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    taken = [group for row in rows for group in row['groups']]
+    assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
+    assert len(taken) == len(set(taken)) == STEPS * GROUPS
+    groups = RolloutStore(fleet.workdir / 'rollouts' / 'train').read_groups(taken)
+    assert all([r.sample_id for r in group] == list(range(SIZE)) for group in groups)
+    found = metrics(fleet.workdir)
+    assert [row['step'] for row in found] == list(range(1, STEPS + 1))
+    assert all(row['rollout/max_staleness'] <= staleness for row in found)
+    assert (fleet.workdir / 'summary.json').exists()
+    return found
+
+
 @pytest.mark.parametrize(
     'fleet',
     [
@@ -124,9 +143,9 @@ def test_steps_ahead_are_drawn_while_the_learner_learns(fleet):
     learner, worker = fleet.learner(), fleet.worker()
     assert fleet.ends(learner) == 0
     assert fleet.ends(worker) == 0  # by itself, since the learner has finished
-    rows = assert_whole(fleet)
+    rows = assert_each_once(fleet, staleness=2)
     staleness = [row['rollout/max_staleness'] for row in rows]
-    assert staleness[0] == 0 and 1 <= max(staleness) <= 2
+    assert staleness[0] == 0 and max(staleness) >= 1
     assert rows[0]['rollout/age/0'] == 1 and min(row['rollout/age/0'] for row in rows) < 1
     assert 0 < rows[0]['train/logprob_gap'] <= 1e-3  # the others are of older weights
 
@@ -163,7 +182,7 @@ def test_a_dead_workers_groups_go_to_one_that_joins_late(fleet):
     first.kill()
     second = fleet.worker('--name=second')
     assert fleet.ends(learner) == 0 and fleet.ends(second) == 0
-    assert_whole(fleet)
+    assert_each_once(fleet, staleness=1)
     reports = {report['worker']: report for report in due.reports()}
     assert reports['second']['groups'] > 0
     claims = (fleet.workdir / 'fleet' / 'claims').rglob('*')
@@ -177,17 +196,13 @@ LATE = '--config.max_staleness=1', '--config.batch.oversample=1', '--config.batc
 def test_steps_take_the_groups_that_are_whole(fleet):
     """The learner is killed, and trains on each group once all the same."""
     learner, worker = fleet.learner(), fleet.worker()
-    wait_for(lambda: len(metrics(fleet.workdir)) >= 3, seconds=500)
+    file = fleet.workdir / 'metrics.jsonl'
+    wait_for(lambda: file.exists() and len(metrics(fleet.workdir)) >= 3, seconds=500)
     learner.kill()
     learner.wait()
     learner = fleet.learner()
     assert fleet.ends(learner) == 0 and fleet.ends(worker) == 0
-    lines = (fleet.workdir / 'groups.jsonl').read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    taken = [group for row in rows for group in row['groups']]
-    assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
-    assert len(taken) == len(set(taken)) == STEPS * GROUPS
-    assert all(row['rollout/max_staleness'] <= 1 for row in metrics(fleet.workdir))
+    assert_each_once(fleet, staleness=1)
 
 
 @pytest.mark.parametrize('fleet', [NO_WARM_START], indirect=True)
