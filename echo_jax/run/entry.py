@@ -8,12 +8,15 @@ EXPECTED, the program says itself.
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
@@ -31,6 +34,12 @@ EXPECTED = (ValueError, OSError, FloatingPointError, SandboxError, MissingError)
 # raises one of the last three.
 _FLAG_ERRORS = (flags.Error, ValueError, OSError, SyntaxError)
 _KEY_ERRORS = (AttributeError, LookupError, TypeError)
+_EXIT_SECONDS = 20.0  # after an error, before the process ends without its threads
+_ROOM, _RIGHTS = 'make room on its disk', 'let this user read and write there'
+_ADVICE = {
+    **{errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM},
+    **{errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS, errno.EROFS: _RIGHTS},
+}
 T = TypeVar('T')
 _nones: list[str] = []  # keys that flags have set to None
 _labels: dict[str, object] = {}  # of this process; see label_logs
@@ -69,12 +78,18 @@ def label_logs(*workdirs: str, **labels: object) -> None:
         flags.FLAGS.mark_as_parsed()
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().setFormatter(_Labelled())
+    absl_logging.get_absl_handler().addFilter(_is_news)
 
 
 def log_label() -> str:
     """What every line begins with, once `label_logs` was called."""
     named = (f'{name}={value}' for name, value in _labels.items() if value != '')
     return printable(f'{" ".join(named)}:')
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for an error that Orbax logs with its traceback, because it raises it too."""
+    return not (record.exc_info and 'orbax' in record.pathname)
 
 
 class _Labelled(logging.Formatter):
@@ -167,8 +182,30 @@ def _one_line(*expected: type[Exception]) -> Iterator[None]:
             cause = cause.exceptions[0]
         if flags.FLAGS.traceback or not isinstance(cause, expected):
             raise
-        reason = ' '.join(str(cause).split()) or type(cause).__name__
+        # A thread of a library may wait for another that has failed: Orbax's, on a closed disk, do
+        # for ten minutes and more.
+        late = threading.Timer(_EXIT_SECONDS, os._exit, (1,))
+        late.daemon = True
+        late.start()
+        fault = of_disk(cause)
+        reason = f'{fault}, then give the same command again' if fault else words(cause)
         sys.exit(f'error: {printable(reason)}')
+
+
+def words(error: Exception) -> str:
+    """What an error says, in one line."""
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+def of_disk(error: Exception) -> str:
+    """What is wrong with which disk, and what to do, if the error is of one; else ''."""
+    number, place = getattr(error, 'errno', None), getattr(error, 'filename', None)
+    if of_tensorstore := re.search(r"\[os_error_code='(\d+)'\]", str(error)):
+        places = re.findall('"(/[^"]*)"', str(error))
+        number, place = int(of_tensorstore[1]), places[-1] if places else None
+    if number not in _ADVICE:
+        return ''
+    return f'{os.strerror(number)}{f": {place}" if place else ""}; {_ADVICE[number]}'
 
 
 class Stopped(Exception):

@@ -44,11 +44,15 @@ class Metrics:
         sinks: Sequence[Sink] = (),
     ):
         """writes: False in all processes of a learner but one. sinks: who gets each row too."""
-        import tensorboardX  # it loads PyTorch if that is installed, which takes seconds
-
         self._file, self._writes, self._sinks = workdir / name, writes, sinks
-        folder = str(workdir / 'tensorboard')
-        self._events = tensorboardX.SummaryWriter(folder, write_to_disk=writes)
+        if writes:
+            # It loads PyTorch if that is installed, which takes seconds. Not tensorboardX's
+            # SummaryWriter: that writes in a thread, whose errors, as of a full disk, are nobody's.
+            from tensorboardX.event_file_writer import EventsWriter
+
+            folder = workdir / 'tensorboard'
+            folder.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(folder / 'events'), f'.{self._file.stem}')
 
     def rows(self) -> list[dict]:
         if not self._file.exists():
@@ -87,14 +91,19 @@ class Metrics:
             self._show(step, values)
 
     def _show(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        event = Event(step=step, wall_time=time.time())
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            event.summary.value.add(tag=name, simple_value=value)
+        self._events.write_event(event)
         self._events.flush()  # now: a run in a bucket copies the file as it is
         for sink in self._sinks:
             sink(step, values)
 
     def close(self) -> None:
-        self._events.close()
+        if self._writes:
+            self._events.close()
 
 
 def open_metrics(work: Workdir, leads: bool) -> Metrics:

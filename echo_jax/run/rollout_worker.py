@@ -5,6 +5,7 @@ The program `echo_jax.worker` and the Ray fleet (launch/ray) are two ways to sta
 
 import asyncio
 import collections
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -42,6 +43,8 @@ _REPORT_SECONDS = 5.0
 _CLAIM_SECONDS = 0.1  # between two claims
 _LOOKS = 5  # at the claims of other workers, in the time of a lease
 _AVOIDED_SECONDS = 30.0  # after an error, before a group is tried again
+_STORE_SECONDS = 5.0  # after an error of a store, before it is asked again
+_STORE_ERRORS = OSError, ValueError  # as of a full disk; TensorStore raises the second for most
 _COSTS = ('read_seconds', 'drain_seconds', 'load_seconds', 'probe_seconds')  # of a swap
 
 
@@ -101,27 +104,38 @@ class RolloutWorker:
 
         It claims a group when another episode could run. Between two claims it waits a moment, so
         that idle workers share what falls due together. A group that it has lost (another worker
-        has taken it over, or the learner wants it no longer) is given up.
+        has taken it over, or the learner wants it no longer) is given up. While a store fails, as
+        on a full disk, it goes on with what it draws, and asks again every few seconds.
         """
         async with asyncio.TaskGroup() as tasks:
             reporting = tasks.create_task(self.report())
             following = tasks.create_task(self.follow())
             drawing: dict[Group, asyncio.Task[None]] = {}
-            while not await asyncio.to_thread(self._due.finished):
-                for group in await asyncio.to_thread(self._claims.renew):
-                    drawing[group].cancel()
-                claimed = await asyncio.to_thread(self._claim)
+            is_finished = False
+            while not is_finished:
+                pause, claimed = self._work.poll_seconds, None
+                try:
+                    for group in await asyncio.to_thread(self._claims.renew):
+                        drawing[group].cancel()
+                    claimed = await asyncio.to_thread(self._claim)
+                    is_finished = await asyncio.to_thread(self._due.finished)
+                except _STORE_ERRORS as error:
+                    self._complain(error)
+                    pause = _STORE_SECONDS
                 if claimed:
                     due, group = claimed
                     self._running += due.group_size
                     drawing[group] = tasks.create_task(self._draw(due, group))
+                    pause = min(pause, _CLAIM_SECONDS)
                 drawing = {group: task for group, task in drawing.items() if not task.done()}
-                pause = self._work.poll_seconds
-                await asyncio.sleep(min(pause, _CLAIM_SECONDS) if claimed else pause)
+                await asyncio.sleep(0 if is_finished else pause)
             for task in [*drawing.values(), reporting, following]:
                 task.cancel()
             async with self._loading:  # a swap that was begun ends before the engine does
                 pass
+
+    def _complain(self, error: Exception) -> None:
+        logging.error('a store fails and is asked again in a while: %s', _words(error))
 
     def _claim(self) -> tuple[DueGroups, Group] | None:
         """Claims the oldest group that is due and that nobody draws, if there is room for one.
@@ -170,12 +184,17 @@ class RolloutWorker:
         except* PolicyError:
             raise
         except* Exception as errors:
-            error = errors.exceptions[0]
-            logging.error('group %d of %s is tried again in a while: %r', group[1], group[0], error)
+            reason = _words(errors.exceptions[0])
+            logging.error(
+                'group %d of %s is tried again in a while: %s', group[1], group[0], reason
+            )
             self._avoided[group] = time.monotonic() + _AVOIDED_SECONDS
         finally:
             self._running -= due.group_size - ended
-            await asyncio.to_thread(self._claims.release, group)
+            try:
+                await asyncio.to_thread(self._claims.release, group)
+            except _STORE_ERRORS as error:  # the claim goes when its lease has run out
+                self._complain(error)
 
     def _count(self, rollout: Rollout) -> None:
         errors = [name for name in rollout.metrics if name.startswith('error/')]
@@ -231,10 +250,12 @@ class RolloutWorker:
         """Writes every few seconds how the worker is, until it is cancelled, and once more then."""
         try:
             while True:
-                await asyncio.to_thread(self._due.report, self.name, self._state())
+                with contextlib.suppress(*_STORE_ERRORS):  # `serve` says so
+                    await asyncio.to_thread(self._due.report, self.name, self._state())
                 await asyncio.sleep(_REPORT_SECONDS)
         finally:
-            self._due.report(self.name, self._state())
+            with contextlib.suppress(*_STORE_ERRORS):
+                self._due.report(self.name, self._state())
 
     def _state(self) -> dict[str, Any]:
         drawing = {'drawing': len(self._claims.held), 'episodes': self._running}
@@ -251,7 +272,7 @@ class RolloutWorker:
             except PolicyError:
                 raise
             except Exception as error:  # of the store; the groups of that version wait
-                logging.error('the newest weights are tried again in a while: %r', error)
+                logging.error('the newest weights are tried again in a while: %s', _words(error))
                 await asyncio.sleep(_AVOIDED_SECONDS)
             await asyncio.sleep(self._work.poll_seconds)
 
@@ -260,6 +281,10 @@ class RolloutWorker:
         await asyncio.to_thread(self._make_sandbox.close)
         if self._lock:
             self._lock.close()
+
+
+def _words(error: Exception) -> str:
+    return entry.of_disk(error) or repr(error)
 
 
 async def start(

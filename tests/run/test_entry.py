@@ -115,6 +115,12 @@ def test_wrong_flags(flags, says):
         ("ValueError('rows is 3; expected 4')", 'rows is 3; expected 4'),
         ("ValueError('one\\n  two')", 'one two'),
         ("FileNotFoundError(2, 'No such file', 'x')", "[Errno 2] No such file: 'x'"),
+        ("OSError(28, 'No space')", 'No space left on device; make room on its disk, then give'),
+        ("PermissionError(13, 'no', '/x')", 'Permission denied: /x; let this user read and write'),
+        (
+            """ValueError('RESOURCE: "k" in "/x": "/x/y": no space [os_error_code=\\'28\\'] at')""",
+            'No space left on device: /x/y; make room on its disk, then',
+        ),
         ('TimeoutError()', 'TimeoutError'),  # an OSError without words
         ("OurError('ours')", 'ours'),
         ("ExceptionGroup('g', [ExceptionGroup('h', [SandboxError('no bwrap')])])", 'no bwrap'),

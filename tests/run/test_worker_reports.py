@@ -9,6 +9,7 @@ import pytest
 from configs import tiny
 from echo_jax.policy.meter import Meter, Swap
 from echo_jax.policy.scripted import ScriptedPolicy
+from echo_jax.run import rollout_worker
 from echo_jax.run.rollout_worker import RolloutWorker
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.due import DueGroups, DueStore
@@ -18,6 +19,7 @@ from echo_jax.tasks.generate import generate_tasks
 from echo_jax.types import Role
 from tests.support.episodes import DONE
 from tests.support.metrics_page import table
+from tests.support.small_disk import small_disk
 
 
 class Engine(ScriptedPolicy):
@@ -47,36 +49,78 @@ def report_names() -> list[str]:
     return [re.escape(name).replace('CLASS', r'\w+') for name in names]
 
 
-@pytest.mark.slow
-def test_a_worker_counts_what_it_did(tmp_path, tiny_tokenizer, monkeypatch):
-    generate_tasks(tmp_path / 'set', split='train', count=1)
-    (known,) = (path.name for path in (tmp_path / 'set').iterdir() if path.is_dir())
-    config = tiny.get_config()
-    config.tasks.train = str(tmp_path / 'set')
-    config.policy.backend, config.policy.swap = 'vllm', 'drain'
-    monkeypatch.setattr(Workdir, 'tokenizer', lambda self: tiny_tokenizer)
-    work = Workdir(tmp_path / 'run', config)
-    fleet, rollouts = DueStore(work.url('fleet')), RolloutStore(work.url('rollouts', 'train'))
-    weights = WeightStore(work.url('weights'))
-    worker = RolloutWorker(work, Engine(tiny_tokenizer, [DONE]), 'box-0')
+class Fleet:
+    """A worker of a run in `folder`, and what the learner does to it."""
 
-    def due(first, version):
-        # This machine has one of the two tasks.
-        return DueGroups('train', 'train', first, (known, 'unknown'), 3, 1.0, version)
+    def __init__(self, folder, tokenizer):
+        generate_tasks(folder / 'set', split='train', count=1)
+        (self.known,) = (path.name for path in (folder / 'set').iterdir() if path.is_dir())
+        config = tiny.get_config()
+        config.tasks.train = str(folder / 'set')
+        config.policy.backend, config.policy.swap = 'vllm', 'drain'
+        work = Workdir(folder / 'run', config)
+        self.due = DueStore(work.url('fleet'))
+        self.rollouts = RolloutStore(work.url('rollouts', 'train'))
+        self.weights = WeightStore(work.url('weights'))
+        self.worker = RolloutWorker(work, Engine(tokenizer, [DONE]), 'box-0')
+
+    async def post(self, number: int, *task_ids: str) -> None:
+        """Publishes version `number`, and waits for its groups, one of each task."""
+        self.weights.publish({'w': np.ones(2, np.float32)}, number)
+        first = number * len(task_ids)
+        self.due.post(DueGroups('train', 'train', first, task_ids, 3, 1.0, number))
+        while self.rollouts.missing(range(first + len(task_ids))):
+            await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+def fleet_in(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(Workdir, 'tokenizer', lambda self: tiny_tokenizer)
+    return lambda folder: Fleet(folder, tiny_tokenizer)
+
+
+@pytest.mark.slow
+def test_a_worker_outlives_a_full_disk(tmp_path, fleet_in, monkeypatch, caplog):
+    monkeypatch.setattr(rollout_worker, '_AVOIDED_SECONDS', 0.5)
+    monkeypatch.setattr(rollout_worker, '_STORE_SECONDS', 0.5)
+    with small_disk(tmp_path / 'disk') as disk:
+        fleet = fleet_in(disk.path)
+
+        async def main():
+            serving = asyncio.create_task(fleet.worker.serve())
+            await fleet.post(0, fleet.known)
+            posting = asyncio.create_task(fleet.post(1, fleet.known))
+            await asyncio.sleep(0)  # it has posted, and waits
+            disk.fill()
+            while caplog.text.count('No space left on device') < 3:
+                assert not serving.done()
+                await asyncio.sleep(0.05)
+            disk.make_room()
+            await posting
+            fleet.due.finish()
+            await serving
+            await fleet.worker.close()
+
+        asyncio.run(main())
+        assert fleet.rollouts.groups() == [0, 1]
+        assert 'make room on its disk' in caplog.text
+
+
+@pytest.mark.slow
+def test_a_worker_counts_what_it_did(tmp_path, fleet_in):
+    fleet = fleet_in(tmp_path)
+    rollouts = fleet.rollouts
 
     async def main():
-        serving = asyncio.create_task(worker.serve())
+        serving = asyncio.create_task(fleet.worker.serve())
         for version in (0, 1):
-            weights.publish({'w': np.ones(2, np.float32)}, version)
-            fleet.post(due(2 * version, version))
-            while rollouts.missing(range(2 * version + 2)):
-                await asyncio.sleep(0.05)
-        fleet.finish()
+            await fleet.post(version, fleet.known, 'unknown')  # this machine has one of the two
+        fleet.due.finish()
         await serving
-        await worker.close()
+        await fleet.worker.close()
 
     asyncio.run(main())
-    (report,) = fleet.reports()
+    (report,) = fleet.due.reports()
     # Two groups of three episodes that say "done" at once, two of a task that is not here.
     expected = {'groups': 4, 'rollouts': 12, 'failed': 6, 'drawing': 0, 'episodes': 0}
     expected |= {'status/infra_error': 6, 'error/ValueError': 6, 'status/truncated': 0}

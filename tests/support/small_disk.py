@@ -1,0 +1,53 @@
+"""A disk that a test can fill, and close to writers."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+
+class SmallDisk:
+    """A file system in memory, mounted at `path`; only root can have one."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def fill(self) -> None:
+        """Leaves no room, whatever is written meanwhile."""
+        for _ in range(1000):
+            stat = os.statvfs(self.path)
+            used = (stat.f_blocks - stat.f_bfree) * stat.f_frsize
+            if self._remount(f'size={used}'):
+                return
+        raise AssertionError(f'{self.path} could not be filled')
+
+    def make_room(self) -> None:
+        assert self._remount('size=256M')
+
+    def take_rights(self) -> None:
+        """Nobody may write from now on, but to files that are open."""
+        subprocess.run(['mount', '--bind', self.path, self.path], check=True)
+        assert self._remount('bind,ro')
+
+    def give_rights(self) -> None:
+        subprocess.run(['umount', self.path], check=True)
+
+    def _remount(self, options: str) -> bool:
+        command = ['mount', '-o', f'remount,{options}', self.path]
+        return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
+
+@contextlib.contextmanager
+def small_disk(path: pathlib.Path) -> Iterator[SmallDisk]:
+    path.mkdir()
+    command = ['mount', '-t', 'tmpfs', '-o', 'size=256M', 'tmpfs', path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f'a file system cannot be mounted here: {done.stderr.strip()}')
+    try:
+        yield SmallDisk(path)
+    finally:
+        subprocess.run(['umount', '-l', path], check=True)
