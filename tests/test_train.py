@@ -80,7 +80,7 @@ def test_metrics(finished):
     assert [row['step'] for row in rows] == list(range(1, STEPS + 1))
     for row in rows:
         assert {key.partition('/')[0] for key in row} <= {
-            *('step', 'train', 'rollout', 'eval', 'time')
+            *('step', 'train', 'rollout', 'eval', 'time', 'system')
         }
         assert {'train/loss', 'train/env_ce', 'rollout/reward', 'time/sampling'} <= row.keys()
         assert all(np.isfinite(value) for value in row.values())

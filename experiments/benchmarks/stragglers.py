@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument('--run', type=pathlib.Path, required=True)
     parser.add_argument('--steps', type=int, default=12)
     parser.add_argument('--skip', type=int, default=2)
-    parser.add_argument('--sleep', type=float, default=2.0)
+    parser.add_argument('--sleep', type=float, default=4.0)
     parser.add_argument('--tail', type=float, default=10.0)
     parser.add_argument('--updates', type=int, default=2)
     parser.add_argument('--modes', nargs='+', default=[*MODES], choices=[*MODES])
@@ -83,6 +83,8 @@ def measure(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dic
         'policy.backend': 'vllm',
         'policy.slots': slots,
         'sandbox.at_once': slots,
+        'sandbox.agent_timeout': 900.0,
+        'protocol.command_timeout': 300,
         'warm_start.steps': 0,
         'eval.every': options.steps,
         'batch.updates': options.updates,

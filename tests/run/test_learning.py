@@ -20,7 +20,7 @@ def learned(rollouts, reference, balance=False, done=0, scores=None, batch=None,
     """The parameters after step `done` + 1, and how the frozen model scores the rollouts."""
     config = small_config(**{'env_coef': 0.0} | loss)
     config.batch.update(batch or {})
-    config.logging.scores = 1
+    config.logging.scores, config.batch.groups = 1, 2
     sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, head_dim=8)
     config.model.update(vocab_size=500, num_hidden_layers=1, **sizes)
     config.mesh.fsdp = 1
@@ -84,7 +84,7 @@ def test_scores_are_kept_by_rollout_and_change_no_bit(tmp_path, batch):
         make_rollout('P', group=10, sample=1, first_token=60, status=Status.INFRA_ERROR),
     ]
     store = ScoreStore(tmp_path)
-    store.write_group(8, {})  # of the step before, which is not to be kept
+    store.write_group(8, {})  # as many groups are kept as a step has
     given = dict(batch=batch, env_coef=0.3, old_logprobs='recomputed' if batch else 'current')
     without, _, _ = learned(rollouts, 1.0, done=3, **given)
     # The parameters before the step are the frozen ones, since these are 1.0 times the first.

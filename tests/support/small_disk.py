@@ -50,4 +50,5 @@ def small_disk(path: pathlib.Path) -> Iterator[SmallDisk]:
     try:
         yield SmallDisk(path)
     finally:
-        subprocess.run(['umount', '-l', path], check=True)
+        while path.is_mount():  # more than once, if the rights are still taken
+            subprocess.run(['umount', '-l', path], check=True)
