@@ -42,8 +42,8 @@ _WAITING_SECONDS = 60.0  # between two words to a person about such a wait
 _REPORT_SECONDS = 5.0
 _CLAIM_SECONDS = 0.1  # between two claims
 _LOOKS = 5  # at the claims of other workers, in the time of a lease
-_AVOIDED_SECONDS = 30.0  # after an error, before a group is tried again
-_STORE_SECONDS = 5.0  # after an error of a store, before it is asked again
+AVOIDED_SECONDS = 30.0  # after an error, before a group is tried again
+STORE_SECONDS = 5.0  # after an error of a store, before it is asked again
 _STORE_ERRORS = OSError, ValueError  # as of a full disk; TensorStore raises the second for most
 _COSTS = ('read_seconds', 'drain_seconds', 'load_seconds', 'probe_seconds')  # of a swap
 
@@ -121,7 +121,7 @@ class RolloutWorker:
                     is_finished = await asyncio.to_thread(self._due.finished)
                 except _STORE_ERRORS as error:
                     self._complain(error)
-                    pause = _STORE_SECONDS
+                    pause = STORE_SECONDS
                 if claimed:
                     due, group = claimed
                     self._running += due.group_size
@@ -188,7 +188,7 @@ class RolloutWorker:
             logging.error(
                 'group %d of %s is tried again in a while: %s', group[1], group[0], reason
             )
-            self._avoided[group] = time.monotonic() + _AVOIDED_SECONDS
+            self._avoided[group] = time.monotonic() + AVOIDED_SECONDS
         finally:
             self._running -= due.group_size - ended
             try:
@@ -273,7 +273,7 @@ class RolloutWorker:
                 raise
             except Exception as error:  # of the store; the groups of that version wait
                 logging.error('the newest weights are tried again in a while: %s', _words(error))
-                await asyncio.sleep(_AVOIDED_SECONDS)
+                await asyncio.sleep(AVOIDED_SECONDS)
             await asyncio.sleep(self._work.poll_seconds)
 
     async def close(self) -> None:

@@ -81,8 +81,8 @@ def fleet_in(tiny_tokenizer, monkeypatch):
 
 @pytest.mark.slow
 def test_a_worker_outlives_a_full_disk(tmp_path, fleet_in, monkeypatch, caplog):
-    monkeypatch.setattr(rollout_worker, '_AVOIDED_SECONDS', 0.5)
-    monkeypatch.setattr(rollout_worker, '_STORE_SECONDS', 0.5)
+    monkeypatch.setattr(rollout_worker, 'AVOIDED_SECONDS', 0.5)
+    monkeypatch.setattr(rollout_worker, 'STORE_SECONDS', 0.5)
     with small_disk(tmp_path / 'disk') as disk:
         fleet = fleet_in(disk.path)
 
