@@ -6,6 +6,7 @@ Data flows one way: tasks, episodes, rollout store, batch, step, weight store. T
 the same workdir resumes the run. Ctrl-C and SIGTERM save the state and end the program.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ from echo_jax.learner.checkpoint import Checkpointer, CheckpointError, check_rea
 from echo_jax.learner.step import ShardedModel
 from echo_jax.run import entry, report
 from echo_jax.run.ahead import groups_ahead
-from echo_jax.run.changes import said
 from echo_jax.run.checks import check_config, sandboxes_here
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.heldout import Heldout
@@ -32,13 +32,12 @@ from echo_jax.run.measures import headline
 from echo_jax.run.numbering import LEDGER
 from echo_jax.run.pace import Pace
 from echo_jax.run.redraw import redraw_equal
-from echo_jax.run.retention import remove_ending, remove_old_rollouts
+from echo_jax.run.retention import go_on, remove_old_rollouts
 from echo_jax.run.sources import count_steps, make_source, read_splits
 from echo_jax.run.warm_start import first_params
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.scores import ScoreStore
-from echo_jax.store.weights import WeightStore
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
 _WORKDIR = flags.DEFINE_string(
@@ -87,14 +86,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
         clock.resume(extra['seconds'])
         env_term.adapted = extra['env_coef']
         heldout.set_state(extra['heldout'])
-        report.CONSOLE.print(f'resumed at step {done} of {num_steps}')
     metrics.resume(done)
     if leads:
-        if changes := work.go_on(done):
-            report.CONSOLE.print(f'from step {done} on: {said(changes)}', soft_wrap=True)
-        if done < num_steps:
-            remove_ending(work)
-        WeightStore(work.url('weights')).rewind(done)
+        go_on(work, done, num_steps)
     source.publish(state.params, done)
     before = heldout.draw('before', params, version=0)
     heldout.post(done)  # again, if the run stopped before it was there
@@ -114,8 +108,9 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
             checkpointer.save(done, state, extra)
 
     pace = Pace(work, source, num_steps)
-    try:
-        with report.Progress('train', num_steps, done) as progress:
+    progress = report.Progress('train', num_steps, done)
+    with contextlib.closing(checkpointer), progress:
+        try:
             while done < num_steps:
                 started = time.monotonic()
                 rollouts, chosen = ahead.draw(done)
@@ -133,17 +128,14 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
                 if done % config.checkpoint.every == 0 or heldout.wants_save(done):
                     save()
                 progress.show(done, **headline(values))
-        save()
-    except entry.Stopped:
-        save()
-        raise
-    finally:
-        checkpointer.close()
+            save()
+        except entry.Stopped:
+            save()
+            raise
 
     # ------------------------------------------------------------------------------ what it learned
-    summary = {
-        **before,
-        **heldout.draw('after', state.params, version=done),
+    summary = before | heldout.draw('after', state.params, version=done)
+    summary |= {
         'steps': done,
         'rollouts': done * config.batch.groups * config.group_size,
         'train_minutes': clock.seconds() / 60,

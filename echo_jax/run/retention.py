@@ -1,4 +1,4 @@
-"""Removes what a run no longer keeps: rollouts, by `logging.rollouts`, and an ending. No JAX.
+"""Removes what a run no longer keeps: old rollouts, and what a run that goes on is past. No JAX.
 
 Whatever a resumed run may read again stays: what steps after the oldest save trained on. So do the
 held-out rollouts from before and after training, and the transcripts of the warm start.
@@ -6,10 +6,13 @@ held-out rollouts from before and after training, and the transcripts of the war
 
 import re
 
+from echo_jax.run import report
+from echo_jax.run.changes import said
 from echo_jax.run.numbering import Steps
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.kvstore import inside, open_kvstore
 from echo_jax.store.rollouts import RolloutStore
+from echo_jax.store.weights import WeightStore
 
 _GROUP = re.compile(rb'rollouts/(train|heldout_(\d{6,}))/groups/(\d{12})')
 
@@ -39,8 +42,18 @@ def remove_old_rollouts(work: Workdir, done: int, oldest_save: int | None) -> No
         RolloutStore(work.url('rollouts', store)).remove(group_ids)
 
 
-def remove_ending(work: Workdir) -> None:
-    """Removes what only a run that has come to its end has, because it is longer now."""
-    store = RolloutStore(work.url('rollouts', 'heldout_after'))
-    store.remove(store.groups())
-    work.remove('summary.json', 'curves.png')
+def go_on(work: Workdir, done: int, num_steps: int) -> None:
+    """Makes a workdir that of a run with `done` steps, for the leading process of its learner.
+
+    It says what the config changes from here on, and removes what only a run that has come to its
+    end has, if it is longer now, and the weights of later steps.
+    """
+    if done:
+        report.CONSOLE.print(f'resumed at step {done} of {num_steps}')
+    if changes := work.go_on(done):
+        report.CONSOLE.print(f'from step {done} on: {said(changes)}', soft_wrap=True)
+    if done < num_steps:
+        store = RolloutStore(work.url('rollouts', 'heldout_after'))
+        store.remove(store.groups())
+        work.remove('summary.json', 'curves.png')
+    WeightStore(work.url('weights')).rewind(done)

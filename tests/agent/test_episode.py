@@ -201,6 +201,7 @@ def test_an_agent_that_is_late_is_discarded_whole(make_task, episodes, test_sh, 
     assert rollout.metrics['stop/agent_timeout'] == 1 and 'discarded' in rollout.reason
 
 
+@pytest.mark.slow
 def test_the_starts_time_counts_only_if_a_late_episode_is_discarded(make_task, episodes):
     task = make_task(agent_timeout=4.0)
     (task.path / 'environment' / 'Dockerfile').write_text('FROM x\nRUN sleep 6\nWORKDIR /app\n')

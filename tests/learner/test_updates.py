@@ -228,6 +228,7 @@ def learn(rollouts=ROLLOUTS, number=0, **options):
 RECOMPUTED = {'old_logprobs': 'recomputed'}
 
 
+@pytest.mark.slow
 def test_old_logprobs_are_those_before_the_first_update():
     """In the first update the ratio is 1; in the second it is to the policy before the first."""
     state, metrics = learn(updates=2, **RECOMPUTED)
@@ -240,6 +241,7 @@ def test_old_logprobs_are_those_before_the_first_update():
     assert [finish_metrics(each)['ratio_deviation'] for each in metrics] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_recomputed_by_hand():
     """The second update's ratio, by scores of the model before and after the first."""
     config, model, step, first, with_old_logprobs = compiled(updates=1, epochs=2, **RECOMPUTED)
@@ -266,6 +268,7 @@ def test_recomputed_by_hand():
     assert found['policy_loss'] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_clips_act_in_later_updates():
     """Bounds of 0 cut the gradient wherever the first update went the way of the advantage."""
 

@@ -54,6 +54,7 @@ def test_a_step_of_a_second_family(runs):
         np.testing.assert_allclose(found[name], other[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_muon_takes_the_matrices_of_the_table(runs):
     """One is not stacked over layers. No bias, norm or table of words or places is among them."""
     layers = [f'layers/{name}' for name in ('down', 'key', 'out', 'query', 'up', 'value')]

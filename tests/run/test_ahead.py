@@ -239,6 +239,7 @@ def test_a_run_that_has_come_to_its_end_is_made_longer(tmp_path):
     assert [(row['step'], row['dropped']) for row in rows] == [(n, []) for n in range(1, 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_bucket_that_fails_stalls_and_forgets_to_answer(tmp_path, monkeypatch):
     """One request in ten gets a 503, half of those after the server has done what it asks."""

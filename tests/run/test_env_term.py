@@ -107,6 +107,7 @@ def test_the_policys_own_surprise():
     assert -logprobs[kept].max() >= 0 and (-logprobs[dropped]).min() > (-logprobs[kept]).max()
 
 
+@pytest.mark.slow
 def test_a_traced_coefficient_is_the_same_step():
     """0, 0.05 and 0.1 through one compiled step, against steps that have them compiled in."""
     model, params = models()
@@ -121,6 +122,7 @@ def test_a_traced_coefficient_is_the_same_step():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-7), a, b)
 
 
+@pytest.mark.slow
 def test_the_norms_are_those_of_the_two_gradients_apart():
     model, params = models()
     config = recipe()
@@ -142,6 +144,7 @@ def test_the_norms_are_those_of_the_two_gradients_apart():
     assert empty == {'grad_norm_policy': 0, 'grad_norm_env': 0}  # and no direction
 
 
+@pytest.mark.slow
 def test_the_balance_is_measured_when_it_is_due():
     """In the first of eight steps, in every third, and in the last; with GRPO as with ECHO."""
     model, params = models()

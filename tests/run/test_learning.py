@@ -37,6 +37,7 @@ def learned(rollouts, reference, balance=False, done=0, scores=None, batch=None,
     return jax.tree.leaves(state.params), unpack(rollouts, score, config), values
 
 
+@pytest.mark.slow
 def test_the_kl_in_the_reward_is_a_change_of_the_rewards():
     rollouts = [
         make_rollout('PPAAROOA', reward=1.0, sample=0, first_token=1),
