@@ -244,22 +244,24 @@ def draw_curves(results: Results, file: pathlib.Path) -> None:
         ('train/grad_cosine', "cosine between the terms' gradients", 1),
     ]
     panels = [panel for panel in panels if results.has(panel[0])]
-    figure = matplotlib.figure.Figure(figsize=(5 * len(panels), 8), layout='constrained')
-    for row, arms in zip(figure.subplots(2, len(panels)), (doses, controls)):
+    figure = matplotlib.figure.Figure(figsize=(5 * len(panels) + 3, 8), layout='constrained')
+    for half, arms in zip(figure.subfigures(2), (doses, controls)):
+        (row,) = half.subplots(1, len(panels), squeeze=False)
         for axes, (key, title, window) in zip(row, panels):
             for arm in arms:
                 band(axes, results, arm, key, window)
             axes.set(title=title, xlabel='learner step')
-            _finish(axes, from_zero=key != 'train/grad_cosine')
+            _finish(axes, from_zero=key != 'train/grad_cosine', has_legend=False)
+        half.legend(*row[0].get_legend_handles_labels(), loc='outside right center', fontsize=9)
     figure.savefig(file, dpi=100)
 
 
-def _finish(*panels, from_zero: bool = True) -> None:
+def _finish(*panels, from_zero: bool = True, has_legend: bool = True) -> None:
     for axes in panels:
         if from_zero:
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
+        if has_legend and axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
 
 
