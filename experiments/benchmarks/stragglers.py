@@ -4,14 +4,15 @@
 
 A learner and a worker with vLLM, in real sandboxes, on the tasks of the finished run `--run` of
 configs/machine.py and with its model, whose agent calls tools. The first call of a tool in an
-episode sleeps `--sleep` seconds, in one episode of 16 `--tail` times that. The learner learns from
-each step `--updates` times, so that it has about as much to do as at full size. Every mode is a run
-of its own, of `--steps` steps: max_staleness 0, 1 and 4, and 4 as others have it (`rounds`): groups
-are drawn ahead as well, but each step waits for all of its own.
+episode sleeps `--sleep` seconds, in one episode of 16 `--tail` times that. The learner goes through
+each step `--epochs` times, so that it has as much to do as the engine, which is the case at full
+size. Every mode is a run of its own: max_staleness 0, 1 and 4, and 4 as others have it (`rounds`):
+groups are drawn ahead as well, but each step waits for all of its own.
 
-idle is the share of the learner's time in which it waited for groups, over all steps but the
-`--skip` first, which compile and fill the pipeline. steps_per_hour is over the same steps; late is
-the share of groups that were dropped. One JSON line a mode.
+idle is the share of the learner's time in which it waited for groups, over `--steps` steps. The
+`--skip` before them compile and fill the pipeline, and in the `max_staleness` after them there is
+less and less to draw ahead. late is the share of groups that were dropped, staleness the mean over
+rollouts of the age of their oldest token. One JSON line a mode.
 """
 
 import argparse
@@ -37,11 +38,11 @@ _ROUNDS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--run', type=pathlib.Path, required=True)
-    parser.add_argument('--steps', type=int, default=12)
+    parser.add_argument('--steps', type=int, default=8)
     parser.add_argument('--skip', type=int, default=2)
-    parser.add_argument('--sleep', type=float, default=4.0)
+    parser.add_argument('--sleep', type=float, default=6.0)
     parser.add_argument('--tail', type=float, default=10.0)
-    parser.add_argument('--updates', type=int, default=2)
+    parser.add_argument('--epochs', type=int, default=4)
     parser.add_argument('--modes', nargs='+', default=[*MODES], choices=[*MODES])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix='stragglers-') as name:
@@ -55,15 +56,19 @@ def main() -> None:
             check=True,
             stdout=sys.stderr,
         )
-        for split in ('train', 'heldout'):
-            slow_tasks(options.run / 'tasks' / split, folder / split, options.sleep, options.tail)
+        for split, most in (('train', None), ('heldout', 8)):
+            tasks = sorted((options.run / 'tasks' / split).glob('*/'))[:most]
+            slow_tasks(tasks, folder / split, options.sleep, options.tail)
         for mode in options.modes:
             print(json.dumps(measure(mode, folder, options)), flush=True)
 
 
-def slow_tasks(tasks: pathlib.Path, target: pathlib.Path, seconds: float, tail: float) -> None:
+def slow_tasks(
+    tasks: list[pathlib.Path], target: pathlib.Path, seconds: float, tail: float
+) -> None:
     """Copies tasks whose tools sleep before they do anything."""
-    shutil.copytree(tasks, target, ignore=shutil.ignore_patterns('generated.json'))
+    for task in tasks:
+        shutil.copytree(task, target / task.name)
     for tool in target.glob('*/environment/tools/*'):
         first, _, rest = tool.read_text().partition('\n')
         tool.write_text(f'{first}\n{_SLOW.format(seconds, tail * seconds)}{rest}')
@@ -73,30 +78,30 @@ def measure(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dic
     """Runs a learner and a worker to their end."""
     work = folder / mode.replace(', ', '_')
     staleness = MODES[mode]
-    slots = 64 * (staleness + 1)
+    slots, steps = 64 * (staleness + 1), options.skip + options.steps + staleness
     settings = {
         'model.path': folder / 'model',
         'tasks.train': folder / 'train',
         'tasks.heldout': folder / 'heldout',
-        'num_steps': options.steps,
+        'num_steps': steps,
         'max_staleness': staleness,
         'policy.backend': 'vllm',
         'policy.slots': slots,
-        'sandbox.at_once': slots,
+        'sandbox.at_once': min(slots, 128),
         'sandbox.agent_timeout': 900.0,
         'protocol.command_timeout': 300,
         'warm_start.steps': 0,
-        'eval.every': options.steps,
-        'batch.updates': options.updates,
+        'warm_start.explore_steps': 0,
+        'eval.every': steps,
+        'batch.epochs': options.epochs,
         'loss.old_logprobs': 'recomputed',
-        'checkpoint.every': options.steps,
+        'checkpoint.every': steps,
     }
     flags = ['--config=configs/machine.py', f'--workdir={work}']
     flags += [f'--config.{key}={value}' for key, value in settings.items()]
     program = ['-c', _ROUNDS] if mode.endswith('rounds') else ['-m', 'echo_jax.train']
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
     with (folder / 'log').open('w') as log:
-        how = dict(cwd=ROOT, env=environment, stdout=log, stderr=log)
+        how = dict(cwd=ROOT, stdout=log, stderr=log)
         learner = subprocess.Popen([sys.executable, *program, *flags], **how)
         rollout = ROOT / '.venv-rollout' / 'bin' / 'python'
         worker = subprocess.Popen([rollout, '-m', 'echo_jax.worker', *flags], **how)
@@ -109,7 +114,7 @@ def measure(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dic
     if code:
         sys.exit(f'{mode}: the learner ended with {code}:\n{(folder / "log").read_text()[-3000:]}')
     rows = [json.loads(line) for line in (work / 'metrics.jsonl').read_text().splitlines()]
-    rows = rows[options.skip :]
+    rows = rows[options.skip : options.skip + options.steps]
     waited = sum(row['time/sampling'] for row in rows)
     learned = sum(row['time/learning'] for row in rows)
     late = sum(row.get('rollout/late_groups', 0.0) for row in rows)
@@ -128,4 +133,5 @@ def measure(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dic
 
 
 if __name__ == '__main__':
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     main()
