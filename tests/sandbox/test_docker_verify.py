@@ -5,12 +5,15 @@ where the tests run if the engine allows no other.
 """
 
 import asyncio
+import contextlib
 import dataclasses
+import threading
 
+import docker
 import pytest
 
 from echo_jax import types
-from echo_jax.sandbox import Verdict
+from echo_jax.sandbox import SandboxError, Verdict
 from echo_jax.sandbox.docker import images
 from tests.support.sandboxes import SEC, opened
 
@@ -181,6 +184,29 @@ def test_ends_of_the_tests(judge, where):
     assert plain.reward == 1 and plain.output == '[bash]\n'
     stopped = judge(f'#!/bin/bash\necho 1 > {REWARD}\nkill -9 $$\n')
     assert stopped.reward == 1  # as in Harbor
+
+
+def test_a_tests_container_that_somebody_removes(judge, daemon):
+    """Before it has started that is the engine's failure, and after that may be the agent's."""
+    ended = threading.Event()
+
+    def remove(api: docker.APIClient) -> None:
+        while not ended.is_set():
+            for found in api.containers(all=True, filters={'name': '-tests'}):
+                with contextlib.suppress(docker.errors.APIError):
+                    api.remove_container(found['Id'], force=True)
+
+    with contextlib.closing(docker.APIClient(daemon.url)) as api:
+        removing = threading.Thread(target=remove, args=(api,))
+        removing.start()
+        try:
+            for _ in range(5):
+                with contextlib.suppress(SandboxError):
+                    verdict = judge(f'#!/bin/bash\necho 1 > {REWARD}\nsleep 1\n')
+                    assert verdict.reward == 0 and 'were killed' in verdict.reason
+        finally:
+            ended.set()
+            removing.join()
 
 
 def test_what_the_image_has_in_tests_stays(judge, where, task):

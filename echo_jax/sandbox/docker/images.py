@@ -106,7 +106,7 @@ class Images:
     async def tools(self) -> str:
         """The id of the image TOOLS, pulled if need be. SandboxError if it cannot be."""
         with self._lock:
-            if self._tools is None:
+            if self._tools is None or (self._tools.done() and self._tools.exception()):
                 self._tools = self._pool.submit(self._pull_tools)
         return await engine.wait_for(self._tools)
 

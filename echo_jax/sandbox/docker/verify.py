@@ -37,6 +37,7 @@ from echo_jax.types import Task
 log = logging.getLogger(__name__)
 
 _SETUP_SEC = 60.0
+_REMOVED = 'marked for removal'  # the engine's words for a container that somebody removes
 _LOOK_SEC = 0.3  # for a loop of the agent's to write a reward once more
 # What Docker's own profile forbids and a container with the right to mount would have. `mount` and
 # its like are open, to those who have that right. Namespaces: clone's flags, all but threads'.
@@ -127,6 +128,8 @@ async def _beside(
     try:
         tools = await images.tools()
     except SandboxError as error:
+        if not await sandbox.is_alive():
+            raise
         raise Unprotected(f'{TOOLS}: {error}') from None
     archives = (sandbox.image.tests, tests)
     command = _command(sandbox, described, archives)
@@ -149,8 +152,10 @@ async def _beside(
             host_config=_host_config(sandbox, described, runtime, root, sum(map(len, archives))),
         )
         streams = await engine.Streams.open(await engine.wait_for(beginning))
+    except docker.errors.NotFound as error:  # somebody removed it as it was started
+        raise SandboxError(f"the tests' container is gone: {engine.brief(error)}") from None
     except SandboxError as error:
-        if not await sandbox.is_alive():
+        if _REMOVED in str(error) or not await sandbox.is_alive():
             raise
         raise Unprotected(str(error)) from None
     told = bytearray()
