@@ -33,6 +33,7 @@ from echo_jax.learner.checkpoint import open_saved
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import Role
+from experiments.proof import expect
 from tests.support import docker_engine
 from tests.support.small_run import NO_WARM_START, ROOT, Programs, metrics, wait_for
 
@@ -198,11 +199,6 @@ def compare(workdir: pathlib.Path, undisturbed: pathlib.Path) -> None:
         for name in mine.keys() & theirs.keys():
             equal = np.isclose(mine[name], theirs[name], rtol=_EQUAL, atol=_EQUAL, equal_nan=True)
             expect(bool(equal), f'{name} of step {mine["step"]}: {mine[name]}, {theirs[name]}')
-
-
-def expect(condition: bool, what: str) -> None:
-    if not condition:
-        sys.exit(f'wrong: {what}')
 
 
 if __name__ == '__main__':

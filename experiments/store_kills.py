@@ -42,7 +42,9 @@ from echo_jax.store.claims import Claims, read_claims
 from echo_jax.store.kvstore import CorruptError
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
-from echo_jax.types import Role, Rollout, Status, Task
+from echo_jax.types import Task
+from experiments.proof import expect
+from tests.support.groups import small_group
 
 _TASKS = [Task(f'task-{number}', None, '') for number in range(64)]
 _SIZE, _MOST = 2, 1 << 16  # rollouts of a group, groups of a run
@@ -151,33 +153,12 @@ def work_for(work: Workdir, arrivals: Arrivals, weights: WeightStore) -> None:
             for group_id, task_id in due.assignments:
                 version = weights.latest()
                 if store.missing([group_id]) and claims.take((due.store, group_id), version):
-                    store.write_group(group_of(group_id, task_id, version))
+                    store.write_group(small_group(group_id, task_id, version, _SIZE))
                     claims.release((due.store, group_id))
         claims.renew()
         time.sleep(0.005)
     for group in claims.held:
         claims.release(group)
-
-
-def group_of(group_id: int, task_id: str, version: int) -> list[Rollout]:
-    roles = np.array([Role.PROMPT, Role.ACTION, Role.OUTPUT], np.uint8)
-    numbers = np.full(3, group_id, np.int32)
-    return [
-        Rollout(
-            tokens=numbers,
-            roles=roles,
-            rollout_logprobs=np.zeros(3, np.float32),
-            policy_versions=np.where(roles == Role.ACTION, version, -1).astype(np.int32),
-            turn_starts=np.array([1], np.int32),
-            reward=0.0,
-            status=Status.OK,
-            task_id=task_id,
-            group_id=group_id,
-            sample_id=sample,
-            environment_only=False,
-        )
-        for sample in range(_SIZE)
-    ]
 
 
 def look(folder: pathlib.Path, steps: int) -> None:
@@ -208,11 +189,6 @@ def look(folder: pathlib.Path, steps: int) -> None:
     for pattern in ('*.partial*', '*.__lock', '*.orbax-checkpoint-tmp*'):
         left += [str(file) for file in folder.rglob(pattern)]
     expect(not left, f'left behind: {"; ".join(left[:10])}')
-
-
-def expect(condition: bool, what: str) -> None:
-    if not condition:
-        sys.exit(f'wrong: {what}')
 
 
 if __name__ == '__main__':

@@ -36,18 +36,23 @@ def the_line(stderr: str, moment: str) -> str:
     return line
 
 
-@pytest.mark.parametrize('moment', MOMENTS)
-def test_a_full_disk(programs, disk, undisturbed, moment):
-    workdir = disk.path / 'run'
+def broken_off(programs, workdir, moment, fault) -> str:
+    """The line with which a run ends if `fault()` strikes at the moment."""
     flags = programs.train_flags(workdir, *NO_WARM_START, without=['warm_start'])
     process = programs.start('train', *flags)
     wait_for(lambda: any(workdir.glob(moment)) or process.poll() is not None, poll=0.001)
-    disk.fill()
+    fault()
     _, stderr = process.communicate(timeout=120)
-    line = the_line(stderr, moment)
-    assert process.returncode == 1 and 'make room' in line, stderr
-    assert line.startswith('error: No space left on device')
+    assert process.returncode == 1, stderr
     wait_for(lambda: not programs.alive())
+    return the_line(stderr, moment)
+
+
+@pytest.mark.parametrize('moment', MOMENTS)
+def test_a_full_disk(programs, disk, undisturbed, moment):
+    workdir = disk.path / 'run'
+    line = broken_off(programs, workdir, moment, disk.fill)
+    assert line.startswith('error: No space left on device') and 'make room' in line
     disk.make_room()
     programs.train(workdir, *NO_WARM_START, without=['warm_start'])
     assert metrics(workdir) == metrics(undisturbed)
@@ -57,15 +62,8 @@ def test_a_full_disk(programs, disk, undisturbed, moment):
 @pytest.mark.parametrize('moment', ['rollouts/train/groups/*', 'checkpoints/train/*'])
 def test_rights_that_are_lost(programs, disk, undisturbed, moment):
     workdir = disk.path / 'run'
-    flags = programs.train_flags(workdir, *NO_WARM_START, without=['warm_start'])
-    process = programs.start('train', *flags)
-    wait_for(lambda: any(workdir.glob(moment)) or process.poll() is not None, poll=0.001)
-    disk.take_rights()
-    _, stderr = process.communicate(timeout=120)
-    line = the_line(stderr, moment)
-    assert process.returncode == 1 and 'let this user' in line, stderr
-    assert line.startswith('error: Read-only file system')
-    wait_for(lambda: not programs.alive())
+    line = broken_off(programs, workdir, moment, disk.take_rights)
+    assert line.startswith('error: Read-only file system') and 'let this user' in line
     disk.give_rights()
     programs.train(workdir, *NO_WARM_START, without=['warm_start'])
     assert metrics(workdir) == metrics(undisturbed)

@@ -188,13 +188,9 @@ def _one_line(*expected: type[Exception]) -> Iterator[None]:
         late.daemon = True
         late.start()
         fault = of_disk(cause)
-        reason = f'{fault}, then give the same command again' if fault else words(cause)
+        words = ' '.join(str(cause).split()) or type(cause).__name__
+        reason = f'{fault}, then give the same command again' if fault else words
         sys.exit(f'error: {printable(reason)}')
-
-
-def words(error: Exception) -> str:
-    """What an error says, in one line."""
-    return ' '.join(str(error).split()) or type(error).__name__
 
 
 def of_disk(error: Exception) -> str:

@@ -111,14 +111,14 @@ class RolloutWorker:
             reporting = tasks.create_task(self.report())
             following = tasks.create_task(self.follow())
             drawing: dict[Group, asyncio.Task[None]] = {}
-            is_finished = False
-            while not is_finished:
+            while True:
                 pause, claimed = self._work.poll_seconds, None
                 try:
+                    if await asyncio.to_thread(self._due.finished):
+                        break
                     for group in await asyncio.to_thread(self._claims.renew):
                         drawing[group].cancel()
                     claimed = await asyncio.to_thread(self._claim)
-                    is_finished = await asyncio.to_thread(self._due.finished)
                 except _STORE_ERRORS as error:
                     self._complain(error)
                     pause = STORE_SECONDS
@@ -128,7 +128,7 @@ class RolloutWorker:
                     drawing[group] = tasks.create_task(self._draw(due, group))
                     pause = min(pause, _CLAIM_SECONDS)
                 drawing = {group: task for group, task in drawing.items() if not task.done()}
-                await asyncio.sleep(0 if is_finished else pause)
+                await asyncio.sleep(pause)
             for task in [*drawing.values(), reporting, following]:
                 task.cancel()
             async with self._loading:  # a swap that was begun ends before the engine does

@@ -21,8 +21,9 @@ from echo_jax.store.due import DueStore
 from echo_jax.store.kvstore import open_kvstore
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
-from echo_jax.types import Role, Rollout, Status, Task
+from echo_jax.types import Task
 from tests.support.buckets import serving
+from tests.support.groups import small_group
 from tests.support.small_run import wait_for
 
 TASKS = [Task(f'task-{i}', None, '') for i in range(200)]
@@ -35,28 +36,6 @@ def recipe(groups=2, staleness=2, **batch) -> ml_collections.FrozenConfigDict:
     c.batch.groups, c.group_size = groups, 2
     c.batch.update(batch)
     return ml_collections.FrozenConfigDict(c)
-
-
-def group_of(group_id: int, task_id: str, version: int) -> list[Rollout]:
-    roles = np.array([Role.PROMPT, Role.ACTION, Role.OUTPUT], np.uint8)
-    versions = np.where(roles == Role.ACTION, version, -1).astype(np.int32)
-    numbers = np.zeros(3, np.int32)
-    return [
-        Rollout(
-            tokens=numbers + sample,
-            roles=roles,
-            rollout_logprobs=numbers.astype(np.float32),
-            policy_versions=versions,
-            turn_starts=np.array([1], np.int32),
-            reward=0.0,
-            status=Status.OK,
-            task_id=task_id,
-            group_id=group_id,
-            sample_id=sample,
-            environment_only=False,
-        )
-        for sample in range(2)
-    ]
 
 
 class Run:
@@ -96,7 +75,7 @@ class Run:
         tasks = dict(pair for due in self.due.listed() for pair in due.assignments)
         for i in (i for i in group_ids if i in tasks):  # others are due no longer
             version = self.done if version is None else version
-            self.store.write_group(group_of(i, tasks[i], version))
+            self.store.write_group(small_group(i, tasks[i], version))
 
 
 def draw_as(name: str, run: Run, ended: threading.Event, dice: random.Random) -> None:
@@ -106,7 +85,7 @@ def draw_as(name: str, run: Run, ended: threading.Event, dice: random.Random) ->
         for due in run.due.listed():
             for i, task_id in due.assignments:
                 if run.store.missing([i]) and claims.take((due.store, i), run.done):
-                    run.store.write_group(group_of(i, task_id, run.done))
+                    run.store.write_group(small_group(i, task_id, run.done))
                     claims.release((due.store, i))
         claims.renew()
         time.sleep(dice.random() * 0.02)
@@ -312,7 +291,7 @@ def test_a_damaged_group_is_set_aside_and_drawn_anew(tmp_path, caplog, moment):
             anew.join()
         else:
             begun(run)
-            run.store.write_group(group_of(0, 'task-0', 0)[:1])
+            run.store.write_group(small_group(0, 'task-0', 0)[:1])
             damage(run, 0)
             wait_for(lambda: 0 in run.wanted())
     name = '000000000001' if moment == 'on a resume' else '000000000000'

@@ -1,11 +1,11 @@
-"""Rollout groups of random numbers, and what it means that two are equal."""
+"""Rollout groups, of random numbers or very small, and what it means that two are equal."""
 
 import dataclasses
 import struct
 
 import numpy as np
 
-from echo_jax.types import Rollout, Status
+from echo_jax.types import Role, Rollout, Status
 
 
 def make_group(group_id, seed=0, lengths=(300, 0, 1200), version=5):
@@ -31,6 +31,27 @@ def make_group(group_id, seed=0, lengths=(300, 0, 1200), version=5):
             )
         )
     return group
+
+
+def small_group(group_id: int, task_id: str, version: int, size: int = 2) -> list[Rollout]:
+    """Rollouts of three tokens, each the number of the group; weights of `version` wrote one."""
+    roles = np.array([Role.PROMPT, Role.ACTION, Role.OUTPUT], np.uint8)
+    return [
+        Rollout(
+            tokens=np.full(3, group_id, np.int32),
+            roles=roles,
+            rollout_logprobs=np.zeros(3, np.float32),
+            policy_versions=np.where(roles == Role.ACTION, version, -1).astype(np.int32),
+            turn_starts=np.array([1], np.int32),
+            reward=0.0,
+            status=Status.OK,
+            task_id=task_id,
+            group_id=group_id,
+            sample_id=sample,
+            environment_only=False,
+        )
+        for sample in range(size)
+    ]
 
 
 def assert_equal(actual, expected):
