@@ -78,9 +78,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError('--token has fewer than 8 characters; leave it out to have one made')
     site = Site(places)
     token = _TOKEN.value or ('' if _HOST.value in LOOPBACK else secrets.token_urlsafe(24))
-    with listen(_HOST.value, _PORT.value) as listening:
-        for run in site.runs:
-            run.index.start()
+    with listen(_HOST.value, _PORT.value) as listening, site.following():
         where = link(_HOST.value, listening.getsockname()[1], token)
         CONSOLE.print(f'open {where} (Ctrl-C ends it)', markup=False, soft_wrap=True)
         make_server(site, listening, token).run(sockets=[listening])

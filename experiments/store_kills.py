@@ -124,24 +124,26 @@ def live(folder: pathlib.Path, told: Connection, saved: int, last: int | None) -
     expect(done >= saved, f'step {saved} was saved, and {done} is the newest')
     weights.rewind(done)
     weights.publish({'counts': np.asarray(counts, np.float32)}, done)
-    worker = threading.Thread(target=work_for, args=(work, arrivals, weights), daemon=True)
+    worker = threading.Thread(target=work_for, args=(work, arrivals, weights))
     worker.start()
-    while done != last:
-        rollouts, _ = ahead.draw(done)
-        for group_id in sorted({rollout.group_id for rollout in rollouts}):
-            counts = counts.at[group_id].add(1)
-        ahead.trained()
-        done += 1
-        weights.publish({'counts': np.asarray(counts, np.float32)}, done)
-        checkpointer.save(done, {'counts': counts}, ahead.get_state())
-        if done % 2 == 0:  # so that some are killed while a save is under way
-            checkpointer.wait()
-            told.send(done)
-    checkpointer.close()
-    told.send(done)
-    arrivals.due.finish()
-    worker.join()
-    arrivals.close()
+    try:
+        while done != last:
+            rollouts, _ = ahead.draw(done)
+            for group_id in sorted({rollout.group_id for rollout in rollouts}):
+                counts = counts.at[group_id].add(1)
+            ahead.trained()
+            done += 1
+            weights.publish({'counts': np.asarray(counts, np.float32)}, done)
+            checkpointer.save(done, {'counts': counts}, ahead.get_state())
+            if done % 2 == 0:  # so that some are killed while a save is under way
+                checkpointer.wait()
+                told.send(done)
+        checkpointer.close()
+        told.send(done)
+    finally:
+        arrivals.due.finish()
+        worker.join()
+        arrivals.close()
 
 
 def work_for(work: Workdir, arrivals: Arrivals, weights: WeightStore) -> None:

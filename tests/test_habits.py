@@ -1,4 +1,6 @@
-"""Habits of the tests themselves: they use the package as its users do, and not each other."""
+"""Habits of the tests themselves: they use the package as its users do, and not each other. And one
+of all code: what threads may outlive the program.
+"""
 
 import ast
 import pathlib
@@ -74,3 +76,22 @@ def test_no_test_imports_another():
             if name.startswith(('tests', '.')):
                 allowed = name in shared or name.rpartition('.')[0] in shared
                 assert allowed, f'{file.relative_to(ROOT)} imports {name}'
+
+
+# Their threads wait in Python alone: for a signal of the kernel's, a clock, and an event loop.
+MAY_BE_DAEMONS = {'vllm_rank.py', 'entry.py', 'trial.py'}
+
+
+def test_no_daemon_thread_can_be_inside_a_library():
+    """Python ends such a thread as it comes back from C++, and C++ then aborts the process."""
+    rooms = ('echo_jax', 'configs', 'launch', 'experiments', 'tests')
+    for file in (file for room in rooms for file in sorted((ROOT / room).rglob('*.py'))):
+        for node in ast.walk(ast.parse(file.read_text())):
+            match node:
+                case ast.Call(func=ast.Attribute(attr='Thread'), keywords=keywords):
+                    is_daemon = any(keyword.arg == 'daemon' for keyword in keywords)
+                case ast.Assign(targets=[ast.Attribute(attr='daemon')]):
+                    is_daemon = True
+                case _:
+                    continue
+            assert not is_daemon or file.name in MAY_BE_DAEMONS, f'{file}:{node.lineno}'

@@ -39,6 +39,7 @@ def test_it_serves_until_it_is_stopped(programs, run, number):
     assert status(f'{address}data/run-0/rollout-train-0-0.json') == 200
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (1 if number == signal.SIGINT else -number), stderr
     assert 'Traceback' not in stderr
     # It has written nothing to the run.
     assert {file: file.stat().st_mtime_ns for file in sorted(run.rglob('*'))} == before

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -175,7 +175,7 @@ def _one_line(*expected: type[Exception]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit('stopped')
+        _end('stopped')
     except (*expected, ExceptionGroup) as error:
         cause: Exception = error
         while isinstance(cause, ExceptionGroup):  # the first of the tasks that failed
@@ -190,7 +190,16 @@ def _one_line(*expected: type[Exception]) -> Iterator[None]:
         fault = of_disk(cause)
         words = ' '.join(str(cause).split()) or type(cause).__name__
         reason = f'{fault}, then give the same command again' if fault else words
-        sys.exit(f'error: {printable(reason)}')
+        _end(f'error: {printable(reason)}')
+
+
+def _end(line: str) -> NoReturn:
+    """Ends the process with exit code 1 and the line, the last one on stderr: what threads that
+    still run have to say of the same fault is said by it.
+    """
+    logging.disable()
+    threading.excepthook = lambda _: None
+    sys.exit(line)
 
 
 def of_disk(error: Exception) -> str:

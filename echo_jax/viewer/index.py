@@ -5,9 +5,11 @@ wants the tokens reads the group again.
 """
 
 import concurrent.futures
+import contextlib
 import re
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -47,6 +49,7 @@ class Index:
         self._first_row: dict[Group, int] = {}
         self._scored: set[Group] = set()
         self._stores: dict[str, RolloutStore] = {}
+        self._closed = threading.Event()
 
     def store(self, name: str) -> RolloutStore:
         """The rollout store of that name; MissingError unless the run has one."""
@@ -54,13 +57,21 @@ class Index:
             raise MissingError(f'{self._work.url()} has no rollout store {visible(name)}')
         return self._stores[name]
 
-    def start(self) -> None:
-        """Reads in a thread, and goes on for as long as the program runs."""
-        threading.Thread(target=self._follow, daemon=True).start()
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Reads in a thread, and goes on for as long as the block runs."""
+        # A daemon thread that is inside TensorStore as Python ends would abort the process.
+        thread = threading.Thread(target=self._follow, name='index')
+        thread.start()
+        try:
+            yield
+        finally:
+            self._closed.set()
+            thread.join()
 
     def _follow(self) -> None:
         pause = 20 * self._work.poll_seconds  # 2 s in a folder, 20 s in a bucket
-        while True:
+        while not self._closed.is_set():
             started = time.monotonic()
             try:
                 more = self.look()
@@ -68,7 +79,7 @@ class Index:
             except (OSError, ValueError) as error:  # the network, or credentials that have expired
                 self.problems[_RUN], more = visible(str(error)), False
             if not more:  # listing a long run may take a twentieth of the time
-                time.sleep(max(pause, 20 * (time.monotonic() - started)))
+                self._closed.wait(max(pause, 20 * (time.monotonic() - started)))
 
     def look(self) -> bool:
         """Lists the stores and reads a part of what is new; whether there is more to read."""
@@ -88,6 +99,9 @@ class Index:
             loaded = readers.map(lambda group: self._load(group, group in kept), wanted)
             for group, (rows, surprises) in zip(wanted, loaded):
                 self._add(group, rows, surprises)
+                if self._closed.is_set():
+                    readers.shutdown(cancel_futures=True)
+                    return False
         return any(group not in self.problems for group in new[_AT_ONCE:] + late[_AT_ONCE:])
 
     def _list(self) -> list[Group]:

@@ -7,6 +7,7 @@ run-0/rollout-STORE-GROUP-SAMPLE      one rollout
 """
 
 import collections
+import contextlib
 import pathlib
 import re
 import threading
@@ -144,6 +145,14 @@ class Site:
             last = visible(place.rstrip('/').rpartition('/')[2]) or 'run'
             names.append(last if last not in names else f'{last} ({len(names) + 1})')
         self.runs = [Run(place, name) for place, name in zip(places, names)]
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[None]:
+        """Reads the runs, as they go on, for as long as the block runs."""
+        with contextlib.ExitStack() as indexes:
+            for run in self.runs:
+                indexes.enter_context(run.index.following())
+            yield
 
     def document(self, name: str) -> dict | None:
         """None if there is no such document."""

@@ -60,6 +60,28 @@ entry.run(main)
 """
 
 
+# Its threads fail after the program does, as Orbax's do if the disk is full.
+THREADS = """
+import logging, threading, time
+from echo_jax.run import entry
+
+def fails():
+    time.sleep(0.5)
+    raise OSError('in a thread')
+
+def logs():
+    time.sleep(0.5)
+    logging.getLogger('asyncio').error('Task exception was never retrieved')
+
+def main(argv):
+    for target in (fails, logs):
+        threading.Thread(target=target).start()
+    raise ValueError('the reason')
+
+entry.run(main)
+"""
+
+
 def run(*flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, '-c', PROGRAM, *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -85,6 +107,12 @@ def test_a_key_may_be_none_again():
     assert 'Flag --config must have a value' in line or 'give its --config' in line
     # A key that is never None is not touched.
     assert '--config.num_steps=None: invalid literal' in fails(CONFIG, '--config.num_steps=None')
+
+
+def test_nothing_is_said_after_the_error():
+    command = [sys.executable, '-c', THREADS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, 'error: the reason\n')
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from echo_jax import types
 from echo_jax.sandbox import CommandResult, SandboxError, local
 from echo_jax.sandbox.local import namespaces
-from tests.support.processes import comm, descendants, ended, marked, soon, status
+from tests.support.processes import comm, descendants, ended, marked, open_files, soon, status
 from tests.support.sandboxes import SEC, opened
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def test_task_env_and_workdir(backend, tmp_path):
 
 def test_stop_leaves_nothing(task, backend):
     before = descendants(os.getpid()), pathlib.Path('/proc/self/mountinfo').read_text()
-    files = set(os.listdir('/tmp')), len(os.listdir('/proc/self/fd'))
+    files, descriptors = set(os.listdir('/tmp')), open_files()
 
     async def main():
         async with opened(local.LocalSandbox(task, backend=backend)) as sandbox:
@@ -49,8 +49,8 @@ def test_stop_leaves_nothing(task, backend):
     asyncio.run(main())
     assert descendants(os.getpid()) == before[0]
     assert pathlib.Path('/proc/self/mountinfo').read_text() == before[1]
-    assert len(os.listdir('/proc/self/fd')) == files[1]
-    assert not {name for name in set(os.listdir('/tmp')) - files[0] if 'sandbox' in name}
+    assert not open_files() - descriptors
+    assert not {name for name in set(os.listdir('/tmp')) - files if 'sandbox' in name}
 
 
 def test_cancelled_command_is_cleared_away(task, backend):

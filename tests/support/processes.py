@@ -1,6 +1,7 @@
 """What the host sees of a sandbox's processes."""
 
 import contextlib
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -26,6 +27,17 @@ def descendants(pid: int) -> set[int]:
         more = {child for child, parent in parents.items() if parent in found} - found
         found, grew = found | more, bool(more)
     return found - {pid}
+
+
+def open_files() -> set[tuple[str, str]]:
+    """This process's descriptors, each with what it leads to. A new one is one that was opened
+    since, even if another, of an earlier test, was closed meanwhile.
+    """
+    found = set()
+    for entry in pathlib.Path('/proc/self/fd').iterdir():
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found.add((entry.name, os.readlink(entry)))
+    return found
 
 
 def soon(condition: Callable[[], bool], seconds: float = 20.0) -> bool:

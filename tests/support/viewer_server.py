@@ -12,11 +12,9 @@ from echo_jax.viewer.site import Site
 def serving(places: Sequence[str], token: str = '', host: str = '127.0.0.1') -> Iterator[str]:
     """The link that the program prints; the runs are read as the program reads them."""
     site = Site([str(place) for place in places])
-    with listen(host, 0) as listening:
+    with listen(host, 0) as listening, site.following():
         server = make_server(site, listening, token)
         thread = threading.Thread(target=server.run, kwargs={'sockets': [listening]})
-        for run in site.runs:
-            run.index.start()
         thread.start()
         try:
             yield link(host, listening.getsockname()[1], token)
