@@ -11,6 +11,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from echo_jax.run.intervals import mean_of_values
+from echo_jax.types import Status
 from experiments.machine import beside, report, results, stats
 from experiments.machine.arms import ARMS, SEEDS, Arm, Run, runs
 from experiments.machine.study import Study
@@ -195,6 +196,39 @@ def test_the_study_for_real(programs, monkeypatch, tmp_path):
         assert len(re.findall(rf'^\| {re.escape(ARMS[arm].title)} \| [01] \| ', text, re.M)) == 2
     for figure in ('result.png', 'curves.png'):
         assert (tmp_path / figure).read_bytes().startswith(b'\x89PNG')
+
+    # A run that the machine was too busy for counts neither while it is made nor afterwards.
+    late = {f'rollout/status/{status}': 3 * (status == 'agent_timeout') for status in Status}
+    with (folder / 'echo_0' / 'metrics.jsonl').open('a') as file:
+        file.write(json.dumps({'step': 3, **late}) + '\n')
+    reason = 'echo_0 does not count: episodes of steps 3 to 3 ended 3 with agent_timeout'
+    with pytest.raises(SystemExit, match=reason):
+        study.results()
+    (folder / 'echo_0' / 'summary.json').unlink()
+    with pytest.raises(SystemExit, match=reason):
+        Study(folder, [Run('echo', 0)]).make(jobs=1)
+    assert programs.alive() == []
+
+
+def test_what_a_busy_machine_spoils(tmp_path):
+    rows = [
+        dict(step=1, agent_timeout=0.0, verifier_error=0.0, infra_error=0.0),
+        dict(step=2, agent_timeout=2.0, verifier_error=0.0, infra_error=0.0),
+        dict(step=3, agent_timeout=0.0, verifier_error=0.0, infra_error=0.0),
+        dict(step=4, agent_timeout=1.0, verifier_error=0.0, infra_error=4.0),
+    ]
+    prefixed = [
+        {key if key == 'step' else f'rollout/status/{key}': row[key] for key in row} for row in rows
+    ]
+    lines = [json.dumps(row) + '\n' for row in prefixed]
+    assert results.spoiled(tmp_path) == ''
+    (tmp_path / 'metrics.jsonl').write_text(lines[0])
+    assert results.spoiled(tmp_path) == ''
+    (tmp_path / 'metrics.jsonl').write_text(''.join(lines))
+    told = results.spoiled(tmp_path)
+    assert told.startswith(
+        'episodes of steps 2 to 4 ended 3 with agent_timeout, 4 with infra_error:'
+    )
 
 
 def test_a_study_that_is_stopped_ends_its_runs(programs, monkeypatch, tmp_path):

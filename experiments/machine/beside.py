@@ -18,7 +18,7 @@ from echo_jax.run.report import CONSOLE
 from echo_jax.run.workdir import Workdir
 from experiments.machine import report, stats
 from experiments.machine.arms import ARMS
-from experiments.machine.results import read_run
+from experiments.machine.results import read_run, spoiled
 
 
 def both(folder: pathlib.Path, published: pathlib.Path) -> report.Results:
@@ -77,6 +77,8 @@ def main(_) -> None:
         raise SystemExit(f'error: {error}') from None
     CONSOLE.print(table(results))
     report.draw_result(results, folder / 'curves.png')
+    if reason := spoiled(folder):
+        CONSOLE.print(f'not comparable: {reason}', markup=False)
     CONSOLE.print(
         f'{folder}/curves.png shows both. GRPO was not run here: its figures are those of seed '
         f'{results.seeds("grpo")[0]} in experiments/machine/results.json.',

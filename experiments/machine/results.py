@@ -1,6 +1,8 @@
 """What the study keeps of a finished run: its curves, and what became of every held-out task."""
 
+import collections
 import json
+import pathlib
 
 import numpy as np
 
@@ -8,7 +10,7 @@ from echo_jax.agent.protocol import Protocol
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.tasks.generate import demonstration
-from echo_jax.types import SOLVED_REWARD, Role, Rollout, Task
+from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
 # Of each step, if it has them.
 SERIES = (
@@ -25,6 +27,28 @@ SERIES = (
     'rollout/imagined',
 )
 DIGITS = 5  # after the point
+# No command of these worlds takes long, and no test of theirs fails to give a reward. So an episode
+# that ends like this was one on a machine that gave it too little of its time, and its reward is
+# the machine's and not the agent's.
+SPOILED = (Status.AGENT_TIMEOUT, Status.VERIFIER_ERROR, Status.INFRA_ERROR)
+
+
+def spoiled(folder: pathlib.Path) -> str:
+    """How many training episodes of a run ended for want of the machine's time, up to now, on one
+    line for a person; '' if none did.
+    """
+    file, counts = folder / 'metrics.jsonl', collections.Counter[str]()
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    bad = []
+    for row in rows:
+        found = {status: int(row[f'rollout/status/{status}']) for status in SPOILED}
+        if any(found.values()):
+            bad.append(row['step'])
+            counts.update({status: count for status, count in found.items() if count})
+    if not bad:
+        return ''
+    kinds = ', '.join(f'{count} with {status}' for status, count in counts.items())
+    return f'episodes of steps {bad[0]} to {bad[-1]} ended {kinds}: this machine was too busy'
 
 
 def read_run(work: Workdir) -> dict:

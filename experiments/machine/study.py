@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from echo_jax.run.entry import printable
 from echo_jax.run.workdir import Workdir, write_whole
 from experiments.machine.arms import ARMS, ROOT, SEEDS, Run, runs
-from experiments.machine.results import read_run
+from experiments.machine.results import read_run, spoiled
 
 # What the first run of a seed makes for the others: its warm start, and what depends on tasks too.
 WARM_START = ('tokenizer', 'checkpoints/warm_start')
@@ -29,8 +29,8 @@ class Study:
         self._running: dict[Run, subprocess.Popen] = {}
 
     def make(self, jobs: int) -> None:
-        """Makes the runs that are not done, `jobs` at a time. Raises SystemExit if one fails; the
-        same call goes on from there.
+        """Makes the runs that are not done, `jobs` at a time. Raises SystemExit if one fails, or if
+        the machine was too busy for one; the same call goes on from there.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         began, at_first, said = time.monotonic(), self.steps(), -SAY_SECONDS
@@ -110,8 +110,9 @@ class Study:
         return Workdir(self._folder / run.name, ARMS[run.arm].config(run.seed))
 
     def _look_after(self) -> None:
-        """Forgets the runs that ended. Raises SystemExit if one failed."""
+        """Forgets the runs that ended. Raises SystemExit if one failed or is spoiled."""
         for run, process in list(self._running.items()):
+            self._expect_whole(run)
             if process.poll() is None:
                 continue
             del self._running[run]
@@ -121,6 +122,14 @@ class Study:
                 raise SystemExit(f'{end}\n{run.name} failed; the whole log is {log}')
             print(f'{run.name} is done', flush=True)
 
+    def _expect_whole(self, run: Run) -> None:
+        folder = self._folder / run.name
+        if reason := spoiled(folder):
+            raise SystemExit(
+                f'error: {run.name} does not count: {reason}. Remove {folder} and give the same '
+                'command again when nothing else runs, with --jobs=1'
+            )
+
     def results(self) -> list[dict]:
         """What the runs showed that are done, of all arms and seeds."""
         return [self._result(run) for run in runs(list(ARMS), SEEDS) if self.is_done(run)]
@@ -128,6 +137,7 @@ class Study:
     def _result(self, run: Run) -> dict:
         """What a run showed, as it was read once and kept beside its folder."""
         work = self._open(run)
+        self._expect_whole(run)
         kept = self._folder / f'{run.name}.json'
         if not kept.exists():
             write_whole(kept, json.dumps({'arm': run.arm, 'seed': run.seed, **read_run(work)}))
