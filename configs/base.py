@@ -49,6 +49,10 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The seconds that a worker may take to draw a group, before it is dropped; 0 is no limit. For
     # workers alone.
     c.batch.deadline_sec = 0.0
+    # What a step does about groups that get too old for `max_staleness`: 'drop', it goes on, and
+    # others take their place; 'wait', it waits while one would get too old for the steps after it,
+    # so that none is dropped and long episodes count as much as short ones.
+    c.batch.stragglers = 'drop'
     # The number of tokens of one row, at least `protocol.max_total_tokens`. The default is 34,096
     # rounded up to whole blocks of the attention kernel, 68 x 512.
     c.batch.seq_len = 34_816

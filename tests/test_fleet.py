@@ -189,10 +189,12 @@ def test_a_dead_workers_groups_go_to_one_that_joins_late(fleet):
     assert not [file for file in claims if file.is_file() and file.suffix != '.__lock']
 
 
-LATE = '--config.max_staleness=1', '--config.batch.oversample=1', '--config.batch.deadline_sec=200'
+LATE = '--config.max_staleness=1', '--config.batch.deadline_sec=200'
+DROP = *LATE, '--config.batch.stragglers=drop', '--config.batch.oversample=1'
+WAIT = *LATE, '--config.batch.stragglers=wait'
 
 
-@pytest.mark.parametrize('fleet', [(*NO_WARM_START, *LATE)], indirect=True)
+@pytest.mark.parametrize('fleet', [(*NO_WARM_START, *DROP), (*NO_WARM_START, *WAIT)], indirect=True)
 def test_steps_take_the_groups_that_are_whole(fleet):
     """The learner is killed, and trains on each group once all the same."""
     learner, worker = fleet.learner(), fleet.worker()

@@ -100,7 +100,8 @@ class InFlight:
     step has taken its groups, as many new ones are posted. So no more is drawn than is trained on,
     and a quick group is not preferred to a slow one that is whole. A group is dropped if it holds a
     token that is more than `max_staleness` versions older than what the step trains, or if it is
-    bound to, or after `batch.deadline_sec`; a new one takes its place.
+    bound to, or after `batch.deadline_sec`; a new one takes its place. With `batch.stragglers` =
+    'wait' a step waits for what would get too old.
     """
 
     def __init__(
@@ -129,7 +130,8 @@ class InFlight:
         row = distributed.leader_says(self._ledger.find(done + 1))
         if row is None:
             dropped = self._wait(done)
-            self._chosen = sorted(self._whole)[: self._config.batch.groups]
+            oldest_first = sorted(self._whole, key=lambda i: (_oldest(self._whole[i], done), i))
+            self._chosen = oldest_first[: self._config.batch.groups]
             self._ledger.write(done + 1, self._chosen, dropped)
         else:  # the run was killed in this step or after it, and does the same again
             dropped, self._chosen = row['dropped'], row['groups']
@@ -181,14 +183,31 @@ class InFlight:
         oldest = done - self._config.max_staleness
         is_enough = must_wait = False  # at first, so that an older group that is whole goes first
         while not is_enough:
-            arrived, late = self._arrivals.look(self._posted, self._whole, oldest, must_wait)
+            arrived, late, begun = self._arrivals.look(self._posted, self._whole, oldest, must_wait)
             self._whole |= zip(arrived, self._arrivals.read('train', arrived))
             stale = [i for i, group in self._whole.items() if _oldest(group, done) < oldest]
             dropped = sorted({*stale, *late})
             self._drop(dropped, done)
             all_dropped += dropped
             is_enough, must_wait = len(self._whole) >= self._config.batch.groups, True
+            if self._config.batch.stragglers == 'wait':
+                is_enough = is_enough and self._leaves_time(begun, done)
         return all_dropped
+
+    def _leaves_time(self, begun: dict[int, int], done: int) -> bool:
+        """Whether what is whole now holds all that this step has to take, so that none of the
+        groups that are `begun`, each with its oldest version, gets too old for the steps after it.
+        """
+        size, whole = self._config.batch.groups, [_oldest(g, done) for g in self._whole.values()]
+        for later in range(self._config.max_staleness + 1):
+            # What is of these versions is trained on now or in the `later` steps after this one,
+            # which can take so many of them.
+            last = done - self._config.max_staleness + later
+            ready = sum(version <= last for version in whole)
+            unready = sum(version <= last for version in begun.values())
+            if ready < min(ready + unready - size * later, size):
+                return False
+        return True
 
     def _drop(self, group_ids: Sequence[int], done: int) -> None:
         """Drops groups for good, and posts others in their place."""

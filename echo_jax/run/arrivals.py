@@ -10,6 +10,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Collection, Container, Sequence, Set
+from typing import NamedTuple
 
 from echo_jax.learner import distributed
 from echo_jax.run import report
@@ -23,6 +24,14 @@ from echo_jax.types import Rollout
 
 _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
 _REPORTS_SECONDS = 2.0  # between two looks at what workers report
+
+
+class Seen(NamedTuple):
+    """What a look has found of groups, by number."""
+
+    arrived: list[int]
+    late: list[int]
+    begun: dict[int, int]  # those that workers draw, and the oldest version of their tokens
 
 
 class Arrivals:
@@ -70,7 +79,7 @@ class Arrivals:
         wanted, arrived = set(group_ids), set()
         others = {i for due in posted for i in due.group_ids} - wanted
         while not wanted <= arrived:
-            arrived |= {*self.look(posted, arrived | others)[0]}
+            arrived |= {*self.look(posted, arrived | others).arrived}
         return self.read(posted[0].store, group_ids)
 
     def look(
@@ -79,21 +88,22 @@ class Arrivals:
         known: Container[int],
         oldest: int | None = None,
         must_wait: bool = True,
-    ) -> tuple[list[int], list[int]]:
-        """Of the groups that are `posted` and not `known`: those that have arrived, and the late.
+    ) -> Seen:
+        """What has become of the groups that are `posted` and not `known`.
 
         A group is late if it has not arrived, and a worker began it with weights older than
-        `oldest`, or more than `batch.deadline_sec` ago; without `oldest` none is. If `must_wait`,
-        it waits until there are groups to return. Raises Stopped if a stop is requested.
+        `oldest`, or more than `batch.deadline_sec` ago; without `oldest` none is late, nor `begun`.
+        If `must_wait`, it waits until some have arrived or are late. Raises Stopped if a stop is
+        requested.
         """
         while True:
             seen = self._look(posted, known, oldest, must_wait) if distributed.leads() else None
             seen = distributed.leader_says(seen)
             if seen is None:
                 raise Stopped
-            arrived, late, is_damaged = seen
+            arrived, late, begun, is_damaged = seen
             if not is_damaged:
-                return arrived, late
+                return Seen(arrived, late, dict(begun))
             report.CONSOLE.print('a worker finds the newest weights damaged; they go out again')
             self.publish_again()
 
@@ -156,9 +166,9 @@ class Arrivals:
         known: Container[int],
         oldest: int | None,
         must_wait: bool,
-    ) -> tuple[list[int], list[int], bool] | None:
-        """The same in the leading process, and whether the newest weights are damaged; None on a
-        stop.
+    ) -> tuple[list[int], list[int], list[tuple[int, int]], bool] | None:
+        """The same in the leading process, as JSON can hold it, and whether the newest weights are
+        damaged; None on a stop.
         """
         wanted = [(due.store, [i for i in due.group_ids if i not in known]) for due in posted]
         told = asked = time.monotonic()
@@ -169,13 +179,13 @@ class Arrivals:
                     lacking = {*self._take(store, group_ids)}
                 arrived += [i for i in group_ids if i not in lacking]
                 missing |= lacking
-            late = [] if oldest is None else self._late(missing, oldest)
+            late, begun = ([], {}) if oldest is None else self._begun(missing, oldest)
             if arrived or late or not must_wait:
-                return arrived, late, False
+                return arrived, late, [*begun.items()], False
             now = time.monotonic()
             if now - asked > _REPORTS_SECONDS:
                 if self._is_damaged():
-                    return [], [], True
+                    return [], [], [], True
                 asked = now
             if now - told > _SILENCE_SECONDS:
                 report.CONSOLE.print(self._silence(posted, len(missing)))
@@ -189,17 +199,21 @@ class Arrivals:
         named = {document.get('damaged') for document in self.due.reports()}
         return newest is not None and newest[1] in named
 
-    def _late(self, missing: Set[int], oldest: int) -> list[int]:
-        """Those of the missing groups of training that were claimed too long ago."""
+    def _begun(self, missing: Set[int], oldest: int) -> tuple[list[int], dict[int, int]]:
+        """Of the missing groups of training: those that were claimed too long ago, and the version
+        of each of the others that are claimed.
+        """
         now, limit = time.monotonic(), self._work.config.batch.deadline_sec
         claims = read_claims(self.due.url, 'train')
         claims = {number: claim for number, claim in claims.items() if number in missing}
         self._claimed = {number: self._claimed.get(number, now) for number in claims}
-        return sorted(
+        late = {
             number
             for number, claim in claims.items()
             if claim['version'] < oldest or (limit and now - self._claimed[number] > limit)
-        )
+        }
+        begun = {number: claim['version'] for number, claim in claims.items() if number not in late}
+        return sorted(late), begun
 
     def _silence(self, posted: Sequence[DueGroups], missing: int) -> str:
         """What a person wants to know if no group comes."""

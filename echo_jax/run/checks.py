@@ -16,7 +16,7 @@ from echo_jax.learner.updates import check_cut
 from echo_jax.model import huggingface
 from echo_jax.policy import check_swap
 from echo_jax.run.inert import check_inert, sandbox_kinds
-from echo_jax.run.numbering import may_be_late
+from echo_jax.run.numbering import STRAGGLERS, may_be_late
 from echo_jax.run.sinks import check_packages
 from echo_jax.run.workdir import read_tokenizer
 from echo_jax.types import ENV_TARGETS
@@ -88,6 +88,10 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f'max_staleness is {config.max_staleness}; the embedded policy draws one step ahead at '
             'most, set it to 0 or 1'
+        )
+    if config.batch.stragglers not in STRAGGLERS:
+        raise ValueError(
+            f'batch.stragglers is {config.batch.stragglers!r}; expected one of {STRAGGLERS}'
         )
     for key in ('oversample', 'deadline_sec'):
         if config.batch[key] < 0:

@@ -204,10 +204,17 @@ INERT = (
             'policy.lease_sec',
             'batch.oversample',
             'batch.deadline_sec',
+            'batch.stragglers',
         ),
         when=lambda config: config.policy.backend == 'jax',
         deciding=('policy.backend',),
         reason="with policy.backend = 'jax', which has no workers",
+    ),
+    Inert(
+        keys=('batch.stragglers',),
+        when=lambda config: config.max_staleness == 0,
+        deciding=('max_staleness',),
+        reason='with max_staleness = 0, where no group is of older weights',
     ),
     Inert(
         keys=('sandbox.user',),

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 import tensorstore as ts
 
+STRAGGLERS = ('drop', 'wait')
 LEDGER = 'groups.jsonl'  # of runs whose groups may be late; see ahead.py
 
 

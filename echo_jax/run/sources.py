@@ -249,7 +249,7 @@ class WorkerSource:
         return self.arrivals.wait(due)
 
     def is_there(self, due: DueGroups) -> bool:
-        arrived, _ = self.arrivals.look([due], known=(), must_wait=False)
+        arrived = self.arrivals.look([due], known=(), must_wait=False).arrived
         return len(arrived) == len(due.group_ids)
 
     def engines(self) -> dict[str, dict[str, float]]:

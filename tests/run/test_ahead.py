@@ -78,14 +78,19 @@ class Run:
             self.store.write_group(small_group(i, tasks[i], version))
 
 
-def draw_as(name: str, run: Run, ended: threading.Event, dice: random.Random) -> None:
-    """A worker: it claims groups and writes them."""
+def draw_as(
+    name: str, run: Run, ended: threading.Event, dice: random.Random, slow_sec: float = 0.0
+) -> None:
+    """A worker: it claims groups and writes them. One in four takes `slow_sec`."""
     claims = Claims(run.due.url, name, lease_sec=2.0)
     while not ended.is_set():
         for due in run.due.listed():
             for i, task_id in due.assignments:
-                if run.store.missing([i]) and claims.take((due.store, i), run.done):
-                    run.store.write_group(small_group(i, task_id, run.done))
+                version = run.done
+                if run.store.missing([i]) and claims.take((due.store, i), version):
+                    if dice.random() < 0.25:
+                        time.sleep(slow_sec)
+                    run.store.write_group(small_group(i, task_id, version))
                     claims.release((due.store, i))
         claims.renew()
         time.sleep(dice.random() * 0.02)
@@ -144,6 +149,55 @@ def test_a_group_that_is_bound_to_be_too_old_is_not_waited_for(tmp_path):
     assert values['rollout/late_groups'] == 1 and 0 not in run.wanted()
     time.sleep(0.02)
     assert worker.renew() == {('train', 0)}  # so the worker gives it up
+
+
+@pytest.mark.parametrize('stragglers, second', [('drop', [6, 7]), ('wait', [2, 3])])
+def test_a_step_waits_for_what_would_get_too_old(tmp_path, stragglers, second):
+    run = Run(tmp_path / 'run', recipe(stragglers=stragglers))
+    begun(run)
+    worker = Claims(run.due.url, 'worker', lease_sec=60)
+    assert all(worker.take(('train', i), 0) for i in run.wanted())
+    run.write(0, 1)
+    assert run.step()[0] == [0, 1]
+    begun(run)
+    run.write(6, 7)  # of version 1
+    # Of version 0 there are four, and only the third step can still take two of them.
+    writer = threading.Timer(0.5, run.write, [2, 3], dict(version=0))
+    writer.start()
+    assert run.step()[0] == second
+    writer.join()
+    begun(run)
+    run.write(4, 5, version=0)
+    run.write(8, 9)
+    groups, values = run.step()
+    assert (groups, values['rollout/late_groups']) == (
+        [4, 5] if stragglers == 'wait' else [2, 3],
+        0,
+    )
+    begun(run)
+    run.write(*run.wanted())
+    assert run.step()[1]['rollout/late_groups'] == (0 if stragglers == 'wait' else 2)
+
+
+@pytest.mark.parametrize('staleness', [1, 2])
+def test_a_run_that_waits_drops_nothing(tmp_path, staleness):
+    config = recipe(staleness=staleness, groups=3, stragglers='wait')
+    run, ended = Run(tmp_path / 'run', config, steps=10), threading.Event()
+    workers = [
+        threading.Thread(target=draw_as, args=(f'w-{i}', run, ended, random.Random(i), 0.3))
+        for i in range(4)
+    ]
+    try:
+        begun(run)
+        for worker in workers:
+            worker.start()
+        steps = [run.step() for _ in range(run.steps)]
+    finally:
+        ended.set()
+        for worker in workers:
+            worker.join()
+    assert sorted(i for groups, _ in steps for i in groups) == [*range(30)]
+    assert all(values['rollout/late_groups'] == 0 for _, values in steps)
 
 
 def test_a_deadline_drops_what_takes_too_long(tmp_path):

@@ -14,13 +14,14 @@ from echo_jax.run.workdir import Workdir
 FOR_GOOD = (
     *('seed', 'group_size', 'max_staleness', 'batch.groups', 'batch.oversample', 'batch.updates'),
     *('batch.deadline_sec', 'batch.epochs', 'batch.mini', 'loss.env_coef', 'loss.clip_low'),
-    *('loss.env_schedule.name', 'loss.mismatch', 'protocol.max_turns', 'protocol.thinking'),
+    *('loss.env_schedule.name', 'loss.mismatch', 'protocol.max_turns', 'batch.stragglers'),
     *('model.path', 'model.dtype', 'model.hidden_size', 'model.rope_theta', 'policy.backend'),
     *('policy.temperature', 'policy.swap', 'optimizer.learning_rate', 'optimizer.warmup_steps'),
     *('optimizer.decay_steps', 'optimizer.name', 'sandbox.backend', 'sandbox.processes'),
     *('sandbox.agent_timeout', 'sandbox.shell', 'verifier.kill_agent_processes', 'tasks.train'),
     *('tasks.heldout', 'tasks.train_count', 'warm_start.steps', 'warm_start.optimizer.name'),
     *('eval.temperature', 'eval.samples', 'eval.every', 'eval.tasks'),
+    'protocol.thinking',
 )
 MAY_CHANGE = (
     *('num_steps', 'num_epochs', 'mesh.data', 'mesh.tensor', 'sharding.mlp', 'batch.micro_rows'),

@@ -21,6 +21,7 @@ from echo_jax.model import attention
 from echo_jax.model.qwen3 import REMAT
 from echo_jax.policy import SWAPS
 from echo_jax.run.inert import flat, inert_keys
+from echo_jax.run.numbering import STRAGGLERS
 from echo_jax.tasks.generate import generate_tasks
 from tests.support import divided
 from tests.support.small_run import SETTINGS
@@ -39,6 +40,7 @@ KNOWN: Mapping[str, Sequence] = {
     **{f'loss.{key}': names for key, names in NAMES.items()},
     'loss.env_schedule.name': SCHEDULES,
     'batch.mini': MINI,
+    'batch.stragglers': STRAGGLERS,
     **{f'protocol.{key}': names for key, names in protocol.CHOICES.items()},
     'protocol.dialect': tuple(DIALECTS),
     'protocol.at_max_total_tokens': _SPENT,
@@ -80,6 +82,7 @@ ELSEWHERE: Mapping[str, str] = {
     'policy.lease_sec': _VLLM,
     'batch.oversample': _VLLM,
     'batch.deadline_sec': _VLLM,
+    **{f'batch.stragglers = {choice!r}': _VLLM for choice in STRAGGLERS},
     'policy.tensor_parallel': 'needs several GPUs',
     'policy.gpu_memory_utilization': 'needs a GPU',
     "sandbox.backend = 'harbor'": _HARBOR,
