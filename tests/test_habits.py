@@ -1,5 +1,5 @@
-"""Habits of the tests themselves: they use the package as its users do, and not each other. And one
-of all code: what threads may outlive the program.
+"""Habits of the tests themselves: they use the package as its users do, and not each other. And two
+of all code: how long a file may be, and what threads may outlive the program.
 """
 
 import ast
@@ -76,6 +76,14 @@ def test_no_test_imports_another():
             if name.startswith(('tests', '.')):
                 allowed = name in shared or name.rpartition('.')[0] in shared
                 assert allowed, f'{file.relative_to(ROOT)} imports {name}'
+
+
+def test_no_file_is_long():
+    for file in (*FILES, *(ROOT / 'echo_jax').rglob('*.py')):
+        lines = file.read_text().count('\n')
+        assert lines <= 400, (
+            f'{file.relative_to(ROOT)} has {lines} lines: divide it by what it is for'
+        )
 
 
 # Their threads wait in Python alone: for a signal of the kernel's, a clock, and an event loop.

@@ -10,106 +10,12 @@ import pytest
 pytest.importorskip('vllm', reason='vLLM is not installed here; `make rollout` makes .venv-rollout')
 
 
-from echo_jax.policy import Generation, PolicyError
-from echo_jax.policy.vllm import VllmPolicy
-from echo_jax.policy.vllm_engine import check_interface
-from echo_jax.policy.vllm_rank import read_published, share
+from echo_jax.policy import PolicyError
 from echo_jax.store.kvstore import CorruptError, MissingError
-from tests.support.qwen3_learner import EOS, VOCAB, Learner, published
+from tests.support.qwen3_learner import EOS, VOCAB
+from tests.support.vllm_rig import PROMPTS, RNG, Rig, generate_all, interrupted, running
 
 pytestmark = pytest.mark.timeout(900)  # an engine starts in half a minute, on an idle machine
-MAX_MODEL_LEN = 512
-RNG = np.random.default_rng(1)
-# Longer than a block of the prefix cache, which has 128 tokens on a CPU.
-PROMPTS = [RNG.integers(0, VOCAB, length) for length in (1, 140, 200, 300)]
-
-
-class Rig:
-    """One learner, one engine, one event loop; versions count on from test to test."""
-
-    def __init__(
-        self, folder, *, tied: bool, kv_heads: int = 2, swap: str = 'recompute', **options
-    ):
-        self.learner, self.mode = Learner(folder, tied=tied, kv_heads=kv_heads), swap
-        self.loop = asyncio.Runner()
-        self.next = 0
-        # Minutes, on a busy machine.
-        self.policy = self.loop.run(start(self.learner, swap=swap, **options))
-
-    def run(self, work):
-        return self.loop.run(asyncio.wait_for(work, 240))
-
-    def publish(self, **options) -> int:
-        self.learner.change(0.02)
-        self.learner.publish(self.next, **options)
-        self.next += 1
-        return self.next - 1
-
-    def swap(self) -> int:
-        version = self.publish()
-        self.run(self.policy.load(version))
-        return version
-
-    def fail_at(self, *faults: str) -> None:
-        self.run(self.policy.engine.collective_rpc('fail_at', args=faults))
-
-    def generate(self, prompts, **options) -> list[Generation]:
-        return self.run(generate_all(self.policy, prompts, **options))
-
-    def gap(self, prompt, generation, temperature: float = 1.0) -> float:
-        """The largest distance from the reference's log-probabilities, by the version sampled."""
-        return max(self.gaps(prompt, generation, temperature).values())
-
-    def gaps(self, prompt, generation, temperature: float = 1.0) -> dict[int, float]:
-        """The same for the tokens of each version: those before have that version's weights too."""
-        tokens, found = [*prompt, *generation.token_ids], {}
-        for version in {*generation.versions.tolist()}:
-            expected = self.learner.logprobs(tokens, temperature, version)[len(prompt) :]
-            assert np.abs(expected).max() > 0.1  # something to be wrong about
-            distances = np.abs(generation.logprobs - expected)
-            found[version] = float(distances[generation.versions == version].max())
-        return found
-
-
-async def start(learner: Learner, **options) -> VllmPolicy:
-    return await VllmPolicy.start(
-        learner.model_dir,
-        learner.url,
-        dtype='float32',
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=32,
-        enforce_eager=True,
-        worker_extension_cls='tests.support.faulty_rank.FaultyLoader',
-        **options,
-    )
-
-
-async def generate_all(policy, prompts, *, temperature=1.0, max_tokens=16, seed=0, stop=()):
-    turns = (
-        policy.generate(
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed + i,
-            stop_token_ids=stop,
-        )
-        for i, prompt in enumerate(prompts)
-    )
-    return await asyncio.gather(*turns)
-
-
-async def running(policy, turns: int) -> None:
-    while policy.engine.output_processor.get_num_unfinished_requests() < turns:
-        await asyncio.sleep(0.001)
-
-
-async def interrupted(policy, turns, version, **options) -> list:
-    """The results or errors of turns that ran when `version` was loaded, and of its `load`."""
-    first = asyncio.create_task(generate_all(policy, turns, **options))
-    await running(policy, len(turns))
-    (load,) = await asyncio.gather(policy.load(version), return_exceptions=True)
-    assert load is not None or not first.done()
-    return [*await asyncio.gather(first, return_exceptions=True), load]
 
 
 @pytest.fixture(scope='module', params=['tied-recompute', 'untied-keep', 'tied-drain'])
@@ -415,48 +321,6 @@ def test_a_damaged_or_absent_version_changes_nothing(rig):
     assert generation.versions[0] == good and rig.gap(PROMPTS[1], generation) < 1e-4
 
 
-def test_shares_by_hand():
-    """4 heads of 32 over 2 key-value heads, an inner axis of 128, 500 rows padded to 512."""
-    arrays = read_published(published(kv_heads=2, tied=False))
-
-    def of(name, rank, size):
-        return share(arrays[name].split, rank, size)
-
-    shares = [
-        of('layers/wq', 1, 2),
-        of('layers/wk', 1, 2),
-        of('layers/wv', 1, 4),  # ranks 0 and 1 share head 0
-        of('layers/wv', 2, 4),
-        of('layers/wo', 1, 2),
-        of('layers/w_up', 3, 4),
-        of('layers/w_down', 0, 4),
-        of('head', 1, 2),
-    ]
-    assert shares == [
-        (0, 64, 128, 128),
-        (0, 32, 64, 64),
-        (0, 0, 32, 64),
-        (0, 32, 64, 64),
-        (1, 64, 128, 128),
-        (0, 96, 128, 128),
-        (1, 0, 32, 128),
-        (0, 256, 500, 500),
-    ]
-    assert of('layers/attention_norm', 1, 2) is None
-    assert of('final_norm', 1, 2) is None
-    assert of('layers/w_up', 0, 1) is None
-
-
-def test_a_model_that_vllm_refuses_is_one_line(tmp_path):
-    (tmp_path / 'config.json').write_text('{"architectures": ["NoSuch"], "model_type": "nosuch"}')
-    work = VllmPolicy.start(tmp_path, '', dtype='float32', max_model_len=8, max_num_seqs=1)
-    with pytest.raises(PolicyError, match=f'^vLLM does not start with {tmp_path}: .+$') as refused:
-        asyncio.run(work)
-    assert '\n' not in str(refused.value)
-    with pytest.raises(ValueError, match="dtype is 'auto'"):
-        asyncio.run(VllmPolicy.start(tmp_path, '', dtype='auto', max_model_len=8, max_num_seqs=1))
-
-
 async def turns_that_fail(policy, end) -> float:
     """Seconds from `end()`, which ends the engine, to errors from every call."""
     turns = asyncio.create_task(generate_all(policy, PROMPTS, max_tokens=200))
@@ -471,14 +335,6 @@ async def turns_that_fail(policy, end) -> float:
     return time.monotonic() - started
 
 
-def test_a_vllm_without_what_swaps_need_is_refused(monkeypatch):
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    monkeypatch.delattr(AsyncLLM, 'update_weight_version')
-    with pytest.raises(PolicyError, match=r'^vLLM .* has no AsyncLLM\.update_weight_version, .*'):
-        check_interface()
-
-
 def test_an_engine_that_died_fails_every_turn(rig):
     """It stands last of those that share an engine, because it kills the engine."""
 
@@ -487,15 +343,3 @@ def test_an_engine_that_died_fails_every_turn(rig):
             process.kill()
 
     assert rig.run(turns_that_fail(rig.policy, kill)) < 10
-
-
-def test_two_ranks_read_their_shares(tmp_path, monkeypatch):
-    """There are fewer key-value heads than ranks, and the vocabulary is padded."""
-    monkeypatch.setenv('VLLM_CPU_OMP_THREADS_BIND', 'nobind')  # more ranks than NUMA nodes
-    rig = Rig(tmp_path, tied=False, kv_heads=1, tensor_parallel_size=2)
-    for _ in range(2):
-        rig.swap()
-        for prompt, generation in zip(PROMPTS, rig.generate(PROMPTS)):
-            assert rig.gap(prompt, generation) < 1e-4
-    rig.run(rig.policy.close())
-    rig.loop.close()
