@@ -43,6 +43,7 @@ def show(found: dict[str, Any]) -> None:
         'token age': ', '.join(f'{age}: {part:.0%}' for age, part in sorted(found['ages'].items())),
         'queue': _queue(found['queue']),
         'failures': _failures(found),
+        'damaged': _damaged(found),
         'disk': _disk(found['disk']),
     }
     for name, text in lines.items():
@@ -94,6 +95,11 @@ def _failures(found: dict[str, Any]) -> str:
     named = ', '.join(f'{name} {count}' for name, count in counts.items() if count)
     rollouts, steps = sum(found['statuses'].values()), found['recent_steps']
     return f'{named or "none"}, of {rollouts} rollouts in {steps} steps' if steps else ''
+
+
+def _damaged(found: dict[str, Any]) -> str:
+    count = found['damaged_groups']
+    return f'{count} groups since the start, set aside and drawn anew' if count else ''
 
 
 def _disk(sizes: dict[str, int] | None) -> str:

@@ -37,7 +37,7 @@ def test_a_finished_run_of_the_embedded_policy(programs, finished):
     rows = [json.loads(line) for line in (finished / 'metrics.jsonl').read_text().splitlines()]
     idle = sum(row['time/sampling'] for row in rows) / sum(row['time/step'] for row in rows)
     assert found['learner'].startswith(f'idle {idle:.0%}, ') and 0 < idle < 1
-    assert found['failures'] == 'none, of 24 rollouts in 6 steps'
+    assert found['failures'] == 'none, of 24 rollouts in 6 steps' and 'damaged' not in found
     assert 'workers' not in text and 'queue' not in found
     document = json.loads(shown(programs, finished, '--json'))
     assert document['learner_idle'] == pytest.approx(idle)
@@ -72,7 +72,8 @@ def test_workers_and_failures_fit_80_columns(programs, tmp_path):
     work = make_run(tmp_path / 'run', backend='vllm')
     more = {f'rollout/age/{age}': 1 / 12 for age in range(12)}
     more |= {'time/step': 7200.0, 'system/learned_tokens_per_sec': 98765.0}
-    write_rows(work, 1, 3, **more, **{'rollout/error/SandboxError': 2.0})
+    more |= {'rollout/error/SandboxError': 2.0, 'system/damaged_groups': 2.0}
+    write_rows(work, 1, 3, **more)
     write_group(work, 0)
     meter = Meter()
     for name, ago in (('box-with-a-long-name-0', 2.0), ('box-with-a-long-name-1', 500.0)):
@@ -87,6 +88,7 @@ def test_workers_and_failures_fit_80_columns(programs, tmp_path):
     assert found['sampling'] == '1 of 3 workers report, 123,456 tokens/s'
     assert found['queue'] == '0 groups due: 0 drawn now, 0 whole, 0 that nobody draws'
     assert found['failures'] == 'infra_error 6, SandboxError 6, of 18 rollouts in 3 steps'
+    assert found['damaged'] == '2 groups since the start, set aside and drawn anew'
     assert '14 h left' in found['step']  # 7 steps of 2 hours
     joined = ' '.join(text.split())
     assert 'token age 0: 8%, 1: 8%, 2: 8%, 3: 8%' in joined and '10: 8%, 11: 8%' in joined

@@ -11,6 +11,7 @@ import numpy as np
 from echo_jax.run.sources import Source
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.kvstore import CorruptError
+from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import Rollout
 
 RECENT = 20  # steps that the time left is reckoned from
@@ -21,6 +22,7 @@ class Pace:
 
     def __init__(self, work: Workdir, source: Source, num_steps: int):
         self._path, self._source, self._num_steps = work.path, source, num_steps
+        self._rollouts = RolloutStore(work.url('rollouts', 'train'))
         self._last = time.monotonic()
         self._steps: collections.deque[float] = collections.deque(maxlen=RECENT)
 
@@ -43,6 +45,7 @@ class Pace:
             'system/learner_idle': (drawn - started) / self._steps[-1],
             'system/learned_tokens_per_sec': tokens / (learned - drawn),
             'system/disk_free_bytes': float(shutil.disk_usage(self._path).free),
+            'system/damaged_groups': float(len(self._rollouts.set_aside())),
             **self._engines(),
         }
 

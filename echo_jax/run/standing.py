@@ -91,6 +91,7 @@ def standing(work: Workdir, kvstore: ts.KvStore, recent: Columns) -> dict[str, A
         },
         'errors': {kind: int(sum(recent[key])) for kind, key in _below(recent, 'error', 'rollout')},
         'late_groups': int(sum(recent.get('rollout/late_groups', ()))),
+        'damaged_groups': int(last(recent, 'system/damaged_groups') or 0),
         'recent_steps': len(steps),
         'rollouts_of': config.get('logging', {}).get('rollouts'),
         'summary': summary,

@@ -31,7 +31,7 @@ import tensorstore as ts
 
 from echo_jax.store.chunks import compress, decompress, planes, unplanes
 from echo_jax.store.groups import check_number, group_key, list_groups
-from echo_jax.store.kvstore import CorruptError, MissingError, open_kvstore, write_once
+from echo_jax.store.kvstore import CorruptError, MissingError, inside, open_kvstore, write_once
 from echo_jax.types import Role, Rollout, Status
 
 MAX_PAYLOAD = 1 << 28  # bytes of one group uncompressed; 32 x 32,768 tokens take 14 MB
@@ -111,6 +111,11 @@ class RolloutStore:
     def groups(self, first: int = 0) -> list[int]:
         """Ids, from `first` on, of the groups that are there, ascending. Each can be read whole."""
         return list_groups(self._kvstore, first)
+
+    def set_aside(self) -> list[int]:
+        """Ids of the groups that `read_sound` has found damaged, ascending."""
+        keys = self._kvstore.list(inside('aside')).result()
+        return sorted(int(key.rpartition(b'/')[2]) for key in keys if key[-12:].isdigit())
 
     def missing(self, ids: Iterable[int]) -> list[int]:
         """Those of `ids` that are not there, in their order."""

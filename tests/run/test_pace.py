@@ -9,7 +9,8 @@ import pytest
 from echo_jax.policy.meter import Meter
 from echo_jax.run.pace import Pace
 from echo_jax.store.due import DueStore
-from tests.support.viewed_run import conversation, make_run
+from echo_jax.store.rollouts import RolloutStore
+from tests.support.viewed_run import conversation, make_run, write_group
 
 
 class Reports:
@@ -50,10 +51,14 @@ def test_a_step_by_hand(work):
         'system/engine_swapping/a': 0.025,
         'system/engine_swapping/b': 0.05,
     }
-    assert 0 < first['system/disk_free_bytes'] < 1e18
+    assert 0 < first['system/disk_free_bytes'] < 1e18 and first['system/damaged_groups'] == 0
+    write_group(work, 7)
+    file = work.path / 'rollouts' / 'train' / 'groups' / f'{7:012d}'
+    file.write_bytes(file.read_bytes()[:-1])
+    assert RolloutStore(work.url('rollouts', 'train')).read_sound([7]) == {}
     time.sleep(0.05)
     second = pace.step(5, rollouts, begun, begun + 1.0, begun + 2.0)
-    assert second['time/step'] >= 0.05
+    assert second['time/step'] >= 0.05 and second['system/damaged_groups'] == 1
     mean = np.mean([first['time/step'], second['time/step']])
     assert second['time/left'] == pytest.approx(mean * 5)
 

@@ -32,6 +32,7 @@ def test_the_steps_by_hand(work):
     more = {'time/step': 5.0, 'system/learned_tokens_per_sec': 640.0}
     more |= {'rollout/age/0': 0.75, 'rollout/age/1': 0.25, 'rollout/late_groups': 1.0}
     more |= {'rollout/error/SandboxError': 2.0, 'rollout/error/OSError': 1.0, 'time/left': 77.0}
+    more |= {'system/damaged_groups': 2.0}
     write_rows(work, 31, 50, **more)
     assert (look(work)['recent_steps'], look(work)['seconds_a_step']) == (20, 5.0)
     with (work.path / 'metrics.jsonl').open('a') as file:
@@ -43,6 +44,7 @@ def test_the_steps_by_hand(work):
     assert found['ages'] == {0: 0.75, 1: 0.25} and found['learned_tokens_per_sec'] == 640.0
     assert found['recent_steps'] == 20 and found['statuses']['infra_error'] == 20 * 2
     assert found['errors'] == {'OSError': 20, 'SandboxError': 40} and found['late_groups'] == 20
+    assert found['damaged_groups'] == 2
     assert 0 <= found['seconds_since_a_step'] < 60
     os.utime(work.path / 'metrics.jsonl', (0, time.time() - 300))
     assert 300 <= look(work)['seconds_since_a_step'] < 360
