@@ -17,6 +17,7 @@ It prints one JSON line, or ends with what was wrong.
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -88,7 +89,11 @@ class Run:
             f'container {each.name}' for each in self.client.containers.list(True, filters=made)
         ]
         names += [f'volume {each.name}' for each in self.client.volumes.list(filters=made)]
-        names += [f'process {pid}' for pid in self._programs.alive()]
+        for pid in self._programs.alive():
+            with contextlib.suppress(OSError):  # it ends just now
+                command = pathlib.Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\0')
+                words = b' '.join(command).decode(errors='replace')[:200]
+                names.append(f'process {pid}: {words}')
         for pattern in ('*.partial*', 'taking-*', '*.__lock', '*.orbax-checkpoint-tmp*'):
             names += [str(file) for file in self.workdir.rglob(pattern)]
         return names
