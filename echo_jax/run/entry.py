@@ -36,6 +36,10 @@ _FLAG_ERRORS = (flags.Error, ValueError, OSError, SyntaxError)
 _KEY_ERRORS = (AttributeError, LookupError, TypeError)
 _EXIT_SECONDS = 20.0  # after an error, before the process ends without its threads
 _ROOM, _RIGHTS = 'make room on its disk', 'let this user read and write there'
+_LESS = (
+    'use more devices, or lower policy.slots or batch.micro_rows (python -m echo_jax.plan says '
+    'what a recipe needs)'
+)
 _ADVICE = {
     **{errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM},
     **{errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS, errno.EROFS: _RIGHTS},
@@ -176,18 +180,18 @@ def _one_line(*expected: type[Exception]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _end('stopped')
-    except (*expected, ExceptionGroup) as error:
+    except (*expected, RuntimeError, ExceptionGroup) as error:
         cause: Exception = error
         while isinstance(cause, ExceptionGroup):  # the first of the tasks that failed
             cause = cause.exceptions[0]
-        if flags.FLAGS.traceback or not isinstance(cause, expected):
+        fault = of_disk(cause) or of_memory(cause)
+        if flags.FLAGS.traceback or not (fault or isinstance(cause, expected)):
             raise
         # A thread of a library may wait for another that has failed: Orbax's, on a closed disk, do
         # for ten minutes and more.
         late = threading.Timer(_EXIT_SECONDS, os._exit, (1,))
         late.daemon = True
         late.start()
-        fault = of_disk(cause)
         words = ' '.join(str(cause).split()) or type(cause).__name__
         reason = f'{fault}, then give the same command again' if fault else words
         _end(f'error: {printable(reason)}')
@@ -211,6 +215,19 @@ def of_disk(error: Exception) -> str:
     if number not in _ADVICE:
         return ''
     return f'{os.strerror(number)}{f": {place}" if place else ""}; {_ADVICE[number]}'
+
+
+def of_memory(error: BaseException | None) -> str:
+    """What a device had no memory for, and what to do, if the error is, or comes of, that; else ''.
+
+    XLA's errors are RuntimeErrors, which programs without JAX know as well.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
+            said = str(error).partition('\n')[0][:200]
+            return f'the devices have too little memory ({said}); {_LESS}'
+        error = error.__cause__
+    return ''
 
 
 class Stopped(Exception):

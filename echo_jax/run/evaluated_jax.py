@@ -19,9 +19,7 @@ from echo_jax.store.weights import WeightStore
 
 @contextlib.asynccontextmanager
 async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIterator[Opened]:
-    """The model of `place.in_recipe`. Raises ValueError if its weights are not there, or do not fit
-    the memory.
-    """
+    """The model of `place.in_recipe`. Raises ValueError if its weights are not there."""
     model = ShardedModel.of(config)
     policy = JaxPolicy(
         model.model,
@@ -29,17 +27,8 @@ async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIt
         slots=config.policy.slots,
         cache_tokens=config.protocol.max_total_tokens,
     )
-    try:
-        params = _weights(place, model)
-        await policy.load(params, place.version)
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
-        raise ValueError(
-            f'{place.name} does not fit the memory of {jax.device_count()} x '
-            f'{jax.devices()[0].device_kind} ({str(error)[:200]}); use more devices, or '
-            'lower policy.slots'
-        ) from error
+    params = _weights(place, model)
+    await policy.load(params, place.version)
     score = functools.partial(model.score(), params)
     yield Opened(policy, draw_in_waves, score)
 

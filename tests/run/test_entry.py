@@ -149,6 +149,10 @@ def test_wrong_flags(flags, says):
             """ValueError('RESOURCE: "k" in "/x": "/x/y": no space [os_error_code=\\'28\\'] at')""",
             'No space left on device: /x/y; make room on its disk, then',
         ),
+        (
+            "RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\\nmore')",
+            'the devices have too little memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 b',
+        ),
         ('TimeoutError()', 'TimeoutError'),  # an OSError without words
         ("OurError('ours')", 'ours'),
         ("ExceptionGroup('g', [ExceptionGroup('h', [SandboxError('no bwrap')])])", 'no bwrap'),
@@ -163,7 +167,12 @@ def test_expected_errors(raised, says):
 
 @pytest.mark.parametrize(
     'raised',
-    ["AnotherError('a bug')", "TypeError('a bug')", "ExceptionGroup('g', [TypeError('a bug')])"],
+    [
+        "AnotherError('a bug')",
+        "RuntimeError('a bug')",
+        "TypeError('a bug')",
+        "ExceptionGroup('g', [TypeError('a bug')])",
+    ],
 )
 def test_a_bug_keeps_its_traceback(raised):
     done = run(CONFIG, f'--raises={raised}')

@@ -66,6 +66,7 @@ CHOICES = {
     'optimizer.warmup_from': ({'optimizer.warmup_steps': 0}, {'optimizer.warmup_steps': 5}),
     'sharding.vocab': ({'mesh.tensor': 1}, {'mesh.tensor': -1}),
     'policy.swap': ({'policy.backend': 'jax'}, {'policy.backend': 'vllm'}),
+    'batch.stragglers': ({'max_staleness': 0}, {'max_staleness': 1}),
     'sandbox.user': ({'sandbox.hardening': 'docker'}, {'sandbox.hardening': 'strict'}),
     'verifier.kill_agent_processes': (
         {'sandbox.hardening': 'strict'},
@@ -97,9 +98,15 @@ CHOICES = {
         {'warm_start.steps': 3, 'warm_start.explore_steps': 2},
     ),
 }
-# Besides its choice, what it takes for a key to act: the ratio of the policy term must not be 1.
+# Besides its choice, what it takes for a key to act. Of the policy term the ratio must not be 1.
 RATIO = {'loss.old_logprobs': 'rollout'}
-CONTEXT = {'loss.clip_low': RATIO, 'loss.dual_clip': RATIO, 'loss.dppo_tv': RATIO}
+CONTEXT = {
+    'loss.clip_low': RATIO,
+    'loss.dual_clip': RATIO,
+    'loss.dppo_tv': RATIO,
+    'policy.swap': {'max_staleness': 1},
+    'batch.stragglers': {'policy.backend': 'vllm'},
+}
 ROWS = pytest.mark.parametrize('row', INERT, ids=lambda row: row.keys[0])
 
 
