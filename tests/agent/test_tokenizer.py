@@ -102,6 +102,7 @@ def test_a_reloaded_tokenizer_is_the_same(tokenizer, tasks, tmp_path, config):
     )
 
 
+@pytest.mark.slow
 def test_another_process_builds_the_same_bytes(tokenizer, tasks, tmp_path):
     tokenizer.save_pretrained(tmp_path / 'here')
     code = f"""

@@ -114,6 +114,7 @@ def test_the_mask_by_total_variation_by_hand(old, new, advantage, is_masked):
     np.testing.assert_allclose([gain, gradient.item()], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_rollouts_ratio_is_of_its_action_tokens_alone_in_a_packed_row():
     rollouts = [make_rollout('PAAOAA', reward=1.0), make_rollout('PAOA', sample=1, first_token=11)]
     config = small_config(policy='gspo', old_logprobs='recomputed', advantages='dr_grpo')
@@ -134,6 +135,7 @@ def test_the_rollouts_ratio_is_of_its_action_tokens_alone_in_a_packed_row():
     assert np.count_nonzero(gradient) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('old_logprobs', ['current', 'recomputed', 'rollout'])
 @POLICIES
 def test_gradient_is_the_finite_difference(policy, old_logprobs):
@@ -196,6 +198,7 @@ def test_the_first_step_has_the_gradient_of_grpo(policy, reduction, old_logprobs
     )
 
 
+@pytest.mark.slow
 @POLICIES
 @pytest.mark.parametrize('old_logprobs', ['current', 'recomputed', 'rollout'])
 def test_env_coef_zero_is_the_policy_term_bit_for_bit(policy, old_logprobs):

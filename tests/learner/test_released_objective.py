@@ -161,6 +161,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 def test_the_released_recipe_by_itself():
     """configs/qwen3_8b.py sets nothing of `loss`: it is what the tests start from."""
     found, expected = compare(MIXED)

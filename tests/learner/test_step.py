@@ -188,6 +188,7 @@ def test_step_is_the_objective_of_every_rollout_alone(options):
         assert 0.05 < metrics['clip_fraction'] < 0.95
 
 
+@pytest.mark.slow
 def test_the_balance_is_of_the_two_terms_pulled_back_apart():
     """Norms and cosine against the reference's gradients, with KL and several micro-batches."""
     params, frozen, rollouts = draw_params(0), draw_params(1), draw_rollouts()
@@ -215,6 +216,7 @@ def test_the_balance_is_of_the_two_terms_pulled_back_apart():
     assert found == pytest.approx(expected, rel=1e-6)  # the batch's weights are float32
 
 
+@pytest.mark.slow
 def test_a_supervised_step_is_cross_entropy_without_a_recipes_loss():
     """Loss and gradient by log_softmax, from a recipe that has no section `loss` at all."""
     params, rollouts, roles = draw_params(), draw_rollouts(), (Role.ACTION, Role.OUTPUT)
@@ -248,6 +250,7 @@ def directional(loss, params, seed):
         yield i, along, (loss(ends[0]) - loss(ends[1])) / (2 * h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [ROLLOUT, RECOMPUTED], ids=lambda o: o['old_logprobs'])
 def test_gradients_are_the_slopes_of_the_loss(options):
     """Finite differences of the whole objective, from the parameters to the loss.
@@ -355,6 +358,7 @@ def test_only_the_micro_batches_that_hold_tokens_are_counted():
         micro_batches(batch, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('empty', [True, False], ids=['no tokens', 'no weights'])
 def test_a_batch_without_weight_has_gradients_of_0(empty):
     rollouts = [make_rollout('PPPP', 1.0, 0, 0), make_rollout('PSSW', 0.0, 0, 1)]

@@ -287,6 +287,7 @@ def slow_weights(rollouts, config):
     return weights
 
 
+@pytest.mark.slow
 @given(
     rollouts=rollout_lists(),
     loss=settings,

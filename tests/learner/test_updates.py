@@ -294,6 +294,7 @@ def test_micro_batches_and_packing_change_nothing():
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_updates_without_weight_leave_finite_numbers():
     failed = [make_rollout('PAO', 1.0, i, 0, Status.INFRA_ERROR) for i in range(4)]
     for rollouts in ([], failed, ROLLOUTS[:1]):

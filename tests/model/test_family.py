@@ -61,6 +61,7 @@ def test_muon_takes_the_matrices_of_the_table(runs):
     assert runs['fsdp'][1]['muon'].tolist() == ['exit', *layers]
 
 
+@pytest.mark.slow
 def test_the_directory_is_that_of_the_table(runs):
     model, found = runs['fsdp']
     config = json.loads((model / 'config.json').read_text())
@@ -74,6 +75,7 @@ def test_the_directory_is_that_of_the_table(runs):
     np.testing.assert_array_equal(tensors['exit.weight'][...], found['exit'].T)
 
 
+@pytest.mark.slow
 def test_ranks_load_their_parts_of_a_second_family(runs):
     """What two ranks of vLLM read from the published arrays, against the directory's tensors."""
     model, found = runs['fsdp']

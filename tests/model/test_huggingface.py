@@ -138,6 +138,7 @@ def test_logprobs_are_those_of_transformers(models, name, temperature):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_errs_no_more_than_transformers(models):
     tokens = draw(rows=8)
     exact = reference_logprobs(models / 'bfloat16', tokens)

@@ -139,6 +139,7 @@ def temporaries(T, V, D):
     return compiled.memory_analysis().temp_size_in_bytes / 2**30
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_tokens_times_words(request):
     if 'small' in request.node.name:
         pytest.skip('the sizes of a real model need real blocks')

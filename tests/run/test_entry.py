@@ -190,6 +190,7 @@ def test_ctrl_c():
     assert fails(CONFIG, '--raises=KeyboardInterrupt') == 'stopped'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'flags, runs',
     [
@@ -238,6 +239,7 @@ def test_a_process_of_rays_logs_the_same_lines():
     assert re.fullmatch(rf'W.* <string>:4\] {whose}: lost\n', done.stderr), done.stderr
 
 
+@pytest.mark.slow
 def test_no_import_order_lets_transformers_ask_for_pytorch():
     script = (
         'import os, sys\n'

@@ -93,6 +93,7 @@ def test_the_most_surprising_targets_are_left_out():
     assert env.targets([], None)[0] == []
 
 
+@pytest.mark.slow
 def test_the_policys_own_surprise():
     model, params = models()
     config = recipe()

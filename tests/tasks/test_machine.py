@@ -185,6 +185,7 @@ def test_sessions_know_one_machine_and_guess_on_others():
     assert len([name for name, count in met.items() if count > 6]) == 40
 
 
+@pytest.mark.slow
 def test_a_session_prints_what_tools_print_and_earns_nothing(tmp_path, run):
     kinds = ('usage: ', ': command not found', ': No such file or directory')
     seen = collections.Counter()

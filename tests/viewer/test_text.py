@@ -29,6 +29,7 @@ def test_what_cannot_be_seen_is_shown_and_the_rest_stays(text, shown):
     assert visible(text) == shown
 
 
+@pytest.mark.slow
 def test_no_control_or_format_character_is_left():
     left = visible(''.join(map(chr, range(0x110000))))
     kinds = {unicodedata.category(character) for character in left} - {'Cc'}
