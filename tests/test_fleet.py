@@ -269,6 +269,27 @@ def test_a_learner_of_two_processes(fleet):
     assert all(row['train/logprob_gap'] <= 1e-3 for row in assert_whole(fleet))
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    'fleet',
+    [(*NO_WARM_START, '--config.policy.lease_sec=3', '--config.max_staleness=2')],
+    indirect=True,
+)
+def test_a_pod_in_small(fleet):
+    """A learner of two processes and three workers, of which one dies and one joins late."""
+    learners = fleet.learners()
+    stays, dies = fleet.worker('--name=stays'), fleet.worker('--name=dies')
+    due = DueStore(fleet.workdir / 'fleet')
+    wait_for(lambda: {r['worker'] for r in due.reports() if r['drawing']} >= {'dies'}, seconds=400)
+    dies.kill()
+    joins = fleet.worker('--name=joins')
+    assert [fleet.ends(process, 500) for process in (*learners, stays, joins)] == [0] * 4
+    assert_each_once(fleet, staleness=2)
+    assert {'stays', 'joins'} <= {report['worker'] for report in due.reports()}
+    claims = (fleet.workdir / 'fleet' / 'claims').rglob('*')
+    assert not [file for file in claims if file.is_file() and file.suffix != '.__lock']
+
+
 @pytest.fixture
 def cluster(programs, tmp_path):
     """The process of ray_cluster.py: it obeys its stdin, and `address` is what it printed."""

@@ -6,8 +6,9 @@ A learner and a worker with vLLM, in real sandboxes, on the tasks of the finishe
 configs/machine.py and with its model, whose agent calls tools. The first call of a tool in an
 episode sleeps `--sleep` seconds, in one episode of 16 `--tail` times that. The learner goes through
 each step `--epochs` times, so that it has as much to do as the engine, which is the case at full
-size. Every mode is a run of its own: max_staleness 0, 1 and 4, and 4 as others have it (`rounds`):
-groups are drawn ahead as well, but each step waits for all of its own.
+size. Every mode is a run of its own: max_staleness 0, 1 and 4; 1 with batch.stragglers = 'wait',
+which drops nothing; and 4 as others have it (`rounds`): groups are drawn ahead as well, but each
+step waits for all of its own.
 
 idle is the share of the learner's time in which it waited for groups, over `--steps` steps. The
 `--skip` before them compile and fill the pipeline, and in the `max_staleness` after them there is
@@ -26,7 +27,7 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODES = {'0': 0, '1': 1, '4': 4, '4, rounds': 4}
+MODES = {'0': 0, '1': 1, '1, wait': 1, '4': 4, '4, rounds': 4}
 _SLOW = '[ -e /tmp/slept ] || {{ : >/tmp/slept; (( RANDOM % 16 )) && sleep {0} || sleep {1}; }}\n'
 # Steps wait for the groups of their number, although more are drawn ahead.
 _ROUNDS = (
@@ -97,6 +98,8 @@ def measure(mode: str, folder: pathlib.Path, options: argparse.Namespace) -> dic
         'loss.old_logprobs': 'recomputed',
         'checkpoint.every': steps,
     }
+    if mode.endswith('wait'):
+        settings['batch.stragglers'] = 'wait'
     flags = ['--config=configs/machine.py', f'--workdir={work}']
     flags += [f'--config.{key}={value}' for key, value in settings.items()]
     program = ['-c', _ROUNDS] if mode.endswith('rounds') else ['-m', 'echo_jax.train']
