@@ -207,16 +207,25 @@ def test_steps_take_the_groups_that_are_whole(fleet):
     assert_each_once(fleet, staleness=1)
 
 
+@pytest.mark.parametrize('moment', ['begins', 'imports'])
 @pytest.mark.parametrize('fleet', [NO_WARM_START], indirect=True)
-def test_a_worker_that_is_killed_while_its_engine_starts_leaves_nothing(fleet):
-    """vLLM's own processes outlive theirs."""
+def test_a_worker_that_is_killed_while_its_engine_starts_leaves_nothing(fleet, moment):
+    """vLLM's own processes outlive theirs; one that has imported vLLM waits for five minutes."""
     fleet.learner()
     worker = fleet.worker()
-    wait_for(lambda: len(psutil.Process(worker.pid).children(recursive=True)) >= 2, seconds=300)
-    children = psutil.Process(worker.pid).children(recursive=True)
+    process = psutil.Process(worker.pid)
+
+    def has_come() -> bool:
+        maps = [pathlib.Path(f'/proc/{child.pid}/maps') for child in process.children()]
+        return len(maps) >= 2 and (
+            moment == 'begins' or any('libtorch' in file.read_text() for file in maps)
+        )
+
+    wait_for(has_come, seconds=300)
+    children = process.children(recursive=True)
     worker.kill()
     worker.wait()
-    assert psutil.wait_procs(children, timeout=200)[1] == []
+    assert psutil.wait_procs(children, timeout=100)[1] == []
 
 
 def test_two_workers_have_no_name_in_common(fleet):

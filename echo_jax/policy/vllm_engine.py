@@ -18,6 +18,7 @@ _ENVIRONMENT = {
     'VLLM_LOGGING_LEVEL': 'WARNING',
     'VLLM_LOGGING_STREAM': 'ext://sys.stderr',  # stdout is the program's own
     'VLLM_CPU_KVCACHE_SPACE': '1',
+    'VLLM_WORKER_MULTIPROC_METHOD': 'spawn',  # a fork would not import vllm_rank anew
 }
 _CPU_BATCH_TOKENS = 2048  # the engine may prefill at least this many tokens at one time
 
@@ -47,6 +48,7 @@ def start_engine(arguments: dict):
         batch = max(arguments['max_model_len'] + arguments['max_num_seqs'], _CPU_BATCH_TOKENS)
         arguments = dict(enable_chunked_prefill=False, max_num_batched_tokens=batch) | arguments
     os.environ[vllm_rank.OWNER] = str(os.getpid())
+    arguments = dict(additional_config=vllm_rank.Belongings()) | arguments
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     except (ValueError, OSError, RuntimeError) as error:

@@ -199,10 +199,21 @@ def our_slices(array: Published, part: Share) -> tuple[slice, ...]:
     return (slice(None),) * before + (slice(part.start, part.stop),)
 
 
-def _end_with(pid: int) -> None:
-    """Ends this process when process `pid` ends; the engine's process follows those of its ranks.
+class Belongings:
+    """Goes with an engine's config to each of vLLM's processes, which so import this module.
 
-    By themselves vLLM's processes outlive the worker that started them, and keep their GPUs.
+    It is for vLLM's argument `additional_config`, and says nothing in it.
+    """
+
+    def compute_hash(self) -> str:
+        return ''
+
+
+def _end_with(pid: int) -> None:
+    """Ends this process when process `pid` ends.
+
+    By themselves vLLM's processes outlive the worker that started them, and keep their GPUs: those
+    that were ready for good, and an engine that was still starting for five minutes.
     """
 
     def wait(descriptor: int) -> None:
@@ -216,7 +227,7 @@ def _end_with(pid: int) -> None:
     threading.Thread(target=wait, args=(descriptor,), daemon=True).start()
 
 
-# When a rank imports this module, long before anybody could call it: its worker may be killed while
-# the engine starts.
+# When a process of vLLM's imports this module, long before anybody could call it: its worker may be
+# killed while the engine starts.
 if OWNER in os.environ:
     _end_with(int(os.environ[OWNER]))

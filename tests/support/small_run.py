@@ -168,11 +168,14 @@ class Programs:
         return process.returncode, stderr
 
     def alive(self) -> list[int]:
-        """The process ids of these programs and of their sandboxes."""
+        """The process ids of these programs, of their sandboxes and engines."""
         found = []
         for entry in pathlib.Path('/proc').glob('[0-9]*'):
             try:
-                if self._mark.encode() in (entry / 'environ').read_bytes():
+                # vLLM's processes write their titles over their environment.
+                is_vllm = (entry / 'cmdline').read_bytes().startswith(b'VLLM::')
+                is_ours = self._mark.encode() in (entry / 'environ').read_bytes()
+                if is_ours or (is_vllm and (entry / 'cwd').resolve() == ROOT):
                     found.append(int(entry.name))
             except OSError:  # ended meanwhile, or somebody else's
                 continue
