@@ -40,6 +40,7 @@ from tests.support.small_run import NO_WARM_START, ROOT, Programs, metrics, wait
 
 _ROLLOUT_PYTHON = ROOT / '.venv-rollout' / 'bin' / 'python'
 _VICTIMS = {'learner': 3, 'worker 0': 2, 'worker 1': 2, 'container': 3, 'engine': 1}
+_MADE = {'label': 'echo_jax.run'}
 _PAUSE = 4.0, 20.0  # seconds between two kills
 _EQUAL = 1e-3  # of metrics of two runs: vLLM sums in another order if other turns run beside
 
@@ -69,12 +70,11 @@ class Run:
             self.daemon.start()
             return True
         if victim == 'container':
-            found = self.client.containers.list(filters={'label': 'echo_jax.run'})
             # One that tests run in may have been killed by the agent: that is a reward of 0.
-            found = [each for each in found if not each.name.endswith('-tests')]
-            for container in found[:1]:
+            found = [name for name in self._containers() if not name.endswith('-tests')]
+            for name in found[:1]:
                 try:
-                    container.kill(signal.SIGKILL)
+                    self.client.api.kill(name, signal.SIGKILL)
                 except docker.errors.APIError:  # it has just ended
                     return False
             return bool(found)
@@ -84,11 +84,8 @@ class Run:
 
     def left(self) -> list[str]:
         """What a run must not leave behind."""
-        made = {'label': 'echo_jax.run'}
-        names = [
-            f'container {each.name}' for each in self.client.containers.list(True, filters=made)
-        ]
-        names += [f'volume {each.name}' for each in self.client.volumes.list(filters=made)]
+        names = [f'container {name}' for name in self._containers(all=True)]
+        names += [f'volume {each.name}' for each in self.client.volumes.list(filters=_MADE)]
         for pid in self._programs.alive():
             with contextlib.suppress(OSError):  # it ends just now
                 command = pathlib.Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\0')
@@ -97,6 +94,11 @@ class Run:
         for pattern in ('*.partial*', 'taking-*', '*.__lock', '*.orbax-checkpoint-tmp*'):
             names += [str(file) for file in self.workdir.rglob(pattern)]
         return names
+
+    def _containers(self, **options: bool) -> list[str]:
+        # Not `client.containers.list`, which looks at each again and fails if one has ended.
+        found = self.client.api.containers(filters=_MADE, **options)
+        return [each['Names'][0].removeprefix('/') for each in found]
 
     def _start(self, name: str) -> subprocess.Popen:
         options = dict(output=self._log, DOCKER_HOST=self.daemon.url)
