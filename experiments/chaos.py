@@ -118,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     programs = Programs(options.folder / 'xla')
-    with docker_engine.running() as daemon:
+    with contextlib.closing(programs), docker_engine.running() as daemon:
         undisturbed = options.folder / 'undisturbed'
         if options.staleness == 0 and not (undisturbed / 'summary.json').exists():
             disturb(programs, undisturbed, daemon, options, kills=0)
