@@ -169,6 +169,26 @@ def test_workers_and_learners_end_and_start_again(fleet):
         assert 0 < row['train/logprob_gap'] <= 1e-3 and row['rollout/staleness'] == 0
 
 
+@pytest.mark.parametrize(
+    'fleet',
+    [(*NO_WARM_START, '--config.policy.lease_sec=3', '--config.max_staleness=1')],
+    indirect=True,
+)
+def test_a_dead_workers_groups_go_to_one_that_joins_late(fleet):
+    """Nobody starts the first worker again; the second has another name and machine, as it were."""
+    learner, first = fleet.learner(), fleet.worker('--name=first')
+    due = DueStore(fleet.workdir / 'fleet')
+    wait_for(lambda: any(r['drawing'] for r in due.reports()) and fleet.groups(), seconds=400)
+    first.kill()
+    second = fleet.worker('--name=second')
+    assert fleet.ends(learner) == 0 and fleet.ends(second) == 0
+    assert_each_once(fleet, staleness=1)
+    reports = {report['worker']: report for report in due.reports()}
+    assert reports['second']['groups'] > 0
+    claims = (fleet.workdir / 'fleet' / 'claims').rglob('*')
+    assert not [file for file in claims if file.is_file() and file.suffix != '.__lock']
+
+
 LATE = '--config.max_staleness=1', '--config.batch.deadline_sec=200'
 DROP = *LATE, '--config.batch.stragglers=drop', '--config.batch.oversample=1'
 WAIT = *LATE, '--config.batch.stragglers=wait'
