@@ -212,8 +212,8 @@ class Belongings:
 def _end_with(pid: int) -> None:
     """Ends this process when process `pid` ends.
 
-    By themselves vLLM's processes outlive the worker that started them, and keep their GPUs: those
-    that were ready for good, and an engine that was still starting for five minutes.
+    By themselves vLLM's processes outlive the worker that started them, and keep their GPUs: for
+    good if they were ready, for five minutes if the engine was still starting.
     """
 
     def wait(descriptor: int) -> None:

@@ -8,7 +8,7 @@ later step. Nothing is drawn or trained here.
 import collections
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import ml_collections
@@ -185,26 +185,30 @@ class InFlight:
         while not is_enough:
             arrived, late, begun = self._arrivals.look(self._posted, self._whole, oldest, must_wait)
             self._whole |= zip(arrived, self._arrivals.read('train', arrived))
-            stale = [i for i, group in self._whole.items() if _oldest(group, done) < oldest]
+            versions = {i: _oldest(group, done) for i, group in self._whole.items()}
+            stale = [i for i, version in versions.items() if version < oldest]
             dropped = sorted({*stale, *late})
             self._drop(dropped, done)
             all_dropped += dropped
             is_enough, must_wait = len(self._whole) >= self._config.batch.groups, True
             if self._config.batch.stragglers == 'wait':
-                is_enough = is_enough and self._leaves_time(begun, done)
+                whole = [versions[i] for i in self._whole]
+                is_enough = is_enough and self._leaves_time(whole, begun.values(), done)
         return all_dropped
 
-    def _leaves_time(self, begun: dict[int, int], done: int) -> bool:
-        """Whether what is whole now holds all that this step has to take, so that none of the
-        groups that are `begun`, each with its oldest version, gets too old for the steps after it.
+    def _leaves_time(self, whole: Collection[int], begun: Collection[int], done: int) -> bool:
+        """Whether what is whole now holds all that this step has to take, so that no other group
+        gets too old for the steps after it.
+
+        whole, begun: the oldest version of each group that is whole, and that workers draw.
         """
-        size, whole = self._config.batch.groups, [_oldest(g, done) for g in self._whole.values()]
+        size = self._config.batch.groups
         for later in range(self._config.max_staleness + 1):
             # What is of these versions is trained on now or in the `later` steps after this one,
             # which can take so many of them.
             last = done - self._config.max_staleness + later
             ready = sum(version <= last for version in whole)
-            unready = sum(version <= last for version in begun.values())
+            unready = sum(version <= last for version in begun)
             if ready < min(ready + unready - size * later, size):
                 return False
         return True
