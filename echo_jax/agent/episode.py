@@ -12,17 +12,16 @@ from collections.abc import Callable, Sequence
 
 import ml_collections
 import numpy as np
-import tenacity
 
 from echo_jax.agent.encoding import Span
 from echo_jax.agent.observations import NO_COMMANDS, execute
 from echo_jax.agent.protocol import Conversation, Protocol, turn_seed, warning_prefix
 from echo_jax.policy import Policy
 from echo_jax.sandbox import Sandbox, SandboxError, Verdict
+from echo_jax.sandbox.retries import AWAY_SEC, RETRY_AFTER, with_retries
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
 _REASON_CHARS = 1_000  # of an error's message that are kept
-RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds; a container engine that died is back by then
 _DISCARDED = Verdict(0.0, Status.OK, 'discarded: a budget was spent, and no test was run')
 # Reasons for the end of the agent's part, and the status that each gives the episode.
 _STATUS = {
@@ -262,17 +261,18 @@ async def run_group(
     temperature: float,
     sandboxes: asyncio.Semaphore,
     retry_after: Sequence[float] = RETRY_AFTER,
+    away_sec: float = AWAY_SEC,
     on_rollout: Callable[[Rollout], None] = lambda rollout: None,
 ) -> list[Rollout]:
     """The rollouts of one group, drawn at the same time, in the order of their sample_id.
 
     `sandboxes` is shared by all groups of a process and bounds the sandboxes that live at a time.
     `on_rollout` is called with each rollout when it has ended.
-    After a SandboxError the sample is drawn again in a fresh sandbox, `retry_after` seconds later;
-    if the last try fails too, it becomes an INFRA_ERROR with nothing but the prompt in it, and the
-    error as its reason. Any other error of the task or of its sandbox (a link that leads outside, a
-    file that cannot be read) makes it one at once, since no other sandbox would do better. What the
-    policy raises ends the whole group.
+    After a SandboxError the sample is drawn again in a fresh sandbox (`with_retries`, which has
+    `retry_after` and `away_sec`); if the last try fails too, it becomes an INFRA_ERROR with nothing
+    but the prompt in it, and the error as its reason. Any other error of the task or of its sandbox
+    (a link that leads outside, a file that cannot be read) makes it one at once, since no other
+    sandbox would do better. What the policy raises ends the whole group.
     """
 
     async def run_sample(sample_id: int) -> Rollout:
@@ -288,14 +288,7 @@ async def run_group(
                 temperature=temperature,
             )
 
-    tries = len(retry_after) + 1
-
-    def log_failure(state: tenacity.RetryCallState) -> None:
-        sample = f'task {task.task_id}, group {group_id}, sample {state.args[0]}'
-        error = state.outcome and state.outcome.exception()
-        logging.warning('%s, try %d of %d: %s', sample, state.attempt_number, tries, error)
-
-    def infra_error(sample_id: int, error: BaseException | None, retries: int) -> Rollout:
+    def infra_error(sample_id: int, error: Exception, retries: int) -> Rollout:
         reason = ' '.join(str(error).split()) or type(error).__name__
         return _rollout(
             protocol.start(task.instruction),
@@ -309,29 +302,22 @@ async def run_group(
             metrics={'infra_retries': float(retries), f'error/{type(error).__name__}': 1.0},
         )
 
-    def give_up(state: tenacity.RetryCallState) -> Rollout:
-        error = state.outcome.exception() if state.outcome else None
-        return infra_error(state.args[0], error, tries - 1)
-
-    retrying = tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception_type(SandboxError),
-        wait=tenacity.wait_chain(*map(tenacity.wait_fixed, retry_after)),
-        stop=tenacity.stop_after_attempt(tries),
-        after=log_failure,
-        retry_error_callback=give_up,
-    )
-    retried = retrying.wraps(run_sample)  # which keeps the state of each call apart
-
     async def draw(sample_id: int) -> Rollout:
+        name, tries = f'task {task.task_id}, group {group_id}, sample {sample_id}', 0
+
+        async def attempt() -> Rollout:
+            nonlocal tries
+            tries += 1
+            return await run_sample(sample_id)
+
         try:
-            return await retried(sample_id)
+            return await with_retries(attempt, name, retry_after=retry_after, away_sec=away_sec)
         except PolicyFailed as error:
             raise error.__cause__ or error from None
         except Exception as error:  # one bad task never ends a run, whatever is wrong with it
-            logging.warning(
-                'task %s, group %d, sample %d: %r', task.task_id, group_id, sample_id, error
-            )
-            return infra_error(sample_id, error, 0)
+            if not isinstance(error, SandboxError):  # which is in the log already
+                logging.warning('%s: %r', name, error)
+            return infra_error(sample_id, error, tries - 1)
 
     async def draw_and_tell(sample_id: int) -> Rollout:
         rollout = await draw(sample_id)

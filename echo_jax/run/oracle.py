@@ -8,15 +8,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import ml_collections
-import tenacity
 
 from echo_jax.run import entry
 from echo_jax.run.report import CONSOLE, Progress
-from echo_jax.sandbox import CommandResult, Sandbox, SandboxError, Verdict
+from echo_jax.sandbox import CommandResult, Sandbox, Verdict
 from echo_jax.sandbox.make import sandbox_maker
+from echo_jax.sandbox.retries import with_retries
 from echo_jax.types import SOLVED_REWARD, Status, Task
 
-_TRIES = 3  # sandboxes that may fail on a task, one after the other
 _OUTPUT_CHARS = 2_000  # of a solution's output, its end, that are kept
 _SHOWN_CHARS = 500  # of that output, in a line of a failure
 _SHOWN = 20  # failures that are listed
@@ -90,17 +89,12 @@ async def run_without_model(
 async def _outcome(
     task: Task, sample_id: int, make_sandbox: Callable[[Task], Sandbox], oracle: bool
 ) -> Outcome:
-    # Only SandboxError is tried again: after any other error no other sandbox will take the task.
-    @tenacity.retry(
-        stop=tenacity.stop_after_attempt(_TRIES),
-        retry=tenacity.retry_if_exception_type(SandboxError),
-        reraise=True,
-    )
     async def in_a_fresh_sandbox() -> tuple[Verdict, CommandResult | None]:
         return await run_solution(task, make_sandbox(task), oracle)
 
     try:
-        verdict, solved = await in_a_fresh_sandbox()
+        name = f'task {task.task_id}, sample {sample_id}'
+        verdict, solved = await with_retries(in_a_fresh_sandbox, name)
     except Exception as error:  # one bad task never ends a check, whatever is wrong with it
         reason = ' '.join(str(error).split()) or type(error).__name__
         return Outcome(task.task_id, sample_id, 0.0, Status.INFRA_ERROR, entry.printable(reason))

@@ -43,6 +43,10 @@ class SandboxError(RuntimeError):
     """The sandbox itself failed: the episode is an INFRA_ERROR, not the agent's fault."""
 
 
+class SandboxUnavailable(SandboxError):
+    """No sandbox of any task can be made for now: the engine that makes them does not answer."""
+
+
 class Sandbox(Protocol):
     """One machine for one episode of one task.
 

@@ -22,7 +22,7 @@ import docker
 import requests
 import urllib3
 
-from echo_jax.sandbox import SandboxError, channels
+from echo_jax.sandbox import SandboxError, SandboxUnavailable, channels
 
 _CALLS_AT_ONCE = 8  # the engine itself works on few things at a time
 FAILURES = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError)
@@ -66,13 +66,22 @@ class Engine:
         }
 
     def blocking(self, function: Callable, *arguments, **keywords):
-        """`function(...)`, with the engine's failures as SandboxError. NotFound passes through."""
+        """`function(...)`, with the engine's failures as SandboxError, and as SandboxUnavailable if
+        the engine is gone. NotFound passes through.
+        """
         try:
             return function(*arguments, **keywords)
         except docker.errors.NotFound:
             raise
         except FAILURES as error:
-            raise SandboxError(f'Docker engine {self.url}: {brief(error)}') from None
+            kind = SandboxError if self._answers() else SandboxUnavailable
+            raise kind(f'Docker engine {self.url}: {brief(error)}') from None
+
+    def _answers(self) -> bool:
+        try:
+            return self.client.ping()
+        except FAILURES:
+            return False
 
     def submit(self, function: Callable, *arguments, **keywords) -> concurrent.futures.Future:
         return self._pool.submit(self.blocking, function, *arguments, **keywords)

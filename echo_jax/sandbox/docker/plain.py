@@ -24,7 +24,14 @@ import time
 
 import docker
 
-from echo_jax.sandbox import CommandResult, SandboxError, Verdict, channels, read_script
+from echo_jax.sandbox import (
+    CommandResult,
+    SandboxError,
+    SandboxUnavailable,
+    Verdict,
+    channels,
+    read_script,
+)
 from echo_jax.sandbox.docker import containers, engine, verify
 from echo_jax.sandbox.docker.images import Image, Images
 from echo_jax.sandbox.docker.shell import ContainerSandbox
@@ -71,6 +78,8 @@ class PlainSandbox(ContainerSandbox):
     async def start(self) -> None:
         try:
             await super().start()
+        except SandboxUnavailable:
+            raise
         except SandboxError as error:
             if self._draining is None or self._draining.cancelled():
                 raise
