@@ -5,7 +5,7 @@ import glob
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ def leads() -> bool:
 
 
 @contextlib.contextmanager
-def leader_first(what: str) -> Iterator[None]:
+def leader_first(what: str) -> Generator[None]:
     """Lets the first process go through the block, and then all others; all must call it.
 
     `what` is the name under which they wait for each other.

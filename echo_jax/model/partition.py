@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -44,7 +44,7 @@ _LAYOUT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar('layout'
 
 
 @contextlib.contextmanager
-def use(layout: Layout) -> Iterator[None]:
+def use(layout: Layout) -> Generator[None]:
     """Makes `layout` that of all functions that are traced inside the block."""
     token = _LAYOUT.set(layout)
     try:

@@ -8,7 +8,7 @@ import collections
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 _RECENT_SECONDS = 60.0  # what the newest rates and shares are of, at least
@@ -49,7 +49,7 @@ class Meter:
         self._reads = collections.deque([self._totals])
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self) -> Generator[None]:
         """Holds a turn, from its entry into the engine to its end."""
         self._change(turns=1)
         try:
@@ -58,7 +58,7 @@ class Meter:
             self._change(turns=-1)
 
     @contextlib.contextmanager
-    def still(self) -> Iterator[None]:
+    def still(self) -> Generator[None]:
         """Holds the time in which a swap lets the engine sample nothing."""
         self._change(stills=1)
         try:

@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 import numpy as np
@@ -250,7 +250,7 @@ class VllmPolicy:
         self.engine.shutdown()
 
     @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def _turn(self) -> AsyncGenerator[None]:
         """Holds one turn: it waits for a slot, and while a swap needs the engine empty."""
         async with self._slots:
             while not self._open.is_set():
@@ -303,7 +303,7 @@ class VllmPolicy:
                 raise _STORE_ERRORS.get(error, PolicyError)(message)
 
     @contextlib.asynccontextmanager
-    async def _paused(self, mode: str) -> AsyncIterator[None]:
+    async def _paused(self, mode: str) -> AsyncGenerator[None]:
         """Has the engine sample nothing; by mode, the turns that run wait ('keep') or 'abort'."""
         try:
             await self.engine.pause_generation(mode=mode, clear_cache=False)

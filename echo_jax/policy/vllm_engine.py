@@ -5,7 +5,7 @@ It imports vLLM inside functions, because programs without it import `vllm.py` t
 
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from echo_jax.policy import PolicyError, vllm_rank
 
@@ -100,7 +100,7 @@ async def request(
 
 
 @contextlib.asynccontextmanager
-async def engine_errors() -> AsyncIterator[None]:
+async def engine_errors() -> AsyncGenerator[None]:
     """Raises PolicyError in the place of the errors of an engine that failed."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags
@@ -175,7 +175,7 @@ def _innermost(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _one_line(*expected: type[Exception]) -> Iterator[None]:
+def _one_line(*expected: type[Exception]) -> Generator[None]:
     try:
         yield
     except KeyboardInterrupt:

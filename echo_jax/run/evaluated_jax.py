@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import jax
 import ml_collections
@@ -18,7 +18,7 @@ from echo_jax.store.weights import WeightStore
 
 
 @contextlib.asynccontextmanager
-async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIterator[Opened]:
+async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncGenerator[Opened]:
     """The model of `place.in_recipe`. Raises ValueError if its weights are not there."""
     model = ShardedModel.of(config)
     policy = JaxPolicy(

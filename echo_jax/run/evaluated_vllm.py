@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import ml_collections
 import numpy as np
@@ -17,7 +17,7 @@ from echo_jax.types import Batch
 
 
 @contextlib.asynccontextmanager
-async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncIterator[Opened]:
+async def open_model(place: Place, config: ml_collections.ConfigDict) -> AsyncGenerator[Opened]:
     """The directory that `place` names, or the newest weights of a run whose workers have vLLM.
 
     Raises ValueError if the run's weights are not for an engine, PolicyError if vLLM refuses them.

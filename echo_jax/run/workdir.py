@@ -22,7 +22,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import ml_collections
 import tensorstore as ts
@@ -290,7 +290,7 @@ def _cache() -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def unpacked(work: Workdir | None) -> Iterator[pathlib.Path]:
+def unpacked(work: Workdir | None) -> Generator[pathlib.Path]:
     """The folder for the archives of a .parquet: the run's, or one that is removed afterwards."""
     if work is not None:
         yield work.path / 'tasks' / 'unpacked'

@@ -9,7 +9,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Index:
         return self._stores[name]
 
     @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
+    def following(self) -> Generator[None]:
         """Reads in a thread, and goes on for as long as the block runs."""
         # A daemon thread that is inside TensorStore as Python ends would abort the process.
         thread = threading.Thread(target=self._follow, name='index')

@@ -12,7 +12,7 @@ import pathlib
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import transformers
 
@@ -147,7 +147,7 @@ class Site:
         self.runs = [Run(place, name) for place, name in zip(places, names)]
 
     @contextlib.contextmanager
-    def following(self) -> Iterator[None]:
+    def following(self) -> Generator[None]:
         """Reads the runs, as they go on, for as long as the block runs."""
         with contextlib.ExitStack() as indexes:
             for run in self.runs:

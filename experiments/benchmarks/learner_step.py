@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from unittest import mock
 
 import jax
@@ -111,7 +111,7 @@ def our_step(sharded: learner_step.ShardedModel, params, batch: Batch) -> Step:
 
 
 @contextlib.contextmanager
-def peer(args, config, batch: Batch, sharded, params) -> Iterator[Callable[[str], dict]]:
+def peer(args, config, batch: Batch, sharded, params) -> Generator[Callable[[str], dict]]:
     """`ask('step' | 'products')` of the peer's process, which has the same model and batch."""
     python = args.tunix_python if args.against == 'tunix' else sys.executable
     script = pathlib.Path(__file__).with_name('peer_step.py')

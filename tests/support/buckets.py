@@ -3,13 +3,13 @@
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from tests.support.small_run import ROOT
 
 
 @contextlib.contextmanager
-def serving(*flags: str) -> Iterator[dict[str, str]]:
+def serving(*flags: str) -> Generator[dict[str, str]]:
     """What is in the environment of a process that finds the server, with the bucket `bucket`."""
     command = [sys.executable, 'tests/support/gcs_server.py', *flags, 'bucket']
     with subprocess.Popen(

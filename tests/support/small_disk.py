@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
@@ -41,7 +41,7 @@ class SmallDisk:
 
 
 @contextlib.contextmanager
-def small_disk(path: pathlib.Path) -> Iterator[SmallDisk]:
+def small_disk(path: pathlib.Path) -> Generator[SmallDisk]:
     path.mkdir()
     command = ['mount', '-t', 'tmpfs', '-o', 'size=256M', 'tmpfs', path]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -2,14 +2,14 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from echo_jax.viewer.server import link, listen, make_server
 from echo_jax.viewer.site import Site
 
 
 @contextlib.contextmanager
-def serving(places: Sequence[str], token: str = '', host: str = '127.0.0.1') -> Iterator[str]:
+def serving(places: Sequence[str], token: str = '', host: str = '127.0.0.1') -> Generator[str]:
     """The link that the program prints; the runs are read as the program reads them."""
     site = Site([str(place) for place in places])
     with listen(host, 0) as listening, site.following():
