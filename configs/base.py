@@ -25,18 +25,18 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # Every random number of the run is derived from this one.
     c.seed = 0
     # The number of steps of reinforcement learning, a batch each. The released code takes 2 epochs
-    # of 8,770 tasks, 548 whole batches each. The paper's runs take 500 to 1,000, and ECHO is at its
-    # best at 240.
+    # of 8,770 tasks, 548 whole batches each. The paper's runs take 500 to 1,000; with 8B, ECHO is
+    # after 240 where GRPO is at its best, after 460.
     c.num_steps = 1096
     # How often training goes through its tasks, which gives the number of steps in the place of
     # `num_steps`: an epoch has as many as there are whole batches of `batch.groups` tasks.
     c.num_epochs = placeholder(int)
     # The number of rollouts of one task that are drawn together and whose rewards are compared.
     c.group_size = 16
-    # How many updates the weights that sample a token may be behind the weights that it trains.
-    # Above 0, workers draw groups while the learner learns, and a step takes the oldest groups that
-    # are whole and waits for no other. With `policy.backend = 'jax'` it is 0, or 1: the groups of
-    # the next step are drawn while this one is learned.
+    # How many steps the weights that sample a token may be behind the weights that it trains. Above
+    # 0, workers draw groups while the learner learns, and a step takes the oldest groups that are
+    # whole and waits for no other, unless `batch.stragglers = 'wait'`. With `policy.backend =
+    # 'jax'` it is 0, or 1: the groups of the next step are drawn while this one is learned.
     c.max_staleness = 0
 
     # How the rollouts of a step become the rows of a batch; see docs/design.md#batch.
@@ -49,9 +49,9 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The seconds that a worker may take to draw a group, before it is dropped; 0 is no limit. For
     # workers alone.
     c.batch.deadline_sec = 0.0
-    # What a step does about groups that get too old for `max_staleness`: 'drop', it goes on, and
-    # others take their place; 'wait', it waits while one would get too old for the steps after it,
-    # so that none is dropped and long episodes count as much as short ones.
+    # What a step does about groups that get too old for `max_staleness`: 'drop', it drops them, and
+    # others take their place; 'wait', it waits for a group that would be too old for every later
+    # step, so that none is dropped for its age, and long episodes count as much as short ones.
     c.batch.stragglers = 'drop'
     # The number of tokens of one row, at least `protocol.max_total_tokens`. The default is 34,096
     # rounded up to whole blocks of the attention kernel, 68 x 512.
@@ -83,7 +83,7 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.loss.env_schedule.name = 'constant'
     # The coefficient that 'linear' goes to.
     c.loss.env_schedule.end = 0.0
-    # For 'steps': the numbers of updates done at which the coefficient changes, which rise. Before
+    # For 'steps': the numbers of steps done at which the coefficient changes, which rise. Before
     # the first, it is `loss.env_coef`.
     c.loss.env_schedule.steps = ()
     # For 'steps': the coefficient from each of these on.
@@ -105,9 +105,9 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.loss.env_adaptive.high = 0.1
     # The tokens that the environment term learns: 'released', those that the paper's code learns;
     # 'output', only what the terminal wrote; 'warning', only format warnings;
-    # 'warning_and_released', both; 'observation', the whole message with its chat template; see
-    # docs/design.md#targets. The environment cross-entropy is measured on the same tokens, also
-    # with `loss.env_coef = 0`.
+    # 'warning_and_released', these and those of 'released'; 'observation', the whole message with
+    # its chat template; see docs/design.md#targets. The environment cross-entropy is measured on
+    # the same tokens, also with `loss.env_coef = 0`.
     c.loss.targets = 'released'
     # The number of these tokens of each turn's observation that are learned, the first; 0 is no
     # limit.
@@ -167,11 +167,11 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # one only if a step has several updates; 'rollout', that which the sampler gave.
     c.loss.old_logprobs = 'current'
     # How a token's policy term is corrected for the difference between the learner's probabilities
-    # and the sampler's: 'none'; 'token', times the ratio of the two, up to a cap; 'sequence', times
-    # the ratio of the whole rollout, up to a cap; 'mask', tokens of a far-off ratio are left out;
-    # 'icepop', the same, and the others are times their ratio; 'geometric', rollouts are left out
-    # whose tokens' ratios have a far-off geometric mean. `loss.policy = 'gspo'` allows only those
-    # of a whole rollout.
+    # and the sampler's: 'none'; 'token', it is multiplied by the ratio of the two, up to a cap;
+    # 'sequence', by the ratio of the whole rollout, up to a cap; 'mask', tokens of a far-off ratio
+    # are left out; 'icepop', the same, and the tokens that stay are multiplied by their ratio;
+    # 'geometric', a rollout is left out if the geometric mean of its tokens' ratios is far off.
+    # `loss.policy = 'gspo'` allows only those of a whole rollout.
     c.loss.mismatch = 'none'
     # The cap of the ratio of `loss.mismatch`, at least 1. 'mask', 'icepop' and 'geometric' leave
     # out what is above the cap or below 1 / cap.
@@ -197,7 +197,9 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.loss.count_infra_errors = False
     # What happens to a group of equal rewards, from which the policy term learns nothing: 'keep',
     # it counts in N and trains the environment term; 'drop', it counts in the environment term
-    # alone; 'redraw', a group of another task takes its place. See docs/design.md#eligibility.
+    # alone; 'redraw', a group of another task takes its place, which is refused if groups may be
+    # late (workers with `max_staleness`, `batch.oversample` or `batch.deadline_sec`). See
+    # docs/design.md#eligibility.
     c.loss.equal_groups = 'keep'
     # The number of tasks that one step may draw in the place of such groups, at most.
     c.loss.redraw_limit = 16
@@ -332,13 +334,14 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.optimizer.name = 'adamw'
     # The learning rate after the warm-up.
     c.optimizer.learning_rate = 1e-6
-    # The number of steps in which the learning rate rises to `learning_rate` linearly.
+    # The number of updates in which the learning rate rises to `learning_rate` linearly. A step has
+    # `batch.updates` x `batch.epochs` of them.
     c.optimizer.warmup_steps = 20
-    # Where that rise begins: 'zero', the first step's rate is 0, so that it changes nothing, as in
-    # the released code; 'one', at one part of `warmup_steps` + 1, so that no step is lost.
+    # Where that rise begins: 'zero', the first update's rate is 0, so that it changes nothing, as
+    # in the released code; 'one', at one part of `warmup_steps` + 1, so that no update is lost.
     c.optimizer.warmup_from = 'zero'
-    # The number of steps after the warm-up in which the learning rate falls linearly to a tenth; 0
-    # means that it stays.
+    # The number of updates after the warm-up in which the learning rate falls linearly to a tenth;
+    # 0 means that it stays.
     c.optimizer.decay_steps = 0
     # The decay of AdamW's average of the gradients.
     c.optimizer.b1 = 0.9
@@ -359,8 +362,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     c.policy.temperature = 0.8
     # The number of episodes that one engine samples together, at least a whole group.
     c.policy.slots = 256
-    # The seconds after which others draw the groups of a worker that has died. A worker that lives
-    # says so three times as often.
+    # The seconds after which others draw the groups of a worker that has died. A worker that is
+    # alive renews its claims three times in this time.
     c.policy.lease_sec = 60.0
     # What new weights do to the turns that a worker samples: 'recompute', the turns pause while the
     # weights load, are read again by the new weights, and go on; 'keep', they go on at once, with
@@ -389,7 +392,10 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
     # The number of processes of one sandbox, at most.
     c.sandbox.processes = 512
     # The number of CPUs of one sandbox. None is what the task names, as it is for the next four
-    # keys; what neither names is not limited.
+    # keys. If neither names a limit, there is none for the CPUs, and none for the memory of
+    # 'docker' and 'harbor'; the memory is 1,024 MiB with 'local' and with `sandbox.hardening =
+    # 'strict'`; the disk is 10 GiB with 'docker', 1 GiB with 'strict', 256 MiB with 'local'; agent
+    # and tests have 600 seconds each.
     c.sandbox.cpus = placeholder(float)
     # The memory in MiB of a whole sandbox with 'docker' and 'harbor', of each process with 'local'.
     c.sandbox.memory_mb = placeholder(int)
@@ -421,7 +427,8 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
 
     # What is worked on; see docs/protocol.md#tasks.
     c.tasks = ml_collections.ConfigDict()
-    # The training tasks: folders of Harbor tasks or .parquet files, with commas between them.
+    # The training tasks: folders of Harbor tasks, .parquet files or a registry.json of Harbor's,
+    # with commas between them.
     # ':environment_only' after one keeps its tasks out of the policy term, and their tests are not
     # run. If this is empty, tasks are generated into the workdir.
     c.tasks.train = ''
@@ -486,13 +493,13 @@ def get_config(variant: str = 'echo') -> ml_collections.ConfigDict:
 
     # What a run writes down for people.
     c.logging = ml_collections.ConfigDict()
-    # The number of steps, the newest, of whose tokens the learner's log-probabilities and entropies
-    # are kept for the viewer, 6 bytes a token; 0 keeps none. They are those of the pass that the
+    # The learner's log-probabilities and entropies are kept for the viewer for the tokens of so
+    # many of the newest steps, 6 bytes a token; 0 keeps none. They are those of the pass that the
     # step learns from, and cost no other.
     c.logging.scores = 20
-    # The number of steps, the newest, whose rollouts are kept, and the evaluations between them;
-    # None keeps all. What steps after the oldest save trained on stays in any case, because a
-    # resumed run may need it; so do the held-out rollouts from before and after training.
+    # The rollouts of so many of the newest steps are kept, and those of the evaluations between
+    # these steps; None keeps all. What steps after the oldest save trained on stays in any case,
+    # because a resumed run may need it; so do the held-out rollouts from before and after training.
     c.logging.rollouts = placeholder(int)
     # The project of Weights & Biases that the metrics go to, with the package wandb. If this is
     # empty, none do.

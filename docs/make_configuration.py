@@ -35,8 +35,9 @@ This page lists every key of a recipe. It is made from [configs/base.py](../conf
 `python -m docs.make_configuration`: change the comments there.
 
 A recipe is a Python file whose `get_config()` takes the defaults of `configs/base.py` and changes
-some. `--config=FILE` names it, `--config=FILE:grpo` names its variant without the environment term,
-and `--config.KEY=VALUE` changes one key for one run. A tuple is written as in Python:
+some. `--config=FILE` names it, `--config=FILE:grpo` names its variant without the environment term
+(configs/machine.py and configs/qwen3_8b.py list the others that they have), and
+`--config.KEY=VALUE` changes one key for one run. A tuple is written as in Python:
 `--config.warm_start.habits="('solve',)"`.
 
 A key that does not exist is refused. So is a key that is set although it can have no effect with

@@ -45,7 +45,7 @@ _MODEL = flags.DEFINE_string('model', '', 'Run or Hugging Face directory; none: 
 _STEP = flags.DEFINE_integer('step', None, 'Saved step of the run; none: its newest weights.')
 _POLICY = flags.DEFINE_enum('policy', 'jax', ['jax', 'vllm'], 'What samples and scores.')
 _TASKS = flags.DEFINE_string(
-    'tasks', '', "Directory or .parquet of tasks, or several with commas; else a run's held-out."
+    'tasks', '', "Folder, .parquet or registry.json, several with commas; none: a run's held-out."
 )
 _AGENT = flags.DEFINE_enum('agent', 'policy', ['policy', 'oracle', 'nop'], 'Who acts.')
 _SAMPLES = flags.DEFINE_integer(

@@ -119,6 +119,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     programs = Programs(options.folder / 'xla')
     with contextlib.closing(programs), docker_engine.running() as daemon:
+        expect(daemon.process, f'{daemon.url} is no engine to kill: set DOCKER_HOST=unix:///none')
         undisturbed = options.folder / 'undisturbed'
         if options.staleness == 0 and not (undisturbed / 'summary.json').exists():
             disturb(programs, undisturbed, daemon, options, kills=0)

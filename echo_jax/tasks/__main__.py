@@ -39,7 +39,7 @@ from echo_jax.types import Task
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Folder of the run that will use the tasks.')
 _TASKS = flags.DEFINE_string(
-    'tasks', '', 'Directory or .parquet of tasks, or several with commas; else those of a run.'
+    'tasks', '', 'Folder, .parquet or registry.json, several with commas; none: those of a run.'
 )
 _PARQUET = flags.DEFINE_string('parquet', '', 'File to pack the tasks into.')
 _BUILD = flags.DEFINE_bool('build', False, 'Build the images of the tasks.')
