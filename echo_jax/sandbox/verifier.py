@@ -6,7 +6,6 @@ share only how a reward is read.
 """
 
 import json
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Protocol
@@ -17,6 +16,7 @@ from echo_jax.types import Status, Task
 # Of a reward file; more is no reward. With the tests' output it fits in the MiB of output that a
 # sandbox keeps of one command.
 MAX_REWARD_BYTES = 1_000_000
+MAX_REWARD = 1e12  # in size: the squares of some have to fit into the numbers of a step
 OUTPUT_BYTES = 4_000  # of the tests' output, its end, that are kept
 _SETUP_SECONDS = 30.0
 
@@ -108,18 +108,16 @@ def parse_rewards(kind: str, text: str) -> dict[str, float]:
     if not isinstance(values, dict) or not values:
         raise ValueError(f'{file} holds {str(values)[:60]}; expected a table of numbers')
     for key, value in values.items():
-        if not isinstance(value, (int, float)) or not _is_finite(value):  # true is 1, as in Harbor
+        if not isinstance(value, (int, float)):  # true is 1, as in Harbor
             raise ValueError(f'{file}: {key[:60]} is {str(value)[:60]}; expected a finite number')
+        if not abs(value) <= MAX_REWARD:  # nor if it is not a number
+            raise ValueError(
+                f'{file}: {key[:60]} is {str(value)[:60]}; expected a finite number, from '
+                f'{-MAX_REWARD:g} to {MAX_REWARD:g}'
+            )
     return {key: float(value) for key, value in values.items()}
 
 
 def overall(rewards: dict[str, float]) -> float:
     """One number of several: `reward` if it is among them, else their mean."""
     return rewards.get('reward', sum(rewards.values()) / len(rewards))
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
-        return False

@@ -70,6 +70,7 @@ def test_rewards(make_task, test_sh, rewards, reward):
         ('echo nan > $R', 'reward is nan; expected a finite number'),
         ('echo -inf > $R', 'reward is -inf; expected a finite number'),
         ('echo 1e999 > $R', 'reward is inf; expected a finite number'),
+        ('echo 1e308 > $R', 'reward is 1e+308; expected a finite number, from -1e+12 to 1e+12'),
         ('echo passed > $R', 'reward.txt is no number or JSON'),
         ('echo 1 1 > $R', 'reward.txt is no number or JSON'),
         ('head -c 1000001 /dev/zero | tr "\\0" 1 > $R', 'reward.txt has over 1000000 bytes'),
