@@ -80,7 +80,8 @@ class Learner:
         done: int,
     ) -> None:
         """Writes the scores of each mini-batch by rollout, and removes the oldest: as many groups
-        are kept as `logging.scores` steps have.
+        are kept as `logging.scores` steps have, and as can be in flight beside them, since a slow
+        group has a low number.
 
         A rollout that no update learned from has none, nor has one whose scores are not finite: if
         that ends the run, its metrics say so.
@@ -96,7 +97,9 @@ class Learner:
                     samples[rollout.sample_id] = TokenScores(*arrays)
         for group_id, samples in groups.items():
             store.write_group(group_id, samples)
-        newest = store.groups()[-self._config.logging.scores * self._config.batch.groups :]
+        config = self._config
+        steps = config.logging.scores + config.max_staleness
+        newest = store.groups()[-(steps * config.batch.groups + config.batch.oversample) :]
         store.keep(min(newest, default=0))
 
     def _less_kl(self, rollouts: Sequence[Rollout], targets: Sequence[Targets]) -> list[Rollout]:
