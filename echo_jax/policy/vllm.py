@@ -213,14 +213,15 @@ class VllmPolicy:
         of which is 0. A swap that did not take is done once more, in an engine that is empty. If
         that does not take either, PolicyError is raised, and `generate` raises it too until a later
         `load` succeeds. MissingError, CorruptError and the ValueError for an `about` that is not
-        understood come before anything has changed, and the version before goes on sampling.
+        understood come before anything has changed, and the version before goes on sampling; but if
+        the store fails as a swap is done once more, turns wait for the next `load`.
         """
         async with self._loading, vllm_engine.engine_errors():
             about = await asyncio.to_thread(self._store.about, version)
             check_about(about, version)
             started = time.monotonic()
             await self._fetch(version, about['arrays'])
-            read = time.monotonic()
+            read, is_proven = time.monotonic(), True
             try:
                 if self._swap_mode == 'drain' or self._refusal:  # or nothing can run
                     self._open.clear()
@@ -235,10 +236,15 @@ class VllmPolicy:
                     await self._empty()
                     # It is fetched and loaded as a whole: that alone mends half an update.
                     with self.meter.still():
-                        await self._fetch(version, about['arrays'])
+                        try:
+                            await self._fetch(version, about['arrays'])
+                        except (MissingError, CorruptError):
+                            is_proven = False
+                            raise
                         tried = await self._try(version, about['probe'])
             finally:
-                self._open.set()
+                if is_proven:
+                    self._open.set()
             if tried.problem:
                 raise PolicyError(self._refusal)
             seconds = read - started, still - read, tried.loaded - still

@@ -76,7 +76,9 @@ class Rounds:
         for number in range(done + len(self._posted), last + 1):
             position, drawn = self._tasks.get_state(), next(self._tasks)
             first = number * groups_of_step(config)
-            due = due_groups(config, [task.task_id for task in drawn], first, done)
+            # Those that a resumed run posts at once are drawn as if it had posted them in time.
+            version = max(number - config.max_staleness, 0)
+            due = due_groups(config, [task.task_id for task in drawn], first, version)
             self._posted.append((position, due))
             self._source.post(due)
         groups = self._source.wait(self._posted[0][1])
@@ -120,6 +122,7 @@ class InFlight:
         self._next = 0  # the number of the next new group
         self._whole: dict[int, list[Rollout]] = {}
         self._chosen: list[int] = []
+        self._dropped: list[int] = []  # for the next step
 
     def draw(self, done: int) -> tuple[list[Rollout], dict[str, float]]:
         if not self._is_told:
@@ -129,13 +132,14 @@ class InFlight:
         self.post(done)
         row = distributed.leader_says(self._ledger.find(done + 1))
         if row is None:
-            dropped = self._wait(done)
+            self._wait(done)
             oldest_first = sorted(self._whole, key=lambda i: (_oldest(self._whole[i], done), i))
             self._chosen = oldest_first[: self._config.batch.groups]
-            self._ledger.write(done + 1, self._chosen, dropped)
+            self._ledger.write(done + 1, self._chosen, self._dropped)
         else:  # the run was killed in this step or after it, and does the same again
-            dropped, self._chosen = row['dropped'], row['groups']
-            self._drop(dropped, done)
+            self._chosen = row['groups']
+            self._drop_again(row['dropped'], done)
+            self._expect_posted(self._chosen, done)
             unread = [i for i in self._chosen if i not in self._whole]
             if unread:
                 self._whole |= zip(unread, self._arrivals.wait_for(self._posted, unread))
@@ -143,7 +147,7 @@ class InFlight:
         posted = sum(len(due.group_ids) for due in self._posted)
         values = {
             'rollout/in_flight_groups': float(posted - len(self._chosen)),
-            'rollout/late_groups': float(len(dropped)),
+            'rollout/late_groups': float(len(self._dropped)),
             'rollout/waiting_groups': float(len(self._whole) - len(self._chosen)),
         }
         return [rollout for i in self._chosen for rollout in self._whole[i]], values
@@ -163,23 +167,25 @@ class InFlight:
 
     def trained(self) -> None:
         self._remove(self._chosen)
+        self._dropped = []
 
     def get_state(self) -> dict[str, Any]:
         return {
             'tasks': self._tasks.get_state(),
             'next': self._next,
             'posted': [dataclasses.asdict(due) for due in self._posted],
+            'dropped': list(self._dropped),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._tasks.set_state(state['tasks'])
         self._next = state['next']
         self._posted = [DueGroups.of(each) for each in state['posted']]
+        self._dropped = list(state.get('dropped', []))  # checkpoints of earlier code have none
         self._is_told = False
 
-    def _wait(self, done: int) -> list[int]:
-        """Returns, when enough groups are whole, those that it dropped meanwhile."""
-        all_dropped: list[int] = []
+    def _wait(self, done: int) -> None:
+        """Returns when enough groups are whole. Meanwhile it drops those that come too late."""
         oldest = done - self._config.max_staleness
         is_enough = must_wait = False  # at first, so that an older group that is whole goes first
         while not is_enough:
@@ -187,14 +193,11 @@ class InFlight:
             self._whole |= zip(arrived, self._arrivals.read('train', arrived))
             versions = {i: _oldest(group, done) for i, group in self._whole.items()}
             stale = [i for i, version in versions.items() if version < oldest]
-            dropped = sorted({*stale, *late})
-            self._drop(dropped, done)
-            all_dropped += dropped
+            self._drop(sorted({*stale, *late}), done)
             is_enough, must_wait = len(self._whole) >= self._config.batch.groups, True
             if self._config.batch.stragglers == 'wait':
                 whole = [versions[i] for i in self._whole]
                 is_enough = is_enough and self._leaves_time(whole, begun.values(), done)
-        return all_dropped
 
     def _leaves_time(self, whole: Collection[int], begun: Collection[int], done: int) -> bool:
         """Whether what is whole now holds all that this step has to take, so that no other group
@@ -219,7 +222,30 @@ class InFlight:
             numbers = ', '.join(map(str, group_ids))
             report.CONSOLE.print(f'step {done + 1}: groups {numbers} came too late and are dropped')
             self._remove(group_ids)
+            self._dropped += group_ids
             self.post(done)
+
+    def _drop_again(self, group_ids: Sequence[int], done: int) -> None:
+        """Drops what a step has dropped by the ledger, among it groups that it posted itself in the
+        place of others.
+        """
+        while {*group_ids} - {*self._dropped}:
+            left = [i for i in group_ids if i not in self._dropped]
+            there = [i for i in left if i in self._in_flight()]
+            self._expect_posted(there or left, done)
+            self._drop(there, done)
+
+    def _in_flight(self) -> set[int]:
+        return {i for due in self._posted for i in due.group_ids}
+
+    def _expect_posted(self, group_ids: Sequence[int], done: int) -> None:
+        """Raises ValueError for groups that are not in flight: nobody would ever draw them."""
+        if unknown := sorted({*group_ids} - self._in_flight()):
+            raise ValueError(
+                f'{LEDGER}: step {done + 1} took groups {unknown}, which are not in flight after '
+                f'step {done}, so it does not belong to this checkpoint; remove its rows from step '
+                f'{done + 1} on'
+            )
 
     def _remove(self, group_ids: Sequence[int]) -> None:
         gone = set(group_ids)
@@ -238,11 +264,15 @@ class Ledger:
     """
 
     def __init__(self, work: Workdir):
-        if distributed.leads():
-            work.take(LEDGER)
         self._file, self._rows = work.path / LEDGER, {}
-        if distributed.leads() and self._file.exists():
+        if not distributed.leads():
+            return
+        local = self._file.read_text() if self._file.exists() else ''
+        if work.take(LEDGER):
             rows = read_ledger(self._file.read_text())
+            # A bucket has those up to the last save, of whichever machine the run was on.
+            last = max((row['step'] for row in rows), default=0)
+            rows += [row for row in read_ledger(local) if row['step'] > last]
             write_whole(self._file, ''.join(json.dumps(row) + '\n' for row in rows))
             self._rows = {row['step']: row for row in rows}
 

@@ -19,7 +19,7 @@ from echo_jax.run.workdir import Workdir
 from echo_jax.store.claims import Group, read_claims
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.rollouts import RolloutStore
-from echo_jax.store.weights import WeightStore
+from echo_jax.store.weights import UNREADABLE, WeightStore
 from echo_jax.types import Rollout
 
 _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
@@ -40,10 +40,19 @@ class Arrivals:
     A group that is damaged has not arrived: it is set aside, and workers draw it anew.
     """
 
-    def __init__(self, work: Workdir, stop: Stop, publish_again: Callable[[], None]):
-        """publish_again: every process calls it if a worker finds the newest weights damaged."""
+    def __init__(
+        self,
+        work: Workdir,
+        stop: Stop,
+        publish_again: Callable[[], None],
+        check_published: Callable[[], None],
+    ):
+        """publish_again: every process calls it if the newest weights are damaged.
+        check_published: raises if the weights that workers wait for could not be written.
+        """
         self.due = DueStore(work.url('fleet'))
-        self._work, self._stop, self.publish_again = work, stop, publish_again
+        self._work, self._stop = work, stop
+        self.publish_again, self._check_published = publish_again, check_published
         self._weights = WeightStore(work.url('weights'))
         self._claimed: dict[int, float] = {}  # when a claim was seen first, by time.monotonic()
         self._groups: dict[Group, list[Rollout]] = {}  # read, and not asked for yet
@@ -51,6 +60,7 @@ class Arrivals:
         self._ahead: dict[str, list[int]] = {}  # what is read ahead, by store
         self._reader: threading.Thread | None = None
         self._closed = threading.Event()
+        self._sound: set[str] = set()  # attempts at weights that were read here, and are right
 
     def post(self, due: DueGroups) -> None:
         if distributed.leads():
@@ -104,7 +114,7 @@ class Arrivals:
             arrived, late, begun, is_damaged = seen
             if not is_damaged:
                 return Seen(arrived, late, dict(begun))
-            report.CONSOLE.print('a worker finds the newest weights damaged; they go out again')
+            report.CONSOLE.print('the newest weights are damaged; they go out again')
             self.publish_again()
 
     def read(self, store: str, group_ids: Sequence[int]) -> list[list[Rollout]]:
@@ -173,6 +183,7 @@ class Arrivals:
         wanted = [(due.store, [i for i in due.group_ids if i not in known]) for due in posted]
         told = asked = time.monotonic()
         while not self._stop.requested:
+            self._check_published()
             arrived, missing = [], set()
             for store, group_ids in wanted:
                 with self._lock:
@@ -186,6 +197,7 @@ class Arrivals:
             if now - asked > _REPORTS_SECONDS:
                 if self._is_damaged():
                     return [], [], [], True
+                self._post_again(posted)
                 asked = now
             if now - told > _SILENCE_SECONDS:
                 report.CONSOLE.print(self._silence(posted, len(missing)))
@@ -194,10 +206,37 @@ class Arrivals:
         return None
 
     def _is_damaged(self) -> bool:
-        """Whether a worker says of the newest weights that it cannot read them."""
+        """Whether the newest weights are damaged. They are read here if a worker says so: if they
+        are sound, the fault is that worker's, and no other shall have to read them again.
+        """
         newest = self._weights.newest()
-        named = {document.get('damaged') for document in self.due.reports()}
-        return newest is not None and newest[1] in named
+        if newest is None or newest[1] in self._sound:
+            return False
+        version, attempt = newest
+        named = [each['worker'] for each in self.due.reports() if each.get('damaged') == attempt]
+        if not named and attempt != UNREADABLE:
+            return False
+        if not self._weights.is_sound(version):
+            return True
+        self._sound.add(attempt)
+        report.CONSOLE.print(
+            f'{", ".join(named)} cannot read version {version} of the weights, but it is sound: '
+            'look at the network and the disk of that machine',
+            soft_wrap=True,
+        )
+        return False
+
+    def _post_again(self, posted: Sequence[DueGroups]) -> None:
+        """Posts what workers cannot see although it is due, since its document is damaged."""
+        visible = set(self.due.listed())
+        for due in posted:
+            if due not in visible:
+                report.CONSOLE.print(
+                    f'groups {due.first_group} and on of {due.store}: what was posted is damaged '
+                    'or gone; it is posted again',
+                    soft_wrap=True,
+                )
+                self.due.post(due)
 
     def _begun(self, missing: Set[int], oldest: int) -> tuple[list[int], dict[int, int]]:
         """Of the missing groups of training: those that were claimed too long ago, and the version

@@ -23,6 +23,11 @@ class Publishing:
         self.wait()
         self._last = self._pool.submit(write)
 
+    def check(self) -> None:
+        """Raises what went wrong, if something did by now."""
+        if self._last is not None and self._last.done():
+            self._last.result()
+
     def wait(self) -> None:
         """Returns when everything that was begun is out; raises what went wrong."""
         if self._last is not None:

@@ -56,4 +56,6 @@ def go_on(work: Workdir, done: int, num_steps: int) -> None:
         store = RolloutStore(work.url('rollouts', 'heldout_after'))
         store.remove(store.groups())
         work.remove('summary.json', 'curves.png')
-    WeightStore(work.url('weights')).rewind(done)
+    # The embedded policy reads them as they are published: so the newest are never damaged ones.
+    last = done if work.config.policy.backend == 'vllm' else done - 1
+    WeightStore(work.url('weights')).rewind(last)

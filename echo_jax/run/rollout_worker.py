@@ -63,7 +63,8 @@ class RolloutWorker:
         self._sandboxes = asyncio.Semaphore(config.sandbox.at_once)
         self._loading = asyncio.Lock()
         self._loaded: tuple[int, str] | None = None
-        self._damaged = ''  # the attempt at a version that could not be read
+        self._damaged = ''  # the attempt at a version that could not be read, which is tried again
+        self._read_again = 0.0  # at this time.monotonic(): the fault may be this machine's
         self._tasks: dict[str, dict[str, Task]] = {}
         self._claims = Claims(self._due.url, name, config.policy.lease_sec)
         # The episodes that keep engine and sandboxes busy, and how many run or wait to begin.
@@ -85,11 +86,13 @@ class RolloutWorker:
     async def _take_newest(self) -> None:
         async with self._loading:
             newest = await asyncio.to_thread(self._weights.newest)
-            if newest is None or newest == self._loaded or newest[1] == self._damaged:
+            if newest is None or newest == self._loaded:
+                return
+            if newest[1] == self._damaged and time.monotonic() < self._read_again:
                 return
             try:
                 await self._policy.load(newest[0])
-                self._loaded = newest
+                self._loaded, self._damaged = newest, ''
                 self._swaps['swaps'] += 1
                 for cost in _COSTS:
                     self._swaps[f'total_{cost}'] += getattr(self._policy.swap, cost)
@@ -97,7 +100,7 @@ class RolloutWorker:
                 pass  # a version that is missing by now was collected, because there is a newer one
             except CorruptError as error:
                 logging.error('%s; the learner is asked for it again', error)
-                self._damaged = newest[1]
+                self._damaged, self._read_again = newest[1], time.monotonic() + AVOIDED_SECONDS
 
     async def serve(self) -> None:
         """Draws the groups that are due and that no other worker draws, until the learner finishes.
@@ -162,6 +165,7 @@ class RolloutWorker:
                     group, max(version, due.version)
                 ):
                     return due, group
+            self._claims.forget({group for _, group in claimed})
             self._looked = now
         return None
 

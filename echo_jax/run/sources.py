@@ -157,8 +157,12 @@ class EmbeddedSource:
         self, assignments: list[tuple[int, Task]], store: RolloutStore, due: DueGroups
     ) -> None:
         await asyncio.to_thread(self._publishing.wait)
-        params = model_params.unflatten(self._model.abstract, self._weights.read(due.version))
-        await self._policy.load(jax.device_put(params, self._model.placed), due.version)
+        # A run that was resumed may lack the version before that of its state.
+        version = min(
+            (v for v in self._weights.versions() if v >= due.version), default=due.version
+        )
+        params = model_params.unflatten(self._model.abstract, self._weights.read(version))
+        await self._policy.load(jax.device_put(params, self._model.placed), version)
         await self._draw(assignments, store, group_size=due.group_size, temperature=due.temperature)
 
     def close(self) -> None:
@@ -192,7 +196,7 @@ class WorkerSource:
         self._serving = model.serving()
         self._publishing = Publishing()
         self._published: tuple[nnx.State, int] | None = None  # the newest weights
-        self.arrivals = Arrivals(work, stop, self._publish_again)
+        self.arrivals = Arrivals(work, stop, self._publish_again, self._publishing.check)
         self._score, self._lease_sec = model.score(), config.policy.lease_sec
         length = min(PROBE_TOKENS, config.batch.seq_len)
         self._probe = np.asarray(probe[:length], np.int32)

@@ -14,10 +14,10 @@ import pathlib
 import re
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from echo_jax.store.kvstore import inside, open_kvstore, seal, unseal
+from echo_jax.store.kvstore import inside, intact, open_kvstore, seal
 
 Group = tuple[str, int]  # the rollout store that it goes to, and its number
 
@@ -54,11 +54,13 @@ class Claims:
         """Claims a group, unless another worker has a claim whose lease runs; True if it did.
 
         No token of the group will be of weights older than `version`.
-        A claim that has this worker's name is of a process before it, which is dead.
+        A claim that has this worker's name is of a process before it, which is dead. One that is
+        damaged is nobody's.
         """
         found = self._kvstore.read(claim_key(group)).result()
         generation = found.stamp.generation
-        is_others = found.state == 'value' and unseal(found.value)['worker'] != self._worker
+        claims = intact([found.value] if found.state == 'value' else [])
+        is_others = any(claim['worker'] != self._worker for claim in claims)
         if is_others and not self._has_run_out(group, generation):
             return False
         with self._lock:
@@ -70,6 +72,10 @@ class Claims:
         found = self._kvstore.list(inside(f'claims/{store}')).result()
         claimed = {key.removeprefix(prefix) for key in found}
         return [i for i in group_ids if b'%012d' % i not in claimed]
+
+    def forget(self, groups: Collection[Group]) -> None:
+        """Forgets what it has seen of others' claims, but for those of `groups`."""
+        self._others = {group: seen for group, seen in self._others.items() if group in groups}
 
     def renew(self) -> set[Group]:
         """Renews what is due for it, a third of a lease old; returns the groups that are lost.
@@ -117,14 +123,16 @@ class Claims:
 def read_claims(url: str | pathlib.Path, store: str) -> dict[int, dict[str, Any]]:
     """{number of a group: {'worker': its name, 'version': the oldest weights of its tokens, ...}}.
 
-    Of the groups of `store` that are claimed, whether or not the worker still lives.
+    Of the groups of `store` that are claimed, whether or not the worker still lives; without claims
+    that are damaged.
     """
     kvstore = open_kvstore(url)
     found = kvstore.list(inside(f'claims/{store}')).result()
     keys = [key for key in found if re.fullmatch(rb'.*/\d{12}', key)]  # no lock files
     reads = [(int(key[-12:]), kvstore.read(key)) for key in keys]
     values = [(number, read.result()) for number, read in reads]
-    return {number: unseal(each.value) for number, each in values if each.state == 'value'}
+    documents = {number: [each.value] for number, each in values if each.state == 'value'}
+    return {number: claim for number, data in documents.items() for claim in intact(data)}
 
 
 def claim_key(group: Group) -> str:

@@ -6,7 +6,7 @@
 
 It draws no groups and gives none to anybody: workers claim them (claims.py). A group is done when
 the rollout store has it. Every document has a checksum and is written whole: a reader sees an old
-one or a new one.
+one or a new one. A damaged one is as good as absent: who wrote it writes it again.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 import tensorstore as ts
 
 from echo_jax.store.claims import claim_key
-from echo_jax.store.kvstore import inside, open_kvstore, seal, unseal
+from echo_jax.store.kvstore import inside, intact, open_kvstore, seal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ class DueStore:
         keys = sorted(self._kvstore.list(inside(folder)).result())
         keys = [key for key in keys if not key.endswith(b'.__lock')]  # see kvstore.py
         found = [future.result() for future in [self._kvstore.read(key) for key in keys]]
-        return [unseal(result.value) for result in found if result.state == 'value']
+        return intact(result.value for result in found if result.state == 'value')
 
 
 def _key(due: DueGroups) -> str:

@@ -9,9 +9,11 @@ without cutting it (TensorStore 0.1.86): a shorter value keeps the tail of the l
 value whose key can be written twice says how long it is, and readers ignore what follows.
 """
 
+import contextlib
 import json
 import pathlib
 import zlib
+from collections.abc import Iterable
 
 import tensorstore as ts
 
@@ -64,6 +66,15 @@ def seal(document: dict) -> bytes:
 def unseal(data: bytes) -> dict:
     """The document that `seal` got, whatever follows it; CorruptError for any other bytes."""
     return unseal_first(data)[0]
+
+
+def intact(documents: Iterable[bytes]) -> list[dict]:
+    """Those of the documents that are not damaged."""
+    found = []
+    for data in documents:
+        with contextlib.suppress(CorruptError):
+            found.append(unseal(data))
+    return found
 
 
 def unseal_first(data: bytes) -> tuple[dict, bytes]:

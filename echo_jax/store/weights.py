@@ -24,11 +24,12 @@ from collections.abc import Mapping
 import numpy as np
 import tensorstore as ts
 
-from echo_jax.store.kvstore import read_sealed, seal, write_once
+from echo_jax.store.kvstore import CorruptError, MissingError, read_sealed, seal, write_once
 from echo_jax.store.shards import Index, Params, Part
 from echo_jax.store.versions import Link, Versions, WeightReader, chain, manifest_key
 
 _POLL_SECONDS = 0.1
+UNREADABLE = 'unreadable'  # stands for the attempt of a version whose manifest is damaged
 
 
 class WeightStore:
@@ -80,7 +81,7 @@ class WeightStore:
             raise ValueError(f'version is {version}; expected 0 to 10**10 - 1')
         part = Part.of(params, process_index)
         deadline = time.monotonic() + timeout
-        if self.published.find(version) is not None:
+        if self.published.intact(version) is not None:
             return False
         if process_index == 0:
             done = self._lead(part, version, process_count, deadline, about or {})
@@ -98,14 +99,34 @@ class WeightStore:
         return versions[-1] if versions else None
 
     def newest(self) -> tuple[int, str] | None:
-        """(version, attempt) of the newest version; another attempt may have other bits."""
+        """(version, attempt) of the newest version; another attempt may have other bits.
+
+        The attempt is UNREADABLE if the manifest, which names it, is damaged.
+        """
         while True:
             version = self.latest()
             if version is None:
                 return None
-            manifest = self.published.find(version)
+            try:
+                manifest = self.published.find(version)
+            except CorruptError:
+                return version, UNREADABLE
             if manifest is not None:  # unless it was rewound meanwhile
                 return version, manifest['attempt']
+
+    def is_sound(self, version: int) -> bool:
+        """Whether all arrays of a version can be read; True too if it was collected.
+
+        They are read one by one, so it takes the memory of the largest.
+        """
+        try:
+            for name in self.published.get(version)['arrays']:
+                self.read(version, [name])
+        except CorruptError:
+            return False
+        except MissingError:
+            pass
+        return True
 
     def about(self, version: int) -> dict:
         """What `publish` was told of a version; MissingError if it was collected."""
@@ -145,6 +166,8 @@ class WeightStore:
         self, part: Part, version: int, process_count: int, deadline: float, about: dict
     ) -> bool:
         """Process 0's part: opens an attempt, waits for the other hosts, commits."""
+        if version in self.versions():  # with a damaged manifest, which would be in the way
+            self._forget([version])
         for bases in (self._bases(part, version), []):
             begun = {'attempt': secrets.token_hex(8), 'bases': bases}
             self._kvstore[_attempt_key(version)] = seal(begun)
@@ -191,7 +214,7 @@ class WeightStore:
         """Another process's part, again for each attempt that it sees, until one is committed."""
         mine = None
         while True:
-            manifest = self.published.find(version)
+            manifest = self.published.intact(version)
             if manifest is not None:
                 if manifest['attempt'] == mine:
                     self._hold(part, manifest)

@@ -6,76 +6,16 @@ import random
 import threading
 import time
 
-import ml_collections
-import numpy as np
 import pytest
 
-from configs import base
-from echo_jax.run.ahead import InFlight, Ledger
-from echo_jax.run.arrivals import Arrivals
-from echo_jax.run.entry import Stop
+from echo_jax.run.ahead import Rounds
 from echo_jax.run.numbering import Steps
-from echo_jax.run.workdir import Workdir
 from echo_jax.store.claims import Claims
-from echo_jax.store.due import DueStore
 from echo_jax.store.kvstore import open_kvstore
-from echo_jax.store.rollouts import RolloutStore
-from echo_jax.store.weights import WeightStore
-from echo_jax.types import Task
+from tests.support.ahead_run import TASKS, Run, begun, recipe
 from tests.support.buckets import serving
 from tests.support.groups import small_group
 from tests.support.small_run import wait_for
-
-TASKS = [Task(f'task-{i}', None, '') for i in range(200)]
-
-
-def recipe(groups=2, staleness=2, **batch) -> ml_collections.FrozenConfigDict:
-    c = base.get_config()
-    c.policy.backend = 'vllm'
-    c.max_staleness = staleness
-    c.batch.groups, c.group_size = groups, 2
-    c.batch.update(batch)
-    return ml_collections.FrozenConfigDict(c)
-
-
-class Run:
-    """A learner without its learning: it draws steps, and the version is the number of steps."""
-
-    def __init__(self, folder, config, steps=12):
-        self.work = Workdir(folder, config)
-        self.store = RolloutStore(self.work.url('rollouts', 'train'))
-        self.due = DueStore(self.work.url('fleet'))
-        self.steps, self.done = steps, 0
-        self.start()
-
-    def start(self, state=None, done=0):
-        """A process that starts; `state` is of the checkpoint at `done`."""
-        ledger, config = Ledger(self.work), self.work.config
-        self.arrivals = Arrivals(self.work, Stop(), lambda: None)
-        self.ahead = InFlight(TASKS, self.arrivals, config, self.steps, ledger)
-        self.done = done
-        self.due.clear()
-        if state:
-            self.ahead.set_state(state)
-
-    def step(self) -> tuple[list[int], dict[str, float]]:
-        rollouts, values = self.ahead.draw(self.done)
-        oldest = min(r.policy_versions.max() for r in rollouts)
-        assert 0 <= self.done - oldest <= self.work.config.max_staleness
-        self.ahead.trained()
-        self.done += 1
-        return sorted({r.group_id for r in rollouts}), values
-
-    def wanted(self) -> list[int]:
-        """The groups that workers have to draw, by number."""
-        ids = sorted(i for due in self.due.listed() for i in due.group_ids)
-        return self.store.missing(ids)
-
-    def write(self, *group_ids: int, version: int | None = None) -> None:
-        tasks = dict(pair for due in self.due.listed() for pair in due.assignments)
-        for i in (i for i in group_ids if i in tasks):  # others are due no longer
-            version = self.done if version is None else version
-            self.store.write_group(small_group(i, tasks[i], version))
 
 
 def draw_as(
@@ -96,9 +36,36 @@ def draw_as(
         time.sleep(dice.random() * 0.02)
 
 
-def begun(run: Run) -> None:
-    """Lets the run post what its first step wants, which the test then draws."""
-    run.ahead.post(run.done)
+class Source:
+    """Draws nothing, and notes with which weights the groups of each step are to be drawn."""
+
+    def __init__(self):
+        self.versions: dict[int, int] = {}
+
+    def post(self, due):
+        self.versions[due.first_group] = due.version
+
+    def wait(self, due):
+        return []
+
+
+@pytest.mark.parametrize('staleness', [0, 1, 3])
+def test_a_resumed_run_draws_ahead_with_the_same_weights(staleness):
+    config = recipe(groups=2, staleness=staleness)
+    whole, resumed = Source(), Source()
+    ahead = Rounds(TASKS, whole, config, 8)
+    for done in range(8):
+        if done == 4:
+            after = Rounds(TASKS, resumed, config, 8)
+            after.set_state(ahead.get_state())
+        ahead.draw(done)
+        ahead.trained()
+    for done in range(4, 8):
+        after.draw(done)
+        after.trained()
+    assert resumed.versions == {first: whole.versions[first] for first in (8, 10, 12, 14)}
+    # By hand: step n, from 0, is drawn when step n - staleness begins.
+    assert whole.versions == {2 * n: max(n - staleness, 0) for n in range(8)}
 
 
 def test_a_step_takes_the_oldest_groups_that_are_whole(tmp_path):
@@ -213,6 +180,39 @@ def test_a_deadline_drops_what_takes_too_long(tmp_path):
     assert groups == [2, 3] and values['rollout/late_groups'] == 2
 
 
+def test_what_took_the_place_of_a_dropped_group_may_be_dropped_in_the_same_step(tmp_path):
+    run = Run(tmp_path / 'run', recipe(staleness=0, oversample=1, deadline_sec=0.3))
+    begun(run)
+    state, worker = run.ahead.get_state(), Claims(run.due.url, 'worker', lease_sec=60)
+
+    def work():
+        for group_ids, late in (((0, 1), (3, 4)), ((3,), (5,))):
+            assert all(worker.take(('train', i), 0) for i in group_ids)
+            wait_for(lambda late=late: {*late} <= {*run.wanted()})  # they take their place
+        run.write(2, 5)
+
+    working = threading.Thread(target=work)
+    working.start()
+    assert run.step()[0] == [2, 5]
+    working.join()
+    run.start(state)
+    groups, values = run.step()  # as the ledger says
+    assert groups == [2, 5] and values['rollout/late_groups'] == 3
+    assert run.wanted() == [4]
+
+
+def test_a_ledger_of_another_checkpoint_is_refused(tmp_path):
+    run = Run(tmp_path / 'run', recipe())
+    begun(run)
+    state = run.ahead.get_state()
+    for row in ({'groups': [0, 60]}, {'groups': [0, 1], 'dropped': [60]}):
+        row = {'step': 1, 'dropped': [], **row}
+        (run.work.path / 'groups.jsonl').write_text(json.dumps(row) + '\n')
+        run.start(state)
+        with pytest.raises(ValueError, match=r'step 1 took groups \[60\], which are not in flight'):
+            run.step()
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize('seed', range(6))
 def test_killed_at_any_time_every_group_is_trained_on_once(tmp_path, seed):
@@ -316,50 +316,6 @@ def test_a_row_that_was_not_written_to_its_end_counts_for_nothing(tmp_path):
     assert [row['step'] for row in map(json.loads, file.read_text().splitlines())] == [1, 2]
 
 
-def damage(run: Run, group_id: int) -> None:
-    file = run.work.path / 'rollouts' / 'train' / 'groups' / f'{group_id:012d}'
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize('moment', ['before the step', 'while another is learned', 'on a resume'])
-def test_a_damaged_group_is_set_aside_and_drawn_anew(tmp_path, caplog, moment):
-    run = Run(tmp_path / 'run', recipe(staleness=1))
-    begun(run)
-    state = run.ahead.get_state()
-    if moment == 'before the step':
-        run.write(0, 1)
-        damage(run, 0)
-        run.write(2)
-        assert run.step()[0] == [1, 2]
-    else:
-        run.write(1, 2, 3) if moment == 'on a resume' else run.write(1, 2)
-        assert run.step()[0] == [1, 2]  # its learning is not over yet
-        if moment == 'on a resume':
-            damage(run, 1)
-            run.start(state)
-            anew = threading.Timer(0.5, lambda: run.write(1, version=0))
-            anew.start()
-            assert run.step()[0] == [1, 2]  # as the ledger says
-            anew.join()
-        else:
-            begun(run)
-            run.store.write_group(small_group(0, 'task-0', 0)[:1])
-            damage(run, 0)
-            wait_for(lambda: 0 in run.wanted())
-    name = '000000000001' if moment == 'on a resume' else '000000000000'
-    assert (run.work.path / 'rollouts' / 'train' / 'aside' / name).exists()
-    wait_for(lambda: 'drawn anew' in caplog.text)  # a thread may be about to say so
-    assert 'is corrupt' in caplog.text
-    if moment != 'on a resume':
-        begun(run)
-        assert 0 in run.wanted()
-        run.write(0)
-        run.write(*run.wanted()[:1])
-        assert 0 in run.step()[0]
-
-
 def test_what_arrives_while_a_step_is_learned_is_read_at_once(tmp_path):
     run = Run(tmp_path / 'run', recipe())
     begun(run)
@@ -372,24 +328,3 @@ def test_what_arrives_while_a_step_is_learned_is_read_at_once(tmp_path):
     run.ahead.trained()
     run.done += 1
     assert run.step()[0] == [2, 3]
-
-
-def test_weights_that_a_worker_finds_damaged_go_out_again(tmp_path):
-    run = Run(tmp_path / 'run', recipe())
-    weights = WeightStore(run.work.url('weights'))
-    arrays = {'a': np.ones(3, np.float32)}
-    weights.publish(arrays, 0)
-    again = []
-
-    def publish_again():
-        weights.rewind(-1)
-        weights.publish(arrays, 0)
-        again.append(weights.newest())
-        run.write(0, 1)
-
-    run.arrivals.publish_again = publish_again
-    begun(run)
-    first = weights.newest()
-    run.due.report('worker', {'version': 0, 'drawing': 0, 'damaged': first[1]})
-    assert run.step()[0] == [0, 1]
-    assert len(again) == 1 and again[0] != first  # the report that is left is of the old ones

@@ -13,6 +13,7 @@ from echo_jax.run import rollout_worker
 from echo_jax.run.rollout_worker import RolloutWorker
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.due import DueGroups, DueStore
+from echo_jax.store.kvstore import CorruptError
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
 from echo_jax.tasks.generate import generate_tasks
@@ -139,3 +140,32 @@ def test_a_worker_counts_what_it_did(tmp_path, fleet_in):
     patterns = report_names()
     assert [name for name in report if not any(re.fullmatch(p, name) for p in patterns)] == []
     assert [p for p in patterns if not any(re.fullmatch(p, name) for name in report)] == []
+
+
+@pytest.mark.slow
+def test_a_worker_that_could_not_read_tries_again(tmp_path, fleet_in, monkeypatch):
+    """What it read may have been damaged on its way; the version stays what it was."""
+    monkeypatch.setattr(rollout_worker, 'AVOIDED_SECONDS', 0.5)
+    fleet = fleet_in(tmp_path)
+    load, told = fleet.worker._policy.load, []
+
+    async def fail_once(version):
+        if not told:
+            told.append(version)
+            raise CorruptError('version 0 is corrupt')
+        told.append([each['damaged'] for each in fleet.due.reports()])
+        await load(version)
+
+    fleet.worker._policy.load = fail_once
+
+    async def main():
+        serving = asyncio.create_task(fleet.worker.serve())
+        await fleet.post(0, fleet.known)
+        fleet.due.finish()
+        await serving
+        await fleet.worker.close()
+
+    asyncio.run(main())
+    assert len(told) == 2 and fleet.rollouts.groups() == [0]
+    (report,) = fleet.due.reports()
+    assert report['damaged'] == ''

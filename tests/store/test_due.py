@@ -6,7 +6,6 @@ import time
 import pytest
 
 from echo_jax.store.due import DueGroups, DueStore
-from echo_jax.store.kvstore import CorruptError
 
 TRAIN = DueGroups('train', 'train', 8, ('a', 'b', 'a'), group_size=4, temperature=0.8, version=2)
 HELDOUT = DueGroups(
@@ -71,5 +70,4 @@ def test_what_a_killed_writer_left_is_not_due(tmp_path):
     (folder / f'{8:012d}.__lock').write_bytes(b'half of a do')
     assert due_store.listed() == [TRAIN]
     (folder / f'{8:012d}').write_bytes(b'half of a do')
-    with pytest.raises(CorruptError, match='checksum'):
-        due_store.listed()
+    assert due_store.listed() == []  # until who posted it posts it again

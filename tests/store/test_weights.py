@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from echo_jax.store import shards as shards_module
 from echo_jax.store.kvstore import CorruptError, MissingError, seal, unseal
 from echo_jax.store.versions import Versions
-from echo_jax.store.weights import WeightStore
+from echo_jax.store.weights import UNREADABLE, WeightStore
 from tests.support.weights import arrays, assert_equal, kvstore, make_params
 
 processes = multiprocessing.get_context('forkserver')
@@ -62,6 +62,18 @@ def test_publishing_again_changes_nothing(tmp_path):
     store.publish(make_params(1), 1)
     assert store.publish(make_params(2), 1) is False
     assert_equal(store.read(1), make_params(1))
+
+
+def test_a_version_whose_manifest_is_damaged_is_published_again(tmp_path):
+    store = WeightStore(tmp_path)
+    sent = make_params()
+    store.publish(sent, 3)
+    assert store.is_sound(3) and store.newest() != (3, UNREADABLE)
+    (tmp_path / 'manifests' / '0000000003').write_bytes(b'?')
+    assert store.newest() == (3, UNREADABLE) and not store.is_sound(3)
+    again = WeightStore(tmp_path)  # a learner that was started again
+    assert again.publish(sent, 3) and not again.publish(sent, 3)
+    assert_equal(store.read(3), sent)
 
 
 def test_rewind_forgets_what_came_after():
