@@ -23,7 +23,7 @@ from echo_jax.store.weights import UNREADABLE, WeightStore
 from echo_jax.types import Rollout
 
 _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
-_REPORTS_SECONDS = 2.0  # between two looks at what workers report
+REPORTS_SECONDS = 2.0  # between two looks at what workers report
 
 
 class Seen(NamedTuple):
@@ -194,7 +194,7 @@ class Arrivals:
             if arrived or late or not must_wait:
                 return arrived, late, [*begun.items()], False
             now = time.monotonic()
-            if now - asked > _REPORTS_SECONDS:
+            if now - asked > REPORTS_SECONDS:
                 if self._is_damaged():
                     return [], [], [], True
                 self._post_again(posted)

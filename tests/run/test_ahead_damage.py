@@ -23,7 +23,7 @@ ARRAYS = {'a': np.ones(3, np.float32)}
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    monkeypatch.setattr(arrivals, '_REPORTS_SECONDS', 0.1)
+    monkeypatch.setattr(arrivals, 'REPORTS_SECONDS', 0.1)
 
 
 def damage(run: Run, group_id: int) -> None:
@@ -125,13 +125,12 @@ def test_weights_that_one_worker_alone_cannot_read_stay(tmp_path, capsys):
 
 
 def test_weights_that_cannot_be_written_end_the_wait_for_their_groups(tmp_path):
-    run = Run(tmp_path / 'run', recipe())
     publishing = Publishing()
+    run = Run(tmp_path / 'run', recipe(), check_published=publishing.check)
 
     def write():
         raise OSError('No space left on device')
 
-    run.arrivals._check_published = publishing.check
     begun(run)
     publishing.begin(write)
     with pytest.raises(OSError, match='No space left'):

@@ -27,17 +27,17 @@ def recipe(groups=2, staleness=2, **batch) -> ml_collections.FrozenConfigDict:
 class Run:
     """Draws steps; the version of the weights is the number of steps."""
 
-    def __init__(self, folder, config, steps=12):
+    def __init__(self, folder, config, steps=12, check_published=lambda: None):
         self.work = Workdir(folder, config)
         self.store = RolloutStore(self.work.url('rollouts', 'train'))
         self.due = DueStore(self.work.url('fleet'))
-        self.steps, self.done = steps, 0
+        self.steps, self.done, self.check_published = steps, 0, check_published
         self.start()
 
     def start(self, state=None, done=0):
         """A process that starts; `state` is of the checkpoint at `done`."""
         ledger, config, self.stop = Ledger(self.work), self.work.config, Stop()
-        self.arrivals = Arrivals(self.work, self.stop, lambda: None, lambda: None)
+        self.arrivals = Arrivals(self.work, self.stop, lambda: None, self.check_published)
         self.ahead = InFlight(TASKS, self.arrivals, config, self.steps, ledger)
         self.done = done
         self.due.clear()
