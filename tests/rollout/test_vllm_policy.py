@@ -107,6 +107,26 @@ def test_a_wrong_probe_is_refused_twice_and_the_next_version_mends_it(rig, caplo
     assert generation.versions[0] == version and rig.gap(PROMPTS[1], generation) < 1e-4
 
 
+def test_after_a_refused_version_that_was_collected_turns_wait_for_the_next(rig, monkeypatch):
+    bad = rig.publish(probe_error=0.01)
+    with monkeypatch.context() as collecting:  # between the first look at it and the second
+        warned = 'echo_jax.policy.vllm.logging.warning'
+        collecting.setattr(warned, lambda *words: rig.learner.store.rewind(bad - 1))
+        with pytest.raises(MissingError):
+            rig.run(rig.policy.load(bad))
+
+    async def go_on():
+        turn = asyncio.create_task(generate_all(rig.policy, PROMPTS[1:2]))
+        await asyncio.sleep(0.2)
+        assert not turn.done()  # what is in the engine is of no version
+        version = rig.publish()
+        await rig.policy.load(version)
+        return version, *await turn
+
+    version, generation = rig.run(go_on())
+    assert generation.versions[0] == version and rig.gap(PROMPTS[1], generation) < 1e-4
+
+
 def test_weights_that_stay_when_the_learners_change_are_refused(rig):
     """The probe is within the tolerance, and yet the swap did not take."""
     version = rig.publish()
