@@ -98,7 +98,7 @@ def train(config: ml_collections.ConfigDict, work: Workdir) -> dict[str, float]:
 
     # ---------------------------------------------------------------------- reinforcement learning
     def save():
-        checkpointer.keep_best(heldout.best_version)
+        checkpointer.keep_also(heldout.kept_versions)
         if checkpointer.latest() != done:
             if leads:  # first, so that there is no checkpoint without its rows
                 remove_old_rollouts(work, done, checkpointer.oldest())

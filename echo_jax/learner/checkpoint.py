@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import zlib
+from collections.abc import Collection
 from typing import Any, overload
 
 import jax
@@ -38,7 +39,7 @@ class Checkpointer:
         self._directory = _absolute(directory)
         check_reach(self._directory)
         self._saved = None
-        self._kept = _NewestAndBest(keep)
+        self._kept = _NewestAndSome(keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._kept,
             cleanup_tmp_directories=not read_only,
@@ -47,9 +48,9 @@ class Checkpointer:
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-    def keep_best(self, step: int | None) -> None:
-        """From now on keeps `step`, if it is saved, beside the last ones; None: the last alone."""
-        self._kept.best = step
+    def keep_also(self, steps: Collection[int]) -> None:
+        """From now on keeps these steps, if they are saved, beside the last ones."""
+        self._kept.also = steps
 
     def save(self, step: int, state: Any, extra: dict) -> None:
         """Begins to save `state`, a pytree of jax.Array, and `extra`, plain JSON, as `step`.
@@ -168,16 +169,16 @@ class Checkpointer:
                 )
 
 
-class _NewestAndBest(checkpoint_managers.PreservationPolicy):
-    """What Orbax keeps: the last `keep` steps, and the best one if there is one."""
+class _NewestAndSome(checkpoint_managers.PreservationPolicy):
+    """What Orbax keeps: the last `keep` steps, and those that are in `also`."""
 
     def __init__(self, keep: int):
         self._keep = keep
-        self.best: int | None = None
+        self.also: Collection[int] = ()
 
     def should_preserve(self, checkpoints, *, context):
         newest = [info.step for info in checkpoints[-self._keep :]]
-        return [info.step in newest or info.step == self.best for info in checkpoints]
+        return [info.step in newest or info.step in self.also for info in checkpoints]
 
 
 def open_saved(directory: str | os.PathLike, step: int | None = None) -> tuple[Checkpointer, int]:

@@ -109,9 +109,13 @@ class Heldout:
         )
 
     @property
-    def best_version(self) -> int | None:
-        """The version whose save is kept beside the last ones, if one is."""
-        return self.best[1] if self._config.checkpoint.keep_best else None
+    def kept_versions(self) -> list[int]:
+        """The versions whose saves are kept beside the last ones: the best, and one whose
+        evaluation is still under way.
+        """
+        if not self._config.checkpoint.keep_best:
+            return []
+        return [self.best[1], *([self._posted.version] if self._posted else [])]
 
     def wants_save(self, done: int) -> bool:
         """Whether version `done` has to be saved, since it may be the best."""

@@ -128,6 +128,19 @@ def test_extra_must_be_json(tmp_path):
 
 @pytest.mark.slow
 @damages_files
+def test_some_steps_stay_beside_the_last_ones(tmp_path):
+    def steps():
+        return sorted(int(path.name) for path in tmp_path.glob('*') if path.name.isdigit())
+
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    for step, also, left in ((2, [2], [2]), (4, [2], [2, 4]), (6, [2, 0], [2, 6]), (8, [], [8])):
+        checkpointer.keep_also(also)
+        checkpointer.save(step, make_state(step), EXTRA)
+        checkpointer.wait()
+        assert steps() == left
+    checkpointer.close()
+
+
 def test_every_damaged_file_is_noticed_or_harmless(saved, tmp_path):
     """Each file of the step cut, removed, or with a bit flipped at five places."""
     expected = make_state(2)
