@@ -20,6 +20,7 @@ from echo_jax.policy import PolicyError
 from echo_jax.run import entry
 from echo_jax.run.rollout_worker import check_config, start
 from echo_jax.sandbox.make import sandbox_maker
+from echo_jax.store.claims import NameTaken
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Recipe: FILE[:variant].')
 _WORKDIR = flags.DEFINE_string(
@@ -57,4 +58,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    entry.run(main, PolicyError)
+    entry.run(main, PolicyError, NameTaken)

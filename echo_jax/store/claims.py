@@ -12,6 +12,7 @@ draw one group, of which the rollout store keeps the first.
 import dataclasses
 import pathlib
 import re
+import secrets
 import threading
 import time
 from collections.abc import Collection, Iterable
@@ -20,6 +21,10 @@ from typing import Any
 from echo_jax.store.kvstore import inside, intact, open_kvstore, seal
 
 Group = tuple[str, int]  # the rollout store that it goes to, and its number
+
+
+class NameTaken(RuntimeError):
+    """Two workers of one run have one name, so each takes the other for its dead predecessor."""
 
 
 @dataclasses.dataclass
@@ -40,6 +45,7 @@ class Claims:
     def __init__(self, url: str | pathlib.Path, worker: str, lease_sec: float):
         self._kvstore = open_kvstore(url)
         self._worker, self._lease_sec = worker, lease_sec
+        self._process = secrets.token_hex(8)
         self._held: dict[Group, _Seen] = {}
         self._others: dict[Group, _Seen] = {}
         self._renewals = 0
@@ -81,7 +87,7 @@ class Claims:
         """Renews what is due for it, a third of a lease old; returns the groups that are lost.
 
         A group is lost if its lease ran out and another worker took it, or if the learner wants it
-        no longer.
+        no longer. Raises NameTaken if a worker of the same name took it.
         """
         return {group for group in self.held if not self._renew(group)}
 
@@ -110,14 +116,26 @@ class Claims:
     def _write(self, group: Group, over: bytes, version: int) -> bool:
         """Writes this worker's claim over what has the generation `over`; False if that changed."""
         self._renewals += 1  # so that every write has other bytes, and another generation
-        value = seal({'worker': self._worker, 'version': version, 'renewals': self._renewals})
+        claim = {'worker': self._worker, 'process': self._process, 'version': version}
+        value = seal(claim | {'renewals': self._renewals})
         stamp = self._kvstore.write(claim_key(group), value, if_equal=over).result()
         if not stamp.generation:  # the condition failed
-            self._held.pop(group, None)
+            if self._held.pop(group, None):
+                self._expect_no_namesake(group)
             return False
         self._others.pop(group, None)
         self._held[group] = _Seen(stamp.generation, time.monotonic(), version)
         return True
+
+    def _expect_no_namesake(self, group: Group) -> None:
+        """Of a group that this worker has lost."""
+        found = self._kvstore.read(claim_key(group)).result()
+        for claim in intact([found.value] if found.state == 'value' else []):
+            if claim['worker'] == self._worker and claim.get('process') != self._process:
+                raise NameTaken(
+                    f'another worker named {self._worker} draws for this run and has taken over '
+                    'what this one drew; start each with a --name of its own'
+                )
 
 
 def read_claims(url: str | pathlib.Path, store: str) -> dict[int, dict[str, Any]]:

@@ -12,13 +12,14 @@ from echo_jax.policy.scripted import ScriptedPolicy
 from echo_jax.run import rollout_worker
 from echo_jax.run.rollout_worker import RolloutWorker
 from echo_jax.run.workdir import Workdir
+from echo_jax.store.claims import Claims, NameTaken, read_claims
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.kvstore import CorruptError
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
 from echo_jax.tasks.generate import generate_tasks
 from echo_jax.types import Role
-from tests.support.episodes import DONE
+from tests.support.episodes import DONE, bash
 from tests.support.metrics_page import table
 from tests.support.small_disk import small_disk
 
@@ -57,17 +58,18 @@ def report_names() -> list[str]:
 class Fleet:
     """A worker of a run in `folder`, and what the learner does to it."""
 
-    def __init__(self, folder, tokenizer):
+    def __init__(self, folder, tokenizer, script):
         generate_tasks(folder / 'set', split='train', count=1)
         (self.known,) = (path.name for path in (folder / 'set').iterdir() if path.is_dir())
         config = tiny.get_config()
         config.tasks.train = str(folder / 'set')
         config.policy.backend, config.policy.swap = 'vllm', 'drain'
+        config.policy.lease_sec = 1.0
         work = Workdir(folder / 'run', config)
         self.due = DueStore(work.url('fleet'))
         self.rollouts = RolloutStore(work.url('rollouts', 'train'))
         self.weights = WeightStore(work.url('weights'))
-        self.engine = Engine(tokenizer, [DONE])
+        self.engine = Engine(tokenizer, script)
         self.worker = RolloutWorker(work, self.engine, 'box-0')
 
     async def post(self, number: int, *task_ids: str) -> None:
@@ -82,7 +84,7 @@ class Fleet:
 @pytest.fixture
 def fleet_in(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(Workdir, 'tokenizer', lambda self: tiny_tokenizer)
-    return lambda folder: Fleet(folder, tiny_tokenizer)
+    return lambda folder, *script: Fleet(folder, tiny_tokenizer, script or [DONE])
 
 
 @pytest.mark.slow
@@ -145,6 +147,27 @@ def test_a_worker_counts_what_it_did(tmp_path, fleet_in):
     patterns = report_names()
     assert [name for name in report if not any(re.fullmatch(p, name) for p in patterns)] == []
     assert [p for p in patterns if not any(re.fullmatch(p, name) for name in report)] == []
+
+
+@pytest.mark.slow
+def test_a_worker_ends_if_another_has_its_name(tmp_path, fleet_in):
+    """Only a bucket lets them meet: on one machine the second does not start."""
+    fleet = fleet_in(tmp_path, bash('sleep 60'), DONE)
+    other = Claims(fleet.due.url, fleet.worker.name, 1.0)
+
+    async def main():
+        serving = asyncio.create_task(fleet.worker.serve())
+        posting = asyncio.create_task(fleet.post(0, fleet.known))
+        while not read_claims(fleet.due.url, 'train'):
+            await asyncio.sleep(0.01)
+        assert other.take(('train', 0), 0)
+        with pytest.raises(ExceptionGroup) as raised:
+            await serving
+        posting.cancel()
+        await fleet.worker.close()
+        return raised
+
+    assert asyncio.run(main()).group_contains(NameTaken, match='with a --name of its own')
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from echo_jax.store.claims import Claims, claim_key, read_claims
+from echo_jax.store.claims import Claims, NameTaken, claim_key, read_claims
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.kvstore import open_kvstore
 
@@ -70,6 +70,14 @@ def test_a_worker_that_is_started_again_has_its_claims_at_once(tmp_path):
     assert Claims(tmp_path, 'a', lease_sec=60).take(GROUP, 0)
     assert not Claims(tmp_path, 'b', lease_sec=60).take(GROUP, 0)
     assert Claims(tmp_path, 'a', lease_sec=60).take(GROUP, 0)
+
+
+def test_two_workers_of_one_name_do_not_steal_from_each_other_for_ever(tmp_path):
+    first, second = (Claims(tmp_path, 'a', lease_sec=0) for _ in range(2))
+    assert first.take(GROUP, 0) and second.take(GROUP, 0)  # it holds the first for dead
+    with pytest.raises(NameTaken, match=r'another worker named a draws .* --name'):
+        first.renew()
+    assert first.held == set() and second.renew() == set() and second.held == {GROUP}
 
 
 def test_a_group_that_is_due_no_longer_is_lost(tmp_path):
