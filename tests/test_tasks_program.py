@@ -134,7 +134,8 @@ def test_a_signal_ends_the_sandboxes(programs, tasks, tmp_path, number):
 
 # ------------------------------------------------------------------------ sandboxes that fail
 def check(tasks, make_sandbox, **options):
-    run = oracle.run_without_model(tasks, make_sandbox, at_once=2, **options)
+    options |= {'at_once': 2, 'retry_after': (0.0, 0.0)}
+    run = oracle.run_without_model(tasks, make_sandbox, **options)
     return asyncio.run(run)
 
 

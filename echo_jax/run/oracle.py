@@ -13,7 +13,7 @@ from echo_jax.run import entry
 from echo_jax.run.report import CONSOLE, Progress
 from echo_jax.sandbox import CommandResult, Sandbox, Verdict
 from echo_jax.sandbox.make import sandbox_maker
-from echo_jax.sandbox.retries import with_retries
+from echo_jax.sandbox.retries import RETRY_AFTER, with_retries
 from echo_jax.types import SOLVED_REWARD, Status, Task
 
 _OUTPUT_CHARS = 2_000  # of a solution's output, its end, that are kept
@@ -61,6 +61,7 @@ async def run_without_model(
     samples: int = 1,
     done: Collection[tuple[str, int]] = (),
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+    retry_after: Sequence[float] = RETRY_AFTER,
 ) -> list[Outcome]:
     """The outcomes of oracle or nop, task by task, but for those samples that are `done`,
     (task_id, sample_id); at most `at_once` sandboxes live at one time.
@@ -72,7 +73,7 @@ async def run_without_model(
 
     async def one(task: Task, sample_id: int) -> Outcome:
         async with sandboxes:
-            outcome = await _outcome(task, sample_id, make_sandbox, oracle)
+            outcome = await _outcome(task, sample_id, make_sandbox, oracle, retry_after)
         on_outcome(outcome)
         return outcome
 
@@ -87,14 +88,18 @@ async def run_without_model(
 
 
 async def _outcome(
-    task: Task, sample_id: int, make_sandbox: Callable[[Task], Sandbox], oracle: bool
+    task: Task,
+    sample_id: int,
+    make_sandbox: Callable[[Task], Sandbox],
+    oracle: bool,
+    retry_after: Sequence[float],
 ) -> Outcome:
     async def in_a_fresh_sandbox() -> tuple[Verdict, CommandResult | None]:
         return await run_solution(task, make_sandbox(task), oracle)
 
     try:
         name = f'task {task.task_id}, sample {sample_id}'
-        verdict, solved = await with_retries(in_a_fresh_sandbox, name)
+        verdict, solved = await with_retries(in_a_fresh_sandbox, name, retry_after=retry_after)
     except Exception as error:  # one bad task never ends a check, whatever is wrong with it
         reason = ' '.join(str(error).split()) or type(error).__name__
         return Outcome(task.task_id, sample_id, 0.0, Status.INFRA_ERROR, entry.printable(reason))

@@ -1,7 +1,6 @@
 """How fast a run goes, and who waits for whom: the metrics of its steps that the clock decides."""
 
 import collections
-import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ import numpy as np
 
 from echo_jax.run.sources import Source
 from echo_jax.run.workdir import Workdir
-from echo_jax.store.kvstore import CorruptError
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import Rollout
 
@@ -50,11 +48,7 @@ class Pace:
         }
 
     def _engines(self) -> dict[str, float]:
-        try:
-            engines = self._source.engines()
-        except CorruptError as error:  # no reason to end a run
-            logging.warning("a worker's report cannot be read: %s", error)
-            return {}
+        engines = self._source.engines()
         values = {
             'system/engines': float(len(engines)),
             'system/sampled_tokens_per_sec': sum(

@@ -16,7 +16,7 @@ import tensorstore as ts
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.claims import read_claims
 from echo_jax.store.due import DueStore
-from echo_jax.store.kvstore import CorruptError, open_kvstore
+from echo_jax.store.kvstore import open_kvstore
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import Status
 
@@ -134,11 +134,8 @@ def _below(columns: Columns, name: str, group: str = 'system') -> list[tuple[str
 
 
 def workers(work: Workdir) -> list[dict[str, Any]]:
-    """What each worker last said of itself; if one's cannot be read, a line on that alone."""
-    try:
-        return DueStore(work.url('fleet')).reports()
-    except CorruptError as error:
-        return [{'worker': f'a report cannot be read: {error}'}]
+    """What each worker last said of itself."""
+    return DueStore(work.url('fleet')).reports()
 
 
 def changed(work: Workdir) -> float | None:

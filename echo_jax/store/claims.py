@@ -18,6 +18,8 @@ import time
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import tensorstore as ts
+
 from echo_jax.store.kvstore import inside, intact, open_kvstore, seal
 
 Group = tuple[str, int]  # the rollout store that it goes to, and its number
@@ -65,8 +67,7 @@ class Claims:
         """
         found = self._kvstore.read(claim_key(group)).result()
         generation = found.stamp.generation
-        claims = intact([found.value] if found.state == 'value' else [])
-        is_others = any(claim['worker'] != self._worker for claim in claims)
+        is_others = any(claim['worker'] != self._worker for claim in _claims(group, found))
         if is_others and not self._has_run_out(group, generation):
             return False
         with self._lock:
@@ -129,8 +130,7 @@ class Claims:
 
     def _expect_no_namesake(self, group: Group) -> None:
         """Of a group that this worker has lost."""
-        found = self._kvstore.read(claim_key(group)).result()
-        for claim in intact([found.value] if found.state == 'value' else []):
+        for claim in _claims(group, self._kvstore.read(claim_key(group)).result()):
             if claim['worker'] == self._worker and claim.get('process') != self._process:
                 raise NameTaken(
                     f'another worker named {self._worker} draws for this run and has taken over '
@@ -147,10 +147,13 @@ def read_claims(url: str | pathlib.Path, store: str) -> dict[int, dict[str, Any]
     kvstore = open_kvstore(url)
     found = kvstore.list(inside(f'claims/{store}')).result()
     keys = [key for key in found if re.fullmatch(rb'.*/\d{12}', key)]  # no lock files
-    reads = [(int(key[-12:]), kvstore.read(key)) for key in keys]
-    values = [(number, read.result()) for number, read in reads]
-    documents = {number: [each.value] for number, each in values if each.state == 'value'}
-    return {number: claim for number, data in documents.items() for claim in intact(data)}
+    reads = [((store, int(key[-12:])), kvstore.read(key)) for key in keys]
+    return {group[1]: claim for group, read in reads for claim in _claims(group, read.result())}
+
+
+def _claims(group: Group, found: ts.KvStore.ReadResult) -> list[dict[str, Any]]:
+    """The claim that was read, or nothing if there is none, or if it is damaged."""
+    return intact([(claim_key(group), found.value)] if found.state == 'value' else [])
 
 
 def claim_key(group: Group) -> str:

@@ -122,7 +122,8 @@ class DueStore:
         keys = sorted(self._kvstore.list(inside(folder)).result())
         keys = [key for key in keys if not key.endswith(b'.__lock')]  # see kvstore.py
         found = [future.result() for future in [self._kvstore.read(key) for key in keys]]
-        return intact(result.value for result in found if result.state == 'value')
+        documents = ((f'{self.url}/{key.decode()}', each) for key, each in zip(keys, found))
+        return intact((name, each.value) for name, each in documents if each.state == 'value')
 
 
 def _key(due: DueGroups) -> str:

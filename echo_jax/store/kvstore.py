@@ -9,8 +9,9 @@ without cutting it (TensorStore 0.1.86): a shorter value keeps the tail of the l
 value whose key can be written twice says how long it is, and readers ignore what follows.
 """
 
-import contextlib
+import functools
 import json
+import logging
 import pathlib
 import zlib
 from collections.abc import Iterable
@@ -68,13 +69,20 @@ def unseal(data: bytes) -> dict:
     return unseal_first(data)[0]
 
 
-def intact(documents: Iterable[bytes]) -> list[dict]:
-    """Those of the documents that are not damaged."""
+def intact(documents: Iterable[tuple[str, bytes]]) -> list[dict]:
+    """Those of the documents, (name, what `seal` gave), that are not damaged; others are logged."""
     found = []
-    for data in documents:
-        with contextlib.suppress(CorruptError):
+    for name, data in documents:
+        try:
             found.append(unseal(data))
+        except CorruptError as error:
+            _name_damaged(name, str(error))
     return found
+
+
+@functools.lru_cache(maxsize=1000)  # so it is said once of each, however often it is read
+def _name_damaged(name: str, error: str) -> None:
+    logging.warning('%s is damaged, and counts as if it were not there: %s', name, error)
 
 
 def unseal_first(data: bytes) -> tuple[dict, bytes]:
