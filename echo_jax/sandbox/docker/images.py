@@ -260,7 +260,9 @@ class Images:
         repository, tag = docker.utils.parse_repository_tag(name)
         try:
             self.engine.blocking(self.engine.client.api.pull, repository, tag or 'latest')
-        except docker.errors.NotFound as error:
+        except SandboxUnavailable:
+            raise
+        except (SandboxError, docker.errors.NotFound) as error:
             raise SandboxError(f'{name}: {engine.brief(error)}') from None
 
     def _build(self, task: Task, name: str, context: bytes, network: bool) -> None:
