@@ -148,7 +148,7 @@ class RolloutWorker:
         """
         if self._running >= self._episodes:
             return None
-        now, version, claimed = time.monotonic(), self._policy.version, []
+        now, claimed = time.monotonic(), []
         self._avoided = {group: until for group, until in self._avoided.items() if until > now}
         for due in sorted(self._due.listed(), key=lambda due: due.version):
             rollouts = RolloutStore(self._work.url('rollouts', due.store))
@@ -156,18 +156,21 @@ class RolloutWorker:
             missing = rollouts.missing(missing)
             free = self._claims.free(due.store, missing)
             for group_id in free:
-                if self._claims.take((due.store, group_id), max(version, due.version)):
+                if self._take(due, group_id):
                     return due, (due.store, group_id)
-            claimed += [(due, (due.store, i)) for i in missing if i not in free]
+            claimed += [(due, i) for i in missing if i not in free]
         if now - self._looked > self._work.config.policy.lease_sec / _LOOKS:
-            for due, group in claimed:
-                if group not in self._claims.held and self._claims.take(
-                    group, max(version, due.version)
-                ):
+            for due, group_id in claimed:
+                group = due.store, group_id
+                if group not in self._claims.held and self._take(due, group_id):
                     return due, group
-            self._claims.forget({group for _, group in claimed})
+            self._claims.forget({(due.store, group_id) for due, group_id in claimed})
             self._looked = now
         return None
+
+    def _take(self, due: DueGroups, group_id: int) -> bool:
+        """Claims a group, with the version that the engine has at this moment."""
+        return self._claims.take((due.store, group_id), max(self._policy.version, due.version))
 
     async def _draw(self, due: DueGroups, group: Group) -> None:
         """Draws a group that is claimed, and gives up the claim.

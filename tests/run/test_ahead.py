@@ -26,8 +26,10 @@ def draw_as(
     while not ended.is_set():
         for due in run.due.listed():
             for i, task_id in due.assignments:
-                version = run.done
-                if run.store.missing([i]) and claims.take((due.store, i), version):
+                if not run.store.missing([i]):
+                    continue
+                version = run.done  # as late as can be: the learner goes on meanwhile
+                if claims.take((due.store, i), version):
                     if dice.random() < 0.25:
                         time.sleep(slow_sec)
                     run.store.write_group(small_group(i, task_id, version))
