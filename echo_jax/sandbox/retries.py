@@ -9,7 +9,7 @@ from echo_jax.sandbox import SandboxError, SandboxUnavailable
 
 RETRY_AFTER = (1.0, 5.0, 25.0)  # seconds, after a sandbox that failed
 AWAY_SEC = 900.0  # a machine that is overloaded takes minutes to bring an engine back
-_ASK_AGAIN_SEC = 2.0
+ASK_AGAIN_SEC = 2.0
 
 _Result = TypeVar('_Result')
 
@@ -36,7 +36,7 @@ async def with_retries(
                 raise
             if waited == 0.0:
                 logging.warning('%s waits up to %.0f s: %s', name, away_sec, error)
-            pause = _ASK_AGAIN_SEC
+            pause = ASK_AGAIN_SEC
             waited += pause
         except SandboxError as error:
             failures += 1
