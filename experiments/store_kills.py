@@ -112,7 +112,9 @@ def live(folder: pathlib.Path, told: Connection, saved: int, last: int | None) -
     """One process of the run: from the newest checkpoint to step `last`, or until it is killed."""
     work = Workdir(folder, recipe(), is_learner=True)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'))
-    arrivals = Arrivals(work, Stop(), lambda: sys.exit('the weights are damaged'))
+    arrivals = Arrivals(
+        work, Stop(), lambda: sys.exit('the weights are damaged'), check_published=lambda: None
+    )
     ahead = InFlight(_TASKS, arrivals, work.config, _MOST, Ledger(work))
     weights, done, counts = WeightStore(work.url('weights')), 0, jnp.zeros(_MOST, jnp.int32)
     abstract = {'counts': jax.ShapeDtypeStruct(counts.shape, counts.dtype)}

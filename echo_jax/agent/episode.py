@@ -18,7 +18,7 @@ from echo_jax.agent.observations import NO_COMMANDS, execute
 from echo_jax.agent.protocol import Conversation, Protocol, turn_seed, warning_prefix
 from echo_jax.policy import Policy
 from echo_jax.sandbox import Sandbox, SandboxError, Verdict
-from echo_jax.sandbox.retries import AWAY_SEC, RETRY_AFTER, with_retries
+from echo_jax.sandbox.retries import RETRY_AFTER, with_retries
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
 
 _REASON_CHARS = 1_000  # of an error's message that are kept
@@ -261,7 +261,6 @@ async def run_group(
     temperature: float,
     sandboxes: asyncio.Semaphore,
     retry_after: Sequence[float] = RETRY_AFTER,
-    away_sec: float = AWAY_SEC,
     on_rollout: Callable[[Rollout], None] = lambda rollout: None,
 ) -> list[Rollout]:
     """The rollouts of one group, drawn at the same time, in the order of their sample_id.
@@ -269,7 +268,7 @@ async def run_group(
     `sandboxes` is shared by all groups of a process and bounds the sandboxes that live at a time.
     `on_rollout` is called with each rollout when it has ended.
     After a SandboxError the sample is drawn again in a fresh sandbox (`with_retries`, which has
-    `retry_after` and `away_sec`); if the last try fails too, it becomes an INFRA_ERROR with nothing
+    `retry_after`); if the last try fails too, it becomes an INFRA_ERROR with nothing
     but the prompt in it, and the error as its reason. Any other error of the task or of its sandbox
     (a link that leads outside, a file that cannot be read) makes it one at once, since no other
     sandbox would do better. What the policy raises ends the whole group.
@@ -311,7 +310,7 @@ async def run_group(
             return await run_sample(sample_id)
 
         try:
-            return await with_retries(attempt, name, retry_after=retry_after, away_sec=away_sec)
+            return await with_retries(attempt, name, retry_after=retry_after)
         except PolicyFailed as error:
             raise error.__cause__ or error from None
         except Exception as error:  # one bad task never ends a run, whatever is wrong with it

@@ -144,9 +144,8 @@ class InFlight:
             if unread:
                 self._whole |= zip(unread, self._arrivals.wait_for(self._posted, unread))
         self._arrivals.read_ahead(self._posted, {*self._whole})
-        posted = sum(len(due.group_ids) for due in self._posted)
         values = {
-            'rollout/in_flight_groups': float(posted - len(self._chosen)),
+            'rollout/in_flight_groups': float(len(self._in_flight()) - len(self._chosen)),
             'rollout/late_groups': float(len(self._dropped)),
             'rollout/waiting_groups': float(len(self._whole) - len(self._chosen)),
         }
@@ -157,7 +156,7 @@ class InFlight:
         config = self._config
         steps = min(config.max_staleness + 1, self._num_steps - done)
         wanted = steps * config.batch.groups + config.batch.oversample
-        count = wanted - sum(len(due.group_ids) for due in self._posted)
+        count = wanted - len(self._in_flight())
         if count > 0:
             ids = [task.task_id for _ in range(count) for task in next(self._tasks)]
             due = due_groups(config, ids, self._next, done)

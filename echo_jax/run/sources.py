@@ -34,6 +34,7 @@ from echo_jax.run.publishing import Publishing
 from echo_jax.run.workdir import Workdir
 from echo_jax.sandbox.make import sandbox_maker
 from echo_jax.store.due import DueGroups
+from echo_jax.store.kvstore import MissingError
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import WeightStore
 from echo_jax.tasks.drawing import TaskSource
@@ -157,11 +158,15 @@ class EmbeddedSource:
         self, assignments: list[tuple[int, Task]], store: RolloutStore, due: DueGroups
     ) -> None:
         await asyncio.to_thread(self._publishing.wait)
-        # A run that was resumed may lack the version before that of its state.
-        version = min(
-            (v for v in self._weights.versions() if v >= due.version), default=due.version
-        )
-        params = model_params.unflatten(self._model.abstract, self._weights.read(version))
+        version = due.version
+        try:
+            arrays = self._weights.read(version)
+        except MissingError:  # a resumed run may lack the version before that of its state
+            version = self._weights.latest()
+            if version is None:
+                raise
+            arrays = self._weights.read(version)
+        params = model_params.unflatten(self._model.abstract, arrays)
         await self._policy.load(jax.device_put(params, self._model.placed), version)
         await self._draw(assignments, store, group_size=due.group_size, temperature=due.temperature)
 

@@ -81,8 +81,12 @@ class WeightStore:
             raise ValueError(f'version is {version}; expected 0 to 10**10 - 1')
         part = Part.of(params, process_index)
         deadline = time.monotonic() + timeout
-        if self.published.intact(version) is not None:
-            return False
+        try:
+            if self.published.find(version) is not None:
+                return False
+        except CorruptError:
+            if process_index == 0:  # or the damaged manifest would be in the way
+                self._forget([version])
         if process_index == 0:
             done = self._lead(part, version, process_count, deadline, about or {})
             self._collect(version)
@@ -166,8 +170,6 @@ class WeightStore:
         self, part: Part, version: int, process_count: int, deadline: float, about: dict
     ) -> bool:
         """Process 0's part: opens an attempt, waits for the other hosts, commits."""
-        if version in self.versions():  # with a damaged manifest, which would be in the way
-            self._forget([version])
         for bases in (self._bases(part, version), []):
             begun = {'attempt': secrets.token_hex(8), 'bases': bases}
             self._kvstore[_attempt_key(version)] = seal(begun)
