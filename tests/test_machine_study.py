@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 from echo_jax.run.intervals import mean_of_values
 from echo_jax.types import Status
 from experiments.machine import beside, report, results, stats
-from experiments.machine.arms import ARMS, SEEDS, Arm, Run, runs
+from experiments.machine.arms import ARMS, SEEDS, WORKER_PYTHON, Arm, Run, runs
 from experiments.machine.study import Study
 from tests.support.small_run import config_flags
 
@@ -96,13 +96,13 @@ class SmallArm(Arm):
         config.update(SMALL)
         return ml_collections.FrozenConfigDict(config)
 
-    def flags(self, seed: int, folder: pathlib.Path) -> list[str]:
-        return [*super().flags(seed, folder), *config_flags(SMALL)]
+    def programs(self, seed: int, folder: pathlib.Path) -> list[list[str]]:
+        return [[*command, *config_flags(SMALL)] for command in super().programs(seed, folder)]
 
 
 def test_the_runs_of_the_study():
     found = runs(list(ARMS), SEEDS)
-    assert len(found) == len({*found}) == sum(arm.seeds for arm in ARMS.values()) == 35
+    assert len(found) == len({*found}) == sum(arm.seeds for arm in ARMS.values()) == 43
     assert {run.arm for run in found[:15]} == {'echo', 'grpo', 'shuffled'}
     assert [run.seed for run in found[:4]] == [0, 0, 0, 1]
     assert runs(['grpo_no_kl', 'grpo'], [1, 4]) == [
@@ -128,13 +128,19 @@ def test_an_arm_says_what_its_run_is(name):
     assert ARMS[arm.warm_start].warm_start == arm.warm_start
 
 
-@pytest.mark.timeout(900)  # three runs in processes of their own
-def test_the_study_for_real(programs, monkeypatch, tmp_path):
+@pytest.fixture
+def small_arms(programs, monkeypatch):
+    """The arms with small runs, whose processes `programs` finds."""
     for name, arm in ARMS.items():
         monkeypatch.setitem(ARMS, name, SmallArm(*arm))
     for key in ('JAX_COMPILATION_CACHE_DIR', 'PATH'):
         monkeypatch.setenv(key, programs.environment[key])
     monkeypatch.setattr('experiments.machine.study.POLL_SECONDS', 0.2)
+    return programs
+
+
+@pytest.mark.timeout(900)  # three runs in processes of their own
+def test_the_study_for_real(small_arms, tmp_path):
     wanted = runs(['new_machine_grpo', 'echo', 'shuffled'], [0])
     folder = tmp_path / 'runs'
     study = Study(folder, wanted)
@@ -207,7 +213,26 @@ def test_the_study_for_real(programs, monkeypatch, tmp_path):
     (folder / 'echo_0' / 'summary.json').unlink()
     with pytest.raises(SystemExit, match=reason):
         Study(folder, [Run('echo', 0)]).make(jobs=1)
-    assert programs.alive() == []
+    assert small_arms.alive() == []
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not WORKER_PYTHON.exists(), reason=f'no {WORKER_PYTHON}: `make rollout`')
+def test_a_run_with_a_worker_for_real(small_arms, monkeypatch, tmp_path):
+    study = Study(tmp_path, [Run('four_ahead', 0)])
+    study.make(jobs=1)
+    (kept,) = study.results()
+    for key in ('rollout/reward', 'rollout/first_right'):
+        assert [step for step, _ in kept['series'][key]] == [1, 2]
+    assert small_arms.alive() == []
+    # A worker that fails ends its run; one that cannot be started is named before anything runs.
+    monkeypatch.setattr('experiments.machine.arms.WORKER_PYTHON', pathlib.Path('/bin/false'))
+    with pytest.raises(SystemExit, match='four_ahead_1 failed'):
+        Study(tmp_path, [Run('four_ahead', 1)]).make(jobs=1)
+    assert small_arms.alive() == []
+    monkeypatch.setattr('experiments.machine.arms.WORKER_PYTHON', tmp_path / 'nothing')
+    with pytest.raises(SystemExit, match=r'error: four_ahead_2: .*`make rollout`'):
+        Study(tmp_path, [Run('four_ahead', 0), Run('four_ahead', 2)]).make(jobs=1)
 
 
 def test_what_a_busy_machine_spoils(tmp_path):

@@ -1,13 +1,25 @@
-"""The runs of the study: which recipe, control and seeds. No run has settings of its own."""
+"""The runs of the study: which recipe, settings, control and seeds."""
 
 import importlib
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ml_collections
 
 ROOT = pathlib.Path(__file__).parents[2]
+WORKER_PYTHON = ROOT / '.venv-rollout' / 'bin' / 'python'
+# Groups of five steps are drawn at a time, by a worker that shares the learner's two cores. So an
+# episode may take as long as five steps, and the agent's limit must not be what ends it.
+FOUR_AHEAD = {
+    'max_staleness': 4,
+    'loss.mismatch': 'token',
+    'policy.backend': 'vllm',
+    'policy.slots': 320,
+    'sandbox.at_once': 128,
+    'sandbox.agent_timeout': 900.0,
+}
 
 
 class Arm(NamedTuple):
@@ -15,25 +27,38 @@ class Arm(NamedTuple):
 
     title: str
     recipe: str = 'machine'  # of configs/, with its variant: 'machine:grpo'
+    settings: Mapping[str, bool | int | float | str] = {}  # keys that differ from the recipe's
     control: str = ''  # of experiments/machine/control.py; '' is the program itself
     seeds: int = 2  # 0 to this, which is left out
     warm_start: str = 'echo'  # the arm whose warm start of the same seed this one takes over
     against: str = 'grpo'  # the arm without the environment term that this one is compared with
 
+    @property
+    def has_worker(self) -> bool:
+        return self.settings.get('policy.backend') == 'vllm'
+
     def config(self, seed: int) -> ml_collections.FrozenConfigDict:
         name, _, variant = self.recipe.partition(':')
         config = importlib.import_module(f'configs.{name}').get_config(*filter(None, [variant]))
-        config.seed = seed
+        config.update_from_flattened_dict({'seed': seed, **self.settings})
         return ml_collections.FrozenConfigDict(config)
 
-    def flags(self, seed: int, folder: pathlib.Path) -> list[str]:
-        """What Python is called with to make the run, or to go on with it, from ROOT."""
+    def programs(self, seed: int, folder: pathlib.Path) -> list[list[str]]:
+        """The commands that make the run, or go on with it, given in ROOT at the same time: the
+        learner's, and its worker's if the run has one.
+        """
         name, _, variant = self.recipe.partition(':')
-        program = ['-m', 'echo_jax.train']
+        flags = [f'--config=configs/{name}.py' + (f':{variant}' if variant else '')]
+        changes = {'seed': seed, **self.settings}
+        flags += [f'--config.{key}={value}' for key, value in changes.items()]
+        flags += [f'--workdir={folder}']
+        learner = ['-m', 'echo_jax.train']
         if self.control:
-            program = ['-m', 'experiments.machine.control', f'--control={self.control}']
-        recipe = f'configs/{name}.py' + (f':{variant}' if variant else '')
-        return [*program, f'--config={recipe}', f'--config.seed={seed}', f'--workdir={folder}']
+            learner = ['-m', 'experiments.machine.control', f'--control={self.control}']
+        commands = [[sys.executable, *learner, *flags]]
+        if self.has_worker:
+            commands += [[str(WORKER_PYTHON), '-m', 'echo_jax.worker', *flags]]
+        return commands
 
 
 ARMS = {
@@ -46,6 +71,8 @@ ARMS = {
     'grpo_no_kl': Arm('GRPO without KL', 'machine:grpo_no_kl'),
     'env_only': Arm('environment term alone', control='env_only'),
     'env_only_no_kl': Arm('the same without KL', 'machine:echo_no_kl', control='env_only'),
+    'one_ahead': Arm('ECHO, 0.3, one step ahead', settings={'max_staleness': 1}, seeds=3),
+    'four_ahead': Arm('ECHO, 0.3, up to four steps ahead', settings=FOUR_AHEAD, seeds=5),
     'new_machine': Arm(
         'ECHO, 0.3, a new machine in every task', 'machine:new_machine', against='new_machine_grpo'
     ),

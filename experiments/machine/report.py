@@ -20,6 +20,13 @@ from experiments.machine import stats
 from experiments.machine.arms import ARMS
 
 HERE = pathlib.Path(__file__).parent
+PAIRS = (
+    ('echo', 'grpo'),
+    ('shuffled', 'grpo'),
+    ('echo', 'shuffled'),
+    ('one_ahead', 'echo'),
+    ('four_ahead', 'echo'),
+)
 WINDOW = 10  # steps, of the means of training rewards
 COLOURS = {
     'echo': 'tab:green',
@@ -77,7 +84,7 @@ class Results:
 
 def tables(results: Results) -> str:
     parts = [_arms(results)]
-    for first, second in (('echo', 'grpo'), ('shuffled', 'grpo'), ('echo', 'shuffled')):
+    for first, second in PAIRS:
         if results.seeds(first, second):
             parts.append(_pairs(results, first, second))
     return '\n\n'.join([*parts, _runs(results)])

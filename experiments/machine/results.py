@@ -3,10 +3,12 @@
 import collections
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from echo_jax.agent.protocol import Protocol
+from echo_jax.run.numbering import LEDGER, groups_of_step, may_be_late, read_ledger
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.tasks.generate import demonstration
@@ -109,12 +111,21 @@ class FirstCommands:
     def of_training(self, steps: int) -> list[list[float]]:
         """[[step, share of the step's rollouts that begin right], ...]."""
         store = RolloutStore(self._work.url('rollouts', 'train'))
-        size, points = self._work.config.batch.groups, []
-        for step in range(steps):
-            groups = store.read_groups(range(step * size, (step + 1) * size))
+        points = []
+        for step, numbers in enumerate(trained_groups(self._work, steps)):
+            groups = store.read_groups(numbers)
             share = np.mean([self.right(rollout) for group in groups for rollout in group])
             points.append([step + 1, round(float(share), DIGITS)])
         return points
+
+
+def trained_groups(work: Workdir, steps: int) -> list[Sequence[int]]:
+    """The numbers of the groups that each of the first steps trained on."""
+    if may_be_late(work.config):
+        rows = read_ledger((work.path / LEDGER).read_text())
+        return [row['groups'] for row in rows[:steps]]
+    size = groups_of_step(work.config)
+    return [range(step * size, (step + 1) * size) for step in range(steps)]
 
 
 def first_command(rollout: Rollout, protocol: Protocol) -> str | None:

@@ -5,12 +5,12 @@ import os
 import pathlib
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
 from echo_jax.run.entry import printable
 from echo_jax.run.workdir import Workdir, write_whole
+from experiments.machine import arms
 from experiments.machine.arms import ARMS, ROOT, SEEDS, Run, runs
 from experiments.machine.results import read_run, spoiled
 
@@ -26,12 +26,13 @@ class Study:
 
     def __init__(self, folder: pathlib.Path, wanted: Sequence[Run]):
         self._folder, self._wanted = folder, wanted
-        self._running: dict[Run, subprocess.Popen] = {}
+        self._running: dict[Run, list[subprocess.Popen]] = {}  # the learner, then its worker
 
     def make(self, jobs: int) -> None:
         """Makes the runs that are not done, `jobs` at a time. Raises SystemExit if one fails, or if
         the machine was too busy for one; the same call goes on from there.
         """
+        self._expect_worker()
         self._folder.mkdir(parents=True, exist_ok=True)
         began, at_first, said = time.monotonic(), self.steps(), -SAY_SECONDS
         try:
@@ -45,10 +46,8 @@ class Study:
                     print(self.progress(said - began, self.steps() - at_first), flush=True)
                 time.sleep(POLL_SECONDS)
         finally:
-            for process in self._running.values():
-                process.terminate()  # a run saves its state then
-            for process in self._running.values():
-                process.wait()
+            for programs in self._running.values():
+                _end(programs)
 
     def is_done(self, run: Run) -> bool:
         return run not in self._running and (self._folder / run.name / 'summary.json').exists()
@@ -81,17 +80,20 @@ class Study:
         folder = self._folder / run.name
         if not folder.exists() and run.source != run and self._steps_of(run.source):
             self._take_over(run)
-        command = [sys.executable, *ARMS[run.arm].flags(run.seed, folder.absolute())]
         environment = {'JAX_PLATFORMS': 'cpu', **os.environ}
-        with (self._folder / f'{run.name}.log').open('a') as log:
-            self._running[run] = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the study, which ends its runs
-            )
+        programs = self._running[run] = []
+        for command in ARMS[run.arm].programs(run.seed, folder.absolute()):
+            with (self._folder / f'{run.name}.log').open('a') as log:
+                programs += [
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,  # Ctrl-C is for the study, which ends its runs
+                    )
+                ]
         print(f'{run.name} started', flush=True)
 
     def _take_over(self, run: Run) -> None:
@@ -111,16 +113,26 @@ class Study:
 
     def _look_after(self) -> None:
         """Forgets the runs that ended. Raises SystemExit if one failed or is spoiled."""
-        for run, process in list(self._running.items()):
+        for run, programs in list(self._running.items()):
             self._expect_whole(run)
-            if process.poll() is None:
-                continue
-            del self._running[run]
-            if process.returncode:
+            if any(program.poll() for program in programs):
                 log = self._folder / f'{run.name}.log'
                 end = printable('\n'.join(log.read_text().splitlines()[-20:]))
                 raise SystemExit(f'{end}\n{run.name} failed; the whole log is {log}')
+            if programs[0].poll() is None:
+                continue
+            _end(programs)
+            del self._running[run]
             print(f'{run.name} is done', flush=True)
+
+    def _expect_worker(self) -> None:
+        wanted = [run for run in self._wanted if ARMS[run.arm].has_worker]
+        need = [run.name for run in wanted if not self.is_done(run)]
+        if need and not arms.WORKER_PYTHON.exists():
+            raise SystemExit(
+                f'error: {", ".join(need)}: a run with a worker needs {arms.WORKER_PYTHON}, which '
+                '`make rollout` makes; or leave the arm out with --arms'
+            )
 
     def _expect_whole(self, run: Run) -> None:
         folder = self._folder / run.name
@@ -142,3 +154,11 @@ class Study:
         if not kept.exists():
             write_whole(kept, json.dumps({'arm': run.arm, 'seed': run.seed, **read_run(work)}))
         return json.loads(kept.read_text())
+
+
+def _end(programs: Sequence[subprocess.Popen]) -> None:
+    """Ends the programs of a run, which saves its state then."""
+    for program in programs:
+        program.terminate()
+    for program in programs:
+        program.wait()
