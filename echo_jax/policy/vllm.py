@@ -254,6 +254,8 @@ class VllmPolicy:
         """Ends the engine and its processes; turns that still run raise PolicyError."""
         self._refusal = 'the policy is closed'
         self.engine.shutdown()
+        # Its destructor does so again when Python has begun to end, where that fails, in writing.
+        self.engine.shutdown = lambda: None
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None]:

@@ -7,10 +7,12 @@ functions, because `vllm.py` can be imported without either.
 """
 
 import concurrent.futures
+import contextlib
+import logging
 import os
 import select
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,8 @@ import numpy as np
 from echo_jax.store.weights import WeightStore
 
 READING = 'reading'
+HEAD = 'lm_head.weight'  # Hugging Face's name
+RELOAD_LOG = 'vllm.model_executor.model_loader.reload.layerwise'  # vLLM's
 OWNER = 'ECHO_JAX_ENGINE_OWNER'  # while an engine starts, the process that it belongs to
 
 
@@ -138,13 +142,27 @@ class WeightLoader:
         from vllm.model_executor.model_loader import reload
 
         arrays, model = self._fetch.result(), self.get_model()
-        with set_current_vllm_config(self.vllm_config):
+        with set_current_vllm_config(self.vllm_config), silent_about(self._not_loaded(model)):
             reload.initialize_layerwise_reload(model)
             try:
                 model.load_weights(self._their_tensors(arrays))
             finally:  # half an update must be ended too, or the next one is added to it
                 reload.finalize_layerwise_reload(model, self.vllm_config.model_config)
             self._pack_head(model)
+
+    def _not_loaded(self, model) -> set[str]:
+        """The classes of the layers that no published array is for: those that have nothing but
+        tables, as of rotary positions, and a head that is tied to the embedding.
+        """
+        names = {
+            type(layer).__name__
+            for layer in model.modules()
+            if next(layer.parameters(recurse=False), None) is None
+        }
+        head = getattr(model, 'lm_head', None)
+        if head is not None and all(array.name != HEAD for array in self._arrays.values()):
+            names.add(type(head).__name__)
+        return names
 
     def _their_tensors(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, object]]:
         """Yields Hugging Face's names and tensors, by layers, so that vLLM buffers one layer."""
@@ -190,6 +208,21 @@ class WeightLoader:
         head = getattr(model, 'lm_head', None)
         if current_platform.is_cpu() and head is not None:
             head.quant_method.process_weights_after_loading(head)
+
+
+@contextlib.contextmanager
+def silent_about(layers: set[str]) -> Generator[None]:
+    """Keeps vLLM from warning at every swap that layers of these classes failed to load."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (isinstance(record.args, tuple) and record.args[0] in layers)
+
+    log = logging.getLogger(RELOAD_LOG)
+    log.addFilter(is_news)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_news)
 
 
 def our_slices(array: Published, part: Share) -> tuple[slice, ...]:

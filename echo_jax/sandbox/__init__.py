@@ -42,6 +42,10 @@ class Verdict(NamedTuple):
 class SandboxError(RuntimeError):
     """The sandbox itself failed: the episode is an INFRA_ERROR, not the agent's fault."""
 
+    def of(self, what: str) -> 'SandboxError':
+        """The same kind of error, with a message that begins with what it befell."""
+        return type(self)(f'{what}: {self}')
+
 
 class SandboxUnavailable(SandboxError):
     """No sandbox of any task can be made for now: the engine that makes them does not answer."""

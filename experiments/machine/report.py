@@ -27,6 +27,9 @@ PAIRS = (
     ('one_ahead', 'echo'),
     ('four_ahead', 'echo'),
 )
+# Seeds that an interval needs. That of two says little: its width is 12.7 times their difference,
+# and nothing if they happen to be equal.
+FEWEST = 3
 WINDOW = 10  # steps, of the means of training rewards
 COLOURS = {
     'echo': 'tab:green',
@@ -96,7 +99,7 @@ _HEADER = '| start | end | 1 / 2 / 3 tools | first call right | environment CE |
 def _arms(results: Results) -> str:
     lines = [
         'Means over seeds; the last column is the difference to GRPO on the same seeds, with its '
-        '95% interval.\n',
+        '95% interval, or of two seeds each.\n',
         f'| arm | seeds {_HEADER} against GRPO |',
         '|---|---|---|---|---|---|---|---|',
     ]
@@ -189,9 +192,12 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _interval(values: Sequence[float]) -> str:
+    """The mean with its 95% interval, or with the values themselves if they are too few for one."""
     found = mean_of_values(values)
     if len(values) < 2:
         return f'{found.mean:+.3f}'
+    if len(values) < FEWEST:
+        return f'{found.mean:+.3f} ({", ".join(f"{value:+.3f}" for value in values)})'
     return f'{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})'
 
 

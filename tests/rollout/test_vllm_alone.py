@@ -1,6 +1,7 @@
 """How vLLM is started, refused and divided over ranks: tests that share no engine."""
 
 import asyncio
+import logging
 
 import pytest
 
@@ -10,7 +11,7 @@ pytest.importorskip('vllm', reason='vLLM is not installed here; `make rollout` m
 from echo_jax.policy import PolicyError
 from echo_jax.policy.vllm import VllmPolicy
 from echo_jax.policy.vllm_engine import check_interface
-from echo_jax.policy.vllm_rank import read_published, share
+from echo_jax.policy.vllm_rank import read_published, share, silent_about
 from tests.support.qwen3_learner import published
 from tests.support.vllm_rig import PROMPTS, Rig
 
@@ -65,6 +66,20 @@ def test_a_vllm_without_what_swaps_need_is_refused(monkeypatch):
     monkeypatch.delattr(AsyncLLM, 'update_weight_version')
     with pytest.raises(PolicyError, match=r'^vLLM .* has no AsyncLLM\.update_weight_version, .*'):
         check_interface()
+
+
+def test_only_layers_that_have_no_weights_fail_to_load_them_in_silence():
+    from vllm.model_executor.model_loader.reload.layerwise import logger
+
+    told, handler = [], logging.Handler()
+    handler.emit = lambda record: told.append(record.args[0])
+    logger.addHandler(handler)
+    for known in ({'RotaryEmbedding'}, set()):
+        with silent_about(known):
+            for layer in ('RotaryEmbedding', 'QKVParallelLinear'):
+                logger.warning('%s: Failed to load weights', layer)
+    logger.removeHandler(handler)
+    assert told == ['QKVParallelLinear', 'RotaryEmbedding', 'QKVParallelLinear']
 
 
 def test_two_ranks_read_their_shares(tmp_path, monkeypatch):

@@ -259,8 +259,8 @@ def test_a_swap_that_is_cancelled_leaves_nothing_waiting(in_flight, monkeypatch)
             begun.set()
             await asyncio.sleep(3600)
 
-        turns = asyncio.create_task(generate_all(rig.policy, LONG, max_tokens=100))
-        await running(rig.policy, len(LONG))
+        turns = asyncio.create_task(generate_all(rig.policy, LONG, max_tokens=360))
+        await running(rig.policy, len(LONG))  # and longer than new weights take to be read
         with monkeypatch.context() as hanging:
             hanging.setattr(owner, method, hang)
             load = asyncio.create_task(rig.policy.load(rig.publish()))

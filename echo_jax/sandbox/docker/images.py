@@ -22,7 +22,7 @@ from typing import NamedTuple
 import docker
 import tenacity
 
-from echo_jax.sandbox import ENVIRONMENT, SandboxError, SandboxUnavailable, channels, read_script
+from echo_jax.sandbox import ENVIRONMENT, SandboxError, channels, read_script
 from echo_jax.sandbox.docker import builds, containers, contexts, engine
 from echo_jax.sandbox.dockerfiles import parser
 from echo_jax.types import Task
@@ -251,19 +251,17 @@ class Images:
         )
         try:
             retrying(make, *arguments)
-        except SandboxUnavailable:  # nothing of this image's
-            raise
         except SandboxError as error:
-            raise SandboxError(f'{task.task_id}: image not {done}: {error}') from None
+            raise error.of(f'{task.task_id}: image not {done}') from None
 
     def _pull(self, name: str) -> None:
         repository, tag = docker.utils.parse_repository_tag(name)
         try:
             self.engine.blocking(self.engine.client.api.pull, repository, tag or 'latest')
-        except SandboxUnavailable:
-            raise
-        except (SandboxError, docker.errors.NotFound) as error:
+        except docker.errors.NotFound as error:
             raise SandboxError(f'{name}: {engine.brief(error)}') from None
+        except SandboxError as error:
+            raise error.of(name) from None
 
     def _build(self, task: Task, name: str, context: bytes, network: bool) -> None:
         self.engine.blocking(

@@ -78,10 +78,9 @@ class PlainSandbox(ContainerSandbox):
     async def start(self) -> None:
         try:
             await super().start()
-        except SandboxUnavailable:
-            raise
         except SandboxError as error:
-            if self._draining is None or self._draining.cancelled():
+            ended = self._draining is not None and not self._draining.cancelled()
+            if isinstance(error, SandboxUnavailable) or not ended:
                 raise
             printed = ' '.join(self._printed.decode(errors='replace').split())[-500:]
             raise SandboxError(
