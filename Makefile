@@ -52,7 +52,7 @@ quickstart: setup  ## trains a small agent on this machine's CPU, into WORKDIR (
 view: setup  ## opens the run in WORKDIR as a web page: curves, rollouts, tokens
 	$(VENV)/bin/python -m echo_jax.view --workdir=$(WORKDIR)
 
-check: lint  ## lint and the quick tests, in two and a half minutes on two cores: what to run before every commit
+check: lint  ## lint and the quick tests, in about two minutes on two cores: what to run before every commit
 	$(VENV)/bin/python -m pytest -n auto -m "not slow"
 
 test: develop  ## all tests: vLLM's want .venv-rollout (make rollout), Harbor's .venv-harbor (make harbor), Docker's an engine

@@ -181,6 +181,7 @@ def test_a_spent_total_is_discarded_without_a_test(make_task, episodes):
     np.testing.assert_array_equal(discarded.roles, verified.roles)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'test_sh, commands, delay',
     [

@@ -142,6 +142,7 @@ def test_some_steps_stay_beside_the_last_ones(tmp_path):
 
 
 # A restore that fails leaves reads to the garbage collector, whose event loop is closed by then.
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_every_damaged_file_is_noticed_or_harmless(saved, tmp_path):
     """Each file of the step cut, removed, or with a bit flipped at five places."""

@@ -161,6 +161,7 @@ def test_the_balance_is_measured_when_it_is_due():
         assert env.coef(8) == coef
 
 
+@pytest.mark.slow
 def test_the_coefficient_follows_the_gradients():
     model, params = models()
     config = recipe()

@@ -85,7 +85,9 @@ def test_rewards(make_task, test_sh, rewards, reward):
         ('mkdir $R', 'reward.txt is a link or no regular file'),
         ('echo 1 > /tmp/r; ln -s /tmp/r $R', 'reward.txt is a link or no regular file'),
         ('ln -s nowhere $J; echo 1 > $R', 'reward.json is a link or no regular file'),
-        ('echo 1 > $R; sleep 30', 'the tests ran over their 3 seconds'),
+        pytest.param(
+            'echo 1 > $R; sleep 30', 'the tests ran over their 3 seconds', marks=pytest.mark.slow
+        ),
     ],
 )
 def test_no_rewards(make_task, test_sh, reason):

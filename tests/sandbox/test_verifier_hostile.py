@@ -51,6 +51,7 @@ _TRICKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('trick', _TRICKS)
 def test_the_agent_does_not_choose_how_the_tests_start(make_task, trick):
     task = make_task('python3 /tests/check.py && sleep 1 && echo finished\n')

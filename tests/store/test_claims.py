@@ -99,6 +99,7 @@ def _take_for_ever(folder: str) -> None:
             claims.release(('train', number))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_killed_workers_leave_nothing_that_stays(tmp_path):
     """Workers are killed at any moment of their claims; every group can be claimed after that."""
