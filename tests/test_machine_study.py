@@ -77,7 +77,7 @@ SMALL = dict(
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        head_dim=32,  # vLLM's least on a CPU
+        head_dim=32,  # on a CPU vLLM refuses 16
     ),
     policy=dict(slots=4),
     sandbox=dict(at_once=4),
