@@ -20,7 +20,6 @@ import numpy as np
 from echo_jax.store.weights import WeightStore
 
 READING = 'reading'
-HEAD = 'lm_head.weight'  # Hugging Face's name
 RELOAD_LOG = 'vllm.model_executor.model_loader.reload.layerwise'  # vLLM's
 OWNER = 'ECHO_JAX_ENGINE_OWNER'  # while an engine starts, the process that it belongs to
 
@@ -159,9 +158,8 @@ class WeightLoader:
             for layer in model.modules()
             if next(layer.parameters(recurse=False), None) is None
         }
-        head = getattr(model, 'lm_head', None)
-        if head is not None and all(array.name != HEAD for array in self._arrays.values()):
-            names.add(type(head).__name__)
+        if model.config.tie_word_embeddings:
+            names.add(type(model.lm_head).__name__)
         return names
 
     def _their_tensors(self, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, object]]:
@@ -215,7 +213,7 @@ def silent_about(layers: set[str]) -> Generator[None]:
     """Keeps vLLM from warning at every swap that layers of these classes failed to load."""
 
     def is_news(record: logging.LogRecord) -> bool:
-        return not (isinstance(record.args, tuple) and record.args[0] in layers)
+        return record.getMessage().partition(':')[0] not in layers
 
     log = logging.getLogger(RELOAD_LOG)
     log.addFilter(is_news)

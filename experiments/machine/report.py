@@ -99,7 +99,7 @@ _HEADER = '| start | end | 1 / 2 / 3 tools | first call right | environment CE |
 def _arms(results: Results) -> str:
     lines = [
         'Means over seeds; the last column is the difference to GRPO on the same seeds, with its '
-        '95% interval, or of two seeds each.\n',
+        '95% interval, or with both differences if there are two seeds.\n',
         f'| arm | seeds {_HEADER} against GRPO |',
         '|---|---|---|---|---|---|---|---|',
     ]

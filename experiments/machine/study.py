@@ -46,8 +46,7 @@ class Study:
                     print(self.progress(said - began, self.steps() - at_first), flush=True)
                 time.sleep(POLL_SECONDS)
         finally:
-            for programs in self._running.values():
-                _end(programs)
+            _end([program for programs in self._running.values() for program in programs])
 
     def is_done(self, run: Run) -> bool:
         return run not in self._running and (self._folder / run.name / 'summary.json').exists()
@@ -157,7 +156,7 @@ class Study:
 
 
 def _end(programs: Sequence[subprocess.Popen]) -> None:
-    """Ends the programs of a run, which saves its state then."""
+    """Ends programs of runs, which save their state then."""
     for program in programs:
         program.terminate()
     for program in programs:
