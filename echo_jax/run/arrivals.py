@@ -9,8 +9,8 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Collection, Container, Sequence, Set
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Container, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 from echo_jax.learner import distributed
 from echo_jax.run import report
@@ -184,13 +184,15 @@ class Arrivals:
         told = asked = time.monotonic()
         while not self._stop.requested:
             self._check_published()
+            # Before the groups: a group whose claim is given up between the two has arrived.
+            claims = {} if oldest is None else read_claims(self.due.url, 'train')
             arrived, missing = [], set()
             for store, group_ids in wanted:
                 with self._lock:
                     lacking = {*self._take(store, group_ids)}
                 arrived += [i for i in group_ids if i not in lacking]
                 missing |= lacking
-            late, begun = ([], {}) if oldest is None else self._begun(missing, oldest)
+            late, begun = ([], {}) if oldest is None else self._begun(claims, missing, oldest)
             if arrived or late or not must_wait:
                 return arrived, late, [*begun.items()], False
             now = time.monotonic()
@@ -238,12 +240,13 @@ class Arrivals:
                 )
                 self.due.post(due)
 
-    def _begun(self, missing: Set[int], oldest: int) -> tuple[list[int], dict[int, int]]:
+    def _begun(
+        self, claims: Mapping[int, Mapping[str, Any]], missing: Set[int], oldest: int
+    ) -> tuple[list[int], dict[int, int]]:
         """Of the missing groups of training: those that were claimed too long ago, and the version
         of each of the others that are claimed.
         """
         now, limit = time.monotonic(), self._work.config.batch.deadline_sec
-        claims = read_claims(self.due.url, 'train')
         claims = {number: claim for number, claim in claims.items() if number in missing}
         self._claimed = {number: self._claimed.get(number, now) for number in claims}
         late = {

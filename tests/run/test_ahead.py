@@ -12,6 +12,7 @@ from echo_jax.run.ahead import Rounds
 from echo_jax.run.numbering import Steps
 from echo_jax.store.claims import Claims
 from echo_jax.store.kvstore import open_kvstore
+from echo_jax.store.rollouts import RolloutStore
 from tests.support.ahead_run import TASKS, Run, begun, recipe
 from tests.support.buckets import serving
 from tests.support.groups import small_group
@@ -22,7 +23,7 @@ def draw_as(
     name: str, run: Run, ended: threading.Event, dice: random.Random, slow_sec: float = 0.0
 ) -> None:
     """A worker: it claims groups and writes them. One in four takes `slow_sec`."""
-    claims = Claims(run.due.url, name, lease_sec=2.0)
+    claims = Claims(run.due.url, name, lease_sec=60.0)
     while not ended.is_set():
         for due in run.due.listed():
             for i, task_id in due.assignments:
@@ -30,6 +31,9 @@ def draw_as(
                     continue
                 version = run.done  # as late as can be: the learner goes on meanwhile
                 if claims.take((due.store, i), version):
+                    if run.done != version:  # the step may have ended without seeing the claim
+                        claims.release((due.store, i))
+                        continue
                     if dice.random() < 0.25:
                         time.sleep(slow_sec)
                     run.store.write_group(small_group(i, task_id, version))
@@ -167,6 +171,31 @@ def test_a_run_that_waits_drops_nothing(tmp_path, staleness):
             worker.join()
     assert sorted(i for groups, _ in steps for i in groups) == [*range(30)]
     assert all(values['rollout/late_groups'] == 0 for _, values in steps)
+
+
+def test_a_group_that_arrives_during_a_look_is_not_overlooked(tmp_path, monkeypatch):
+    run = Run(tmp_path / 'run', recipe(staleness=1, stragglers='wait'))
+    begun(run)
+    worker = Claims(run.due.url, 'worker', lease_sec=60)
+    assert worker.take(('train', 0), 0)
+    run.write(1, 2)
+    assert run.step()[0] == [1, 2]
+    begun(run)
+    run.write(*(i for i in run.wanted() if i))
+    missing = RolloutStore.missing
+
+    def then_it_ends(store, group_ids):
+        """The worker ends group 0 after the learner has asked for it."""
+        found = missing(store, group_ids)
+        if 0 in found and threading.current_thread() is threading.main_thread():
+            monkeypatch.setattr(RolloutStore, 'missing', missing)
+            run.write(0, version=0)
+            worker.release(('train', 0))
+        return found
+
+    monkeypatch.setattr(RolloutStore, 'missing', then_it_ends)
+    groups, values = run.step()
+    assert 0 in groups and values['rollout/late_groups'] == 0
 
 
 def test_a_deadline_drops_what_takes_too_long(tmp_path):
