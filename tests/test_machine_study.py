@@ -102,9 +102,10 @@ class SmallArm(Arm):
 
 def test_the_runs_of_the_study():
     found = runs(list(ARMS), SEEDS)
-    assert len(found) == len({*found}) == sum(arm.seeds for arm in ARMS.values()) == 43
-    assert {run.arm for run in found[:20]} == {'echo', 'grpo', 'shuffled', 'four_ahead'}
-    assert [run.seed for run in found[:5]] == [0, 0, 0, 0, 1]
+    assert len(found) == len({*found}) == sum(arm.seeds for arm in ARMS.values()) == 51
+    on_five_seeds = {'echo', 'grpo', 'shuffled', 'four_ahead', 'tiny', 'tiny_four_ahead'}
+    assert {run.arm for run in found[:30]} == on_five_seeds
+    assert [run.seed for run in found[:7]] == [0, 0, 0, 0, 0, 0, 1]
     assert runs(['grpo_no_kl', 'grpo'], [1, 4]) == [
         Run('grpo', 1),
         Run('grpo', 4),

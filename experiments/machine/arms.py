@@ -79,8 +79,18 @@ ARMS = {
     'new_machine_grpo': Arm(
         'GRPO, the same', 'machine:new_machine_grpo', against='new_machine_grpo'
     ),
-    'tiny': Arm('configs/tiny.py: ECHO, 0.05', 'tiny', warm_start='tiny', against='tiny_grpo'),
+    'tiny': Arm(
+        'configs/tiny.py: ECHO, 0.05', 'tiny', seeds=5, warm_start='tiny', against='tiny_grpo'
+    ),
     'tiny_grpo': Arm('configs/tiny.py: GRPO', 'tiny:grpo', warm_start='tiny', against='tiny_grpo'),
+    'tiny_four_ahead': Arm(
+        'configs/tiny.py: ECHO, 0.05, up to four steps ahead',
+        'tiny',
+        settings=FOUR_AHEAD,
+        seeds=5,
+        warm_start='tiny',
+        against='tiny_grpo',
+    ),
 }
 
 

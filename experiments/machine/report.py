@@ -26,6 +26,7 @@ PAIRS = (
     ('echo', 'shuffled'),
     ('one_ahead', 'echo'),
     ('four_ahead', 'echo'),
+    ('tiny_four_ahead', 'tiny'),
 )
 # Seeds that an interval needs. That of two says little: its width is 12.7 times their difference,
 # and nothing if they happen to be equal.
