@@ -24,10 +24,19 @@ SLOW_FIXTURES = {'programs', 'finished', 'daemon', 'cluster'}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks slow tests by what they use, so that few have to be marked by hand."""
+    """Marks slow tests by what they use, so that few have to be marked by hand.
+
+    With several processes the files that have some come first: at the end all are busy until the
+    last of the quick ones.
+    """
+    slow = set()
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, 'fixturenames', ())):
             item.add_marker('slow')
+        if item.get_closest_marker('slow'):
+            slow.add(item.path)
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope='session')

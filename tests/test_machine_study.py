@@ -134,7 +134,7 @@ def small_arms(programs, monkeypatch):
     """The arms with small runs, whose processes `programs` finds."""
     for name, arm in ARMS.items():
         monkeypatch.setitem(ARMS, name, SmallArm(*arm))
-    for key in ('JAX_COMPILATION_CACHE_DIR', 'PATH'):
+    for key in ('JAX_COMPILATION_CACHE_DIR', 'PATH', 'VLLM_PROCESS_NAME_PREFIX'):
         monkeypatch.setenv(key, programs.environment[key])
     monkeypatch.setattr('experiments.machine.study.POLL_SECONDS', 0.2)
     return programs

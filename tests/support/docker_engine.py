@@ -6,6 +6,7 @@ own where `ip` and `iptables` are installed, since two engines must not share do
 """
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
@@ -138,11 +139,17 @@ def base_archive() -> pathlib.Path:
     cache = pathlib.Path(os.environ.get('ECHO_TEST_CACHE', default))
     cache.mkdir(parents=True, exist_ok=True)
     archive = cache / 'debian.tar'
-    if archive.exists():
-        return archive
+    with open(cache / 'lock', 'w') as lock:  # one process makes it, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not archive.exists():
+            _make_base(archive)
+    return archive
+
+
+def _make_base(archive: pathlib.Path) -> None:
     if shutil.which('mmdebstrap') is None:
         pytest.skip(f'no base image: mmdebstrap is not installed and {archive} is missing')
-    partial = cache / f'debian.{os.getpid()}.tar'
+    partial = archive.with_suffix('.partial.tar')
     try:
         done = subprocess.run(
             ['mmdebstrap', '--quiet', '--variant=minbase', 'bookworm', partial],
@@ -155,4 +162,3 @@ def base_archive() -> pathlib.Path:
         partial.rename(archive)
     finally:
         partial.unlink(missing_ok=True)
-    return archive

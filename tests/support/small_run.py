@@ -66,6 +66,8 @@ class Programs:
         """`cache` is a folder for compiled XLA modules, which the processes share."""
         # Sandboxes inherit PATH. A folder in it that nobody else has marks the processes as ours.
         self._mark = str(cache / 'marks-the-processes-of-these-tests')
+        # vLLM's processes write their titles over their environment.
+        self._title = f'vLLM-of-{os.getpid()}'
         self.environment = os.environ | {
             'JAX_PLATFORMS': 'cpu',
             'WANDB_MODE': 'offline',
@@ -73,6 +75,7 @@ class Programs:
             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
             'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
             'PATH': os.environ['PATH'] + os.pathsep + self._mark,
+            'VLLM_PROCESS_NAME_PREFIX': self._title,
         }
         self.environment.pop('XLA_FLAGS', None)
         self._started: list[subprocess.Popen] = []
@@ -110,7 +113,7 @@ class Programs:
     def run(self, program: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
         process = self.start(program, *flags, **environment)
         try:
-            stdout, stderr = process.communicate(timeout=240)
+            stdout, stderr = process.communicate(timeout=480)
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
@@ -161,7 +164,7 @@ class Programs:
                 f'the run ended before the moment to signal: {process.stderr.read()}'
             )
             process.send_signal(signal_number)
-            _, stderr = process.communicate(timeout=120)
+            _, stderr = process.communicate(timeout=240)
         finally:
             process.kill()
         wait_for(lambda: not self.alive())
@@ -172,17 +175,15 @@ class Programs:
         found = []
         for entry in pathlib.Path('/proc').glob('[0-9]*'):
             try:
-                # vLLM's processes write their titles over their environment.
-                is_vllm = (entry / 'cmdline').read_bytes().startswith(b'VLLM::')
-                is_ours = self._mark.encode() in (entry / 'environ').read_bytes()
-                if is_ours or (is_vllm and (entry / 'cwd').resolve() == ROOT):
+                is_titled = (entry / 'cmdline').read_bytes().startswith(f'{self._title}::'.encode())
+                if is_titled or self._mark.encode() in (entry / 'environ').read_bytes():
                     found.append(int(entry.name))
             except OSError:  # ended meanwhile, or somebody else's
                 continue
         return found
 
 
-def wait_for(condition: Callable[[], bool], poll: float = 0.02, seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], poll: float = 0.02, seconds: float = 480) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f'waited {seconds} s in vain'

@@ -9,7 +9,7 @@ from tests.support.viewer_server import serving
 GROUPS = 8  # three rollouts each; the last two are scored
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')  # while it is open, no other test can run an event loop
 def browser():
     with browsing() as browser:
         yield browser
