@@ -11,7 +11,8 @@ configs/tiny.py, whose next version is `--change` (a standard deviation) away fr
 idle is the share of the slots' time in which nothing was sampled for them, from the beginning of
 the first swap to where the next after the last would begin. A step that gives n tokens leaves
 1 - n / slots of the time since the step before idle, and all of that time before new weights were
-loaded. Prefilling again is idle by this, if it takes a step of its own.
+loaded. Prefilling again is idle by this, if it takes a step of its own. resting is the same without
+that: the share in which the engine had no turn for a slot, or was loading weights.
 gap is the distance in nats between the log-probabilities that a turn's tokens had when they were
 sampled and those that the engine gives for the same turn as a prompt, over tokens after the last
 swap in turns that it interrupted; moved is the same distance for their tokens before the swap, so
@@ -43,7 +44,7 @@ class Watched(VllmPolicy):
     """Notes when the engine gives tokens, and when new weights are in it."""
 
     def watch(self) -> None:
-        self.steps: list[tuple[float, int]] = []  # (when, tokens)
+        self.steps: list[tuple[float, int, int]] = []  # (when, tokens, turns in the engine)
         self.loaded: list[float] = []
         self.sampled = 0
         processor = self.engine.output_processor
@@ -52,7 +53,7 @@ class Watched(VllmPolicy):
         def noted(outputs, *args, **kwargs):
             tokens = sum(len(output.new_token_ids) for output in outputs)
             if tokens:
-                self.steps.append((time.monotonic(), tokens))
+                self.steps.append((time.monotonic(), tokens, len(processor.request_states)))
                 self.sampled += tokens
             return process(outputs, *args, **kwargs)
 
@@ -64,16 +65,18 @@ class Watched(VllmPolicy):
         return tried
 
 
-def idle_share(policy: Watched, slots: int, begin: float, end: float) -> float:
+def shares(policy: Watched, slots: int, begin: float, end: float) -> dict[str, float]:
     """Of the slots' time from `begin` to `end`, both by time.monotonic."""
-    idle, before = 0.0, begin
-    for when, tokens in policy.steps:
+    seconds, before = np.zeros(2), begin
+    for when, *counts in policy.steps:
         if not begin < when <= end:
             continue
         loaded = max([at for at in policy.loaded if before < at <= when], default=before)
-        idle += loaded - before + (when - loaded) * (1 - min(tokens, slots) / slots)
+        busy = np.minimum(counts, slots) / slots
+        seconds += loaded - before + (when - loaded) * (1 - busy)
         before = when
-    return (idle + end - before) / (end - begin)
+    idle, resting = (seconds + end - before) / (end - begin)
+    return {'idle': round(float(idle), 4), 'resting': round(float(resting), 4)}
 
 
 async def sample(policy: Watched, args, slot: int, turns: list, stop: asyncio.Event) -> None:
@@ -146,7 +149,7 @@ async def measure(args, mode: str, model_dir: pathlib.Path, url: str) -> dict:
         for name in ('read_seconds', 'drain_seconds', 'load_seconds', 'probe_seconds')
     }
     return {
-        'idle': round(idle_share(policy, args.slots, begins[0], begins[-1]), 4),
+        **shares(policy, args.slots, begins[0], begins[-1]),
         'tokens_per_s': round(
             args.swaps * args.slots * args.turn_tokens / (begins[-1] - begins[0])
         ),
