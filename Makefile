@@ -52,6 +52,8 @@ quickstart: setup  ## trains a small agent on this machine's CPU, into WORKDIR (
 view: setup  ## opens the run in WORKDIR as a web page: curves, rollouts, tokens
 	$(VENV)/bin/python -m echo_jax.view --workdir=$(WORKDIR)
 
+# Tiny programs run often enough without LLVM's optimizations, which take a sixth of the quick tests' time.
+check: export XLA_FLAGS := --xla_backend_optimization_level=0 $(XLA_FLAGS)
 check: lint  ## lint and the quick tests, in about two minutes on two cores: what to run before every commit
 	$(VENV)/bin/python -m pytest -n auto -m "not slow"
 
