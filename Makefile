@@ -58,7 +58,7 @@ check: lint  ## lint and the quick tests, in about two minutes on two cores: wha
 	$(VENV)/bin/python -m pytest -n auto -m "not slow"
 
 test: develop  ## all tests: vLLM's want .venv-rollout (make rollout), Harbor's .venv-harbor (make harbor), Docker's an engine
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 	[ ! -e $(ROLLOUT)/installed ] || $(ROLLOUT)/bin/python -m pytest tests/rollout
 	[ ! -e $(HARBOR)/installed ] || $(HARBOR)/bin/python -m pytest tests/tasks/test_schema.py tests/sandbox/test_harbor_*.py
 
