@@ -109,6 +109,7 @@ class Run:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all, as Ctrl-C does
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--folder', type=pathlib.Path, required=True)
     parser.add_argument('--seed', type=int, default=0)

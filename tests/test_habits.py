@@ -4,6 +4,7 @@ of all code: how long a file may be, and what threads may outlive the program.
 
 import ast
 import pathlib
+import re
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -103,3 +104,12 @@ def test_no_daemon_thread_can_be_inside_a_library():
                 case _:
                     continue
             assert not is_daemon or file.name in MAY_BE_DAEMONS, f'{file}:{node.lineno}'
+
+
+def test_a_script_that_starts_programs_ends_them_if_it_is_ended():
+    """By Ctrl-C, an exception or SIGTERM, which by itself runs no `finally`."""
+    starting = re.compile(r'\bPopen\(|\bPrograms\(|\bStudy\(')
+    for file in sorted((ROOT / 'experiments').rglob('*.py')):
+        text = file.read_text()
+        if starting.search(text) and re.search(r'^def main\(', text, re.MULTILINE):
+            assert 'signal.signal(signal.SIGTERM, signal.default_int_handler)' in text, file

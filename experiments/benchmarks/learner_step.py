@@ -28,6 +28,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -290,6 +291,7 @@ def our_products(config) -> Step:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all, as Ctrl-C does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--against', choices=('transformers', 'tunix'))
     parser.add_argument('--tunix_python', default=sys.executable, help='that has google-tunix')

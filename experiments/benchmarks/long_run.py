@@ -16,6 +16,7 @@ import collections
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def lies_in(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all, as Ctrl-C does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--steps', type=int, default=1000)
     parser.add_argument('--first', type=int, default=100)
@@ -102,19 +104,24 @@ def watch(workdir: pathlib.Path, steps: int, first: int, others: list[str]) -> d
     )
     metrics, done, started = workdir / 'metrics.jsonl', 0, time.monotonic()
     looks, found = [], {}
-    while process.poll() is None:
-        rows = metrics.read_bytes().count(b'\n') if metrics.exists() else 0
-        if rows in (done, steps):  # after the last step there are other things to do
-            time.sleep(0.02)
-            continue
-        done = rows
-        looks = [*looks, held(process)][-LOOKS:]
-        if done % 100 == 0 or done in (first, steps - 1):
-            medians = {key: statistics.median(each[key] for each in looks) for key in looks[0]}
-            found[done] = medians | lies_in(workdir)
-            print(
-                f'step {done}, {time.monotonic() - started:.0f} s: {found[done]}', file=sys.stderr
-            )
+    try:
+        while process.poll() is None:
+            rows = metrics.read_bytes().count(b'\n') if metrics.exists() else 0
+            if rows in (done, steps):  # after the last step there are other things to do
+                time.sleep(0.02)
+                continue
+            done = rows
+            looks = [*looks, held(process)][-LOOKS:]
+            if done % 100 == 0 or done in (first, steps - 1):
+                medians = {key: statistics.median(each[key] for each in looks) for key in looks[0]}
+                found[done] = medians | lies_in(workdir)
+                print(
+                    f'step {done}, {time.monotonic() - started:.0f} s: {found[done]}',
+                    file=sys.stderr,
+                )
+    finally:
+        process.kill()
+        process.wait()
     if process.returncode:
         raise SystemExit(f'the run ended with exit code {process.returncode}')
     return {

@@ -21,6 +21,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,7 @@ _ROUNDS = (
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all, as Ctrl-C does
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--run', type=pathlib.Path, required=True)
     parser.add_argument('--steps', type=int, default=8)

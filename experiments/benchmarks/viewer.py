@@ -125,6 +125,7 @@ def measure(address: str, rollouts: int, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all, as Ctrl-C does
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--rollouts', type=int, default=5000)
     parser.add_argument('--tokens', type=int, default=2000)

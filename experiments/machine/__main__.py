@@ -23,7 +23,7 @@ from experiments.machine.study import Study
 
 
 def main(_) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs too, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all, as Ctrl-C does
     wanted = runs(_ARMS.value, [int(seed) for seed in _SEEDS.value])
     study = Study(pathlib.Path(_RUNS.value), wanted)
     if _JOBS.value:
