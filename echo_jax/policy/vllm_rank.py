@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -183,10 +184,7 @@ class WeightLoader:
 
         part = self._shares[name]
         turned = np.swapaxes(array, -1, -2) if self._arrays[name].transposed else array
-        if array.dtype.name == 'bfloat16':  # of ml_dtypes, which torch does not know
-            tensor = torch.from_numpy(turned.view(np.uint16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(turned)
+        tensor = torch_tensor(turned)
         if part is None:
             return tensor
         shape = list(tensor.shape)
@@ -206,6 +204,17 @@ class WeightLoader:
         head = getattr(model, 'lm_head', None)
         if current_platform.is_cpu() and head is not None:
             head.quant_method.process_weights_after_loading(head)
+
+
+def torch_tensor(array: np.ndarray):
+    """A torch tensor over the memory of the array, which nobody may write to."""
+    import torch
+
+    is_bfloat16 = array.dtype.name == 'bfloat16'  # of ml_dtypes, which torch does not know
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'The given NumPy array is not writable')
+        tensor = torch.from_numpy(array.view(np.uint16) if is_bfloat16 else array)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 @contextlib.contextmanager

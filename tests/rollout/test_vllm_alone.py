@@ -3,6 +3,8 @@
 import asyncio
 import logging
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 pytest.importorskip('vllm', reason='vLLM is not installed here; `make rollout` makes .venv-rollout')
@@ -11,7 +13,7 @@ pytest.importorskip('vllm', reason='vLLM is not installed here; `make rollout` m
 from echo_jax.policy import PolicyError
 from echo_jax.policy.vllm import VllmPolicy
 from echo_jax.policy.vllm_engine import check_interface
-from echo_jax.policy.vllm_rank import read_published, share, silent_about
+from echo_jax.policy.vllm_rank import read_published, share, silent_about, torch_tensor
 from tests.support.qwen3_learner import published
 from tests.support.vllm_rig import PROMPTS, Rig
 
@@ -82,6 +84,15 @@ def test_only_layers_that_have_no_weights_fail_to_load_them_in_silence():
     logger.removeHandler(handler)
     other = 'and what has no arguments'
     assert told == ['QKVParallelLinear', other, 'RotaryEmbedding', 'QKVParallelLinear', other]
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_arrays_of_a_store_become_tensors_without_a_warning(dtype):
+    array = np.arange(6).reshape(2, 3).astype(dtype)
+    array.flags.writeable = False  # as some that are read are
+    tensor = torch_tensor(np.swapaxes(array, 0, 1))
+    assert tensor.float().tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert tensor.data_ptr() == array.ctypes.data
 
 
 def test_two_ranks_read_their_shares(tmp_path, monkeypatch):
