@@ -155,7 +155,7 @@ def test_turns_that_run_end_on_their_version(rig):
 
     async def swap_meanwhile():
         first = asyncio.create_task(generate_all(rig.policy, prompts, max_tokens=200))
-        await running(rig.policy, 16)
+        await running(rig.policy, 16, first)
         load = asyncio.create_task(rig.policy.load(new))
         while rig.policy._open.is_set():
             await asyncio.sleep(0.01)
@@ -253,14 +253,20 @@ def test_a_swap_that_is_cancelled_leaves_nothing_waiting(in_flight, monkeypatch)
     rig = in_flight
 
     async def cancel(owner, method: str):
-        begun = asyncio.Event()
+        begun, is_cancelled = asyncio.Event(), False
 
         async def hang(*_, **__):
             begun.set()
             await asyncio.sleep(3600)
 
-        turns = asyncio.create_task(generate_all(rig.policy, LONG, max_tokens=360))
-        await running(rig.policy, len(LONG))  # and longer than new weights take to be read
+        async def sample():  # until the swap has been cancelled, however long that takes
+            turns = None
+            while not is_cancelled or method == '_prompt_logprobs':  # which ends in an error
+                turns = await generate_all(rig.policy, LONG, max_tokens=360)
+            return turns
+
+        sampling = asyncio.create_task(sample())
+        await running(rig.policy, len(LONG), sampling)
         with monkeypatch.context() as hanging:
             hanging.setattr(owner, method, hang)
             load = asyncio.create_task(rig.policy.load(rig.publish()))
@@ -268,13 +274,17 @@ def test_a_swap_that_is_cancelled_leaves_nothing_waiting(in_flight, monkeypatch)
             load.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await load
-        return await turns
+        is_cancelled = True
+        return await sampling
 
     old = rig.policy.version
-    assert {*rig.run(cancel(rig.policy.engine, 'pause_generation'))[0].versions.tolist()} == {old}
-    with pytest.raises(PolicyError, match='not loaded to its end'):
-        rig.run(cancel(rig.policy, '_prompt_logprobs'))
-    rig.swap()
+    try:
+        turns = rig.run(cancel(rig.policy.engine, 'pause_generation'))
+        assert all({*turn.versions.tolist()} == {old} for turn in turns)
+        with pytest.raises(PolicyError, match='not loaded to its end'):
+            rig.run(cancel(rig.policy, '_prompt_logprobs'))
+    finally:
+        rig.swap()  # and the tests after this one have an engine
 
 
 def test_a_seed_repeats_its_sample(rig):
@@ -310,7 +320,7 @@ def test_a_context_that_does_not_fit_is_refused(rig):
 def test_a_cancelled_turn_frees_its_request(rig):
     async def cancel():
         task = asyncio.create_task(generate_all(rig.policy, PROMPTS[:2], max_tokens=200))
-        await running(rig.policy, 2)
+        await running(rig.policy, 2, task)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -344,7 +354,7 @@ def test_a_damaged_or_absent_version_changes_nothing(rig):
 async def turns_that_fail(policy, end) -> float:
     """Seconds from `end()`, which ends the engine, to errors from every call."""
     turns = asyncio.create_task(generate_all(policy, PROMPTS, max_tokens=200))
-    await running(policy, len(PROMPTS))
+    await running(policy, len(PROMPTS), turns)
     end()
     started = time.monotonic()
     with pytest.raises(PolicyError, match="vLLM's engine failed"):

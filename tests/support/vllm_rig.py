@@ -88,15 +88,18 @@ async def generate_all(policy, prompts, *, temperature=1.0, max_tokens=16, seed=
     return await asyncio.gather(*turns)
 
 
-async def running(policy, turns: int) -> None:
+async def running(policy, turns: int, sampling: asyncio.Task) -> None:
+    """Returns when so many turns run; raises what ended `sampling`, which they belong to."""
     while policy.engine.output_processor.get_num_unfinished_requests() < turns:
+        if sampling.done():
+            raise AssertionError(f'the turns have ended: {sampling.result()}')
         await asyncio.sleep(0.001)
 
 
 async def interrupted(policy, turns, version, **options) -> list:
     """The results or errors of turns that ran when `version` was loaded, and of its `load`."""
     first = asyncio.create_task(generate_all(policy, turns, **options))
-    await running(policy, len(turns))
+    await running(policy, len(turns), first)
     (load,) = await asyncio.gather(policy.load(version), return_exceptions=True)
     assert load is not None or not first.done()
     return [*await asyncio.gather(first, return_exceptions=True), load]
