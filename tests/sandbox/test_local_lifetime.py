@@ -43,7 +43,8 @@ def mounts() -> list[str]:
 def test_stop_leaves_nothing(task, backend, monkeypatch, tmp_path):
     temporary = tmp_path / 'temporary'
     temporary.mkdir()
-    monkeypatch.setattr('tempfile.tempdir', str(temporary))
+    monkeypatch.setenv('TMPDIR', str(temporary))  # of the programs that it starts, too
+    monkeypatch.setattr('tempfile.tempdir', None)  # so that it is asked for anew
     before, descriptors = (descendants(os.getpid()), mounts()), open_files()
 
     async def main():
