@@ -334,3 +334,10 @@ def test_the_tables_by_hand():
     assert any(r.endswith('| 4, 0 | 0.12 | never |') for r in rows)
     assert '| mean |  |  | +0.500 (+0.086 to +0.914) |  | 0.25, over seeds |  |' in rows
     assert '| GRPO | 1 | 0.000 | 0.333 | 0.50 / 0.50 / 0.00 |' in text  # and every run
+
+
+def test_a_report_of_an_arm_that_no_figure_shows(tmp_path):
+    alone = [stored('one_ahead', 0, [1, 1, 0, 1, 1, 0], [0.1] * 15)]
+    (tmp_path / 'results.json').write_text(results.dumps(alone))
+    assert '| ECHO, 0.3, one step ahead | 1 | 0.000 | 0.667 |' in report.write(tmp_path)
+    assert (tmp_path / 'result.png').read_bytes().startswith(b'\x89PNG')

@@ -238,7 +238,9 @@ def draw_result(results: Results, file: pathlib.Path) -> None:
         for rate in rates:
             bars.plot(places, rate, '.', color=COLOURS[arm], ms=5)
     start = [np.mean(results.solved(arm, s, 'before')) for arm in arms for s in results.seeds(arm)]
-    bars.plot([-0.45, 0.45], [np.mean(start)] * 2, '--', color='black', lw=1, label='warm start')
+    if arms:
+        level = [np.mean(start)] * 2
+        bars.plot([-0.45, 0.45], level, '--', color='black', lw=1, label='warm start')
     first.set(title=f'first call right in training, mean of {WINDOW} steps', xlabel='learner step')
     reward.set(title=f'training reward, mean of {WINDOW} steps', xlabel='learner step')
     bars.set(title='held-out tasks solved after training; a dot is a seed')

@@ -58,7 +58,8 @@ def test_stop_leaves_nothing(task, backend, monkeypatch, tmp_path):
     asyncio.run(main())
     assert descendants(os.getpid()) == before[0]
     assert mounts() == before[1]
-    assert not open_files() - descriptors
+    # Another thread of this process may have one open for a moment.
+    assert soon(lambda: not open_files() - descriptors)
     assert not list(temporary.iterdir())
 
 
