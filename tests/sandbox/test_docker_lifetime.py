@@ -17,11 +17,11 @@ import pytest
 
 from configs.tiny import get_config
 from echo_jax import types
-from echo_jax.sandbox import SandboxError, docker
+from echo_jax.sandbox import SandboxError, SandboxUnavailable, docker
 from echo_jax.sandbox.docker import containers, engine
 from echo_jax.sandbox.make import sandbox_maker
 from tests.support import docker_engine
-from tests.support.processes import soon
+from tests.support.processes import open_files, soon
 from tests.support.sandboxes import SEC, opened
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -331,6 +331,19 @@ def test_what_a_process_prints_at_once_is_not_lost(daemon, container, tmp_path):
                 return told
 
     assert asyncio.run(main()) == 'here'
+
+
+def test_calls_to_an_engine_that_is_away_leave_no_socket(daemon, tmp_path):
+    with relayed(daemon.url, f'{tmp_path}/away.sock') as url:
+        away = engine.Engine(url)
+    away.client.close()
+    before, errors = open_files(), []
+    for _ in range(5):
+        with pytest.raises(SandboxUnavailable, match=r'away.sock: .* refused') as caught:
+            away.blocking(away.client.api.info)
+        errors.append(caught.value)  # which would keep what was open when it was raised
+    assert soon(lambda: not open_files() - before, 5.0)
+    away.close()
 
 
 def test_an_owner_is_a_process_for_good():

@@ -44,10 +44,7 @@ class Engine:
         self.run, self.worker = run, worker
         self._pool = concurrent.futures.ThreadPoolExecutor(_CALLS_AT_ONCE, 'docker')
         try:
-            if self.url.startswith('unix://'):
-                # The SDK would leave a socket open that it cannot connect.
-                with socket.socket(socket.AF_UNIX) as probe:
-                    probe.connect(self.url.removeprefix('unix://'))
+            self._expect_listener(timeout)
             options = docker.utils.kwargs_from_env() | {'base_url': self.url}
             self.client = docker.DockerClient(**options, timeout=timeout)
             self.info = self.client.info()
@@ -70,6 +67,10 @@ class Engine:
         the engine is gone. NotFound passes through.
         """
         try:
+            self._expect_listener(self.client.api.timeout)
+        except OSError as error:
+            raise SandboxUnavailable(f'Docker engine {self.url}: {error}') from None
+        try:
             return function(*arguments, **keywords)
         except docker.errors.NotFound:
             raise
@@ -79,9 +80,19 @@ class Engine:
 
     def _answers(self) -> bool:
         try:
+            self._expect_listener(self.client.api.timeout)
             return self.client.ping()
-        except FAILURES:
+        except (*FAILURES, OSError):
             return False
+
+    def _expect_listener(self, timeout: float) -> None:
+        """Raises OSError if nobody listens on the engine's Unix socket. It is asked before the SDK,
+        which leaves a socket that it cannot connect to the garbage collector.
+        """
+        if self.url.startswith('unix://'):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(timeout)
+                probe.connect(self.url.removeprefix('unix://'))
 
     def submit(self, function: Callable, *arguments, **keywords) -> concurrent.futures.Future:
         return self._pool.submit(self.blocking, function, *arguments, **keywords)
