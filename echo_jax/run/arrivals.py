@@ -54,7 +54,8 @@ class Arrivals:
         self._work, self._stop = work, stop
         self.publish_again, self._check_published = publish_again, check_published
         self._weights = WeightStore(work.url('weights'))
-        self._claimed: dict[int, float] = {}  # when a claim was seen first, by time.monotonic()
+        # When a worker's claim of a group was seen first, by time.monotonic().
+        self._claimed: dict[tuple[int, str], float] = {}
         self._groups: dict[Group, list[Rollout]] = {}  # read, and not asked for yet
         self._lock = threading.Lock()  # of that
         self._ahead: dict[str, list[int]] = {}  # what is read ahead, by store
@@ -248,11 +249,13 @@ class Arrivals:
         """
         now, limit = time.monotonic(), self._work.config.batch.deadline_sec
         claims = {number: claim for number, claim in claims.items() if number in missing}
-        self._claimed = {number: self._claimed.get(number, now) for number in claims}
+        # A worker that takes over a dead one's group has all of the time for it.
+        drawers = {number: (number, claim.get('process', '')) for number, claim in claims.items()}
+        self._claimed = {drawer: self._claimed.get(drawer, now) for drawer in drawers.values()}
         late = {
             number
             for number, claim in claims.items()
-            if claim['version'] < oldest or (limit and now - self._claimed[number] > limit)
+            if claim['version'] < oldest or (limit and now - self._claimed[drawers[number]] > limit)
         }
         begun = {number: claim['version'] for number, claim in claims.items() if number not in late}
         return sorted(late), begun

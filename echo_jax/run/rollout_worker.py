@@ -120,7 +120,8 @@ class RolloutWorker:
                     if await asyncio.to_thread(self._due.finished):
                         break
                     for group in await asyncio.to_thread(self._claims.renew):
-                        drawing[group].cancel()
+                        if group in drawing:
+                            drawing[group].cancel()
                     claimed = await asyncio.to_thread(self._claim)
                 except _STORE_ERRORS as error:
                     self._complain(error)

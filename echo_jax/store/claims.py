@@ -3,9 +3,10 @@
     claims/train/000000000012    the worker that draws group 12 of the store `train`
 
 A claim is written on condition that nobody else has written it meanwhile, so one worker has it. If
-it has not been renewed for the time of a lease, another worker takes it over: a dead worker's
+it has not been renewed for the time of its lease, another worker takes it over: a dead worker's
 groups wait no longer than that. No clock is compared with another's: a worker measures by its own
-how long it has seen a claim unchanged. On an S3 service without conditional writes two workers may
+how long it has seen a claim unchanged. A claim says how long its lease is, since workers may differ
+in that. On an S3 service without conditional writes two workers may
 draw one group, of which the rollout store keeps the first.
 """
 
@@ -50,6 +51,7 @@ class Claims:
         self._process = secrets.token_hex(8)
         self._held: dict[Group, _Seen] = {}
         self._others: dict[Group, _Seen] = {}
+        self._lost: set[Group] = set()  # and not told yet
         self._renewals = 0
         self._lock = threading.Lock()  # of what is held, and of the writes to it
 
@@ -67,9 +69,12 @@ class Claims:
         """
         found = self._kvstore.read(claim_key(group)).result()
         generation = found.stamp.generation
-        is_others = any(claim['worker'] != self._worker for claim in _claims(group, found))
-        if is_others and not self._has_run_out(group, generation):
-            return False
+        for claim in _claims(group, found):
+            lease_sec = claim.get('lease_sec', self._lease_sec)  # earlier code wrote none
+            if claim['worker'] != self._worker and not self._has_run_out(
+                group, generation, lease_sec
+            ):
+                return False
         with self._lock:
             return self._write(group, generation, version)
 
@@ -88,9 +93,14 @@ class Claims:
         """Renews what is due for it, a third of a lease old; returns the groups that are lost.
 
         A group is lost if its lease ran out and another worker took it, or if the learner wants it
-        no longer. Raises NameTaken if a worker of the same name took it.
+        no longer. Raises NameTaken if a worker of the same name took it. If the store fails in
+        between, what was lost by then is returned the next time.
         """
-        return {group for group in self.held if not self._renew(group)}
+        for group in self.held:
+            if not self._renew(group):
+                self._lost.add(group)
+        lost, self._lost = self._lost, set()
+        return lost
 
     def release(self, group: Group) -> None:
         """Gives up a claim, if this worker still has it."""
@@ -99,12 +109,12 @@ class Claims:
             if seen is not None:
                 self._kvstore.write(claim_key(group), None, if_equal=seen.generation).result()
 
-    def _has_run_out(self, group: Group, generation: bytes) -> bool:
+    def _has_run_out(self, group: Group, generation: bytes, lease_sec: float) -> bool:
         now, seen = time.monotonic(), self._others.get(group)
         if seen is None or seen.generation != generation:
             self._others[group] = _Seen(generation, now)
             return False
-        return now - seen.since > self._lease_sec
+        return now - seen.since > lease_sec
 
     def _renew(self, group: Group) -> bool:
         """False if the group is lost; one that was released meanwhile is not."""
@@ -118,7 +128,7 @@ class Claims:
         """Writes this worker's claim over what has the generation `over`; False if that changed."""
         self._renewals += 1  # so that every write has other bytes, and another generation
         claim = {'worker': self._worker, 'process': self._process, 'version': version}
-        value = seal(claim | {'renewals': self._renewals})
+        value = seal(claim | {'renewals': self._renewals, 'lease_sec': self._lease_sec})
         stamp = self._kvstore.write(claim_key(group), value, if_equal=over).result()
         if not stamp.generation:  # the condition failed
             if self._held.pop(group, None):

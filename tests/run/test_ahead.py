@@ -211,6 +211,25 @@ def test_a_deadline_drops_what_takes_too_long(tmp_path):
     assert groups == [2, 3] and values['rollout/late_groups'] == 2
 
 
+def test_a_deadline_is_for_each_worker_that_draws_a_group(tmp_path):
+    run = Run(tmp_path / 'run', recipe(staleness=0, oversample=1, deadline_sec=3.0))
+    begun(run)
+    dead, heir = (Claims(run.due.url, name, lease_sec=0.01) for name in ('dead', 'heir'))
+    assert dead.take(('train', 0), 0)
+
+    def inherit():
+        time.sleep(2.0)
+        wait_for(lambda: heir.take(('train', 0), 0))
+        time.sleep(2.0)  # past the deadline of the first claim, but not of this one
+        run.write(0, 1)
+
+    working = threading.Thread(target=inherit)
+    working.start()
+    groups, values = run.step()
+    working.join()
+    assert groups == [0, 1] and values['rollout/late_groups'] == 0
+
+
 def test_what_took_the_place_of_a_dropped_group_may_be_dropped_in_the_same_step(tmp_path):
     run = Run(tmp_path / 'run', recipe(staleness=0, oversample=1, deadline_sec=0.3))
     begun(run)

@@ -54,6 +54,39 @@ def test_a_lease_that_is_renewed_does_not_run_out(tmp_path):
     assert second.renew() == set() and second.held == {GROUP}
 
 
+def test_a_claim_runs_out_by_its_own_lease(tmp_path):
+    """Each worker has its own policy.lease_sec, which may change when a run goes on."""
+    patient, hasty = Claims(tmp_path, 'a', lease_sec=60), Claims(tmp_path, 'b', lease_sec=0.05)
+    assert patient.take(GROUP, 0) and hasty.take(('train', 13), 0)
+    deadline = time.monotonic() + 0.3
+    while time.monotonic() < deadline:
+        assert not hasty.take(GROUP, 0)
+        time.sleep(0.01)
+    assert not patient.take(('train', 13), 0)  # the first time that it sees it
+    time.sleep(0.1)
+    assert patient.take(('train', 13), 0)
+
+
+def test_what_is_lost_is_told_even_if_the_store_fails_meanwhile(tmp_path, monkeypatch):
+    claims, other = (Claims(tmp_path, name, lease_sec=0) for name in 'ab')
+    groups = {('train', number) for number in range(4)}
+    assert all(claims.take(group, 0) for group in groups)
+    assert not any([other.take(group, 0) for group in groups])  # it sees each for the first time
+    assert all([other.take(group, 0) for group in groups])
+    renew, calls = claims._renew, []
+
+    def fail_the_third_time(group):
+        calls.append(group)
+        if len(calls) == 3:
+            raise OSError('no space left on device')
+        return renew(group)
+
+    monkeypatch.setattr(claims, '_renew', fail_the_third_time)
+    with pytest.raises(OSError, match='no space'):
+        claims.renew()
+    assert claims.renew() == groups
+
+
 def test_groups_are_given_up_while_others_are_renewed(tmp_path):
     claims = Claims(tmp_path, 'a', lease_sec=0)  # so that each call renews all
     groups = [('train', number) for number in range(100)]
