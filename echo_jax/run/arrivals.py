@@ -20,7 +20,7 @@ from echo_jax.store.claims import Group, read_claims
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import UNREADABLE, WeightStore
-from echo_jax.types import Rollout
+from echo_jax.types import Role, Rollout
 
 _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
 REPORTS_SECONDS = 2.0  # between two looks at what workers report
@@ -76,9 +76,25 @@ class Arrivals:
         gone = tuple(i for i in due.group_ids if i in group_ids)
         return dataclasses.replace(due, without=(*due.without, *gone))
 
-    def wait(self, due: DueGroups) -> list[list[Rollout]]:
-        """All of these groups, by number, and withdraws them. Raises Stopped on a stop."""
+    def wait(self, due: DueGroups, newest: int) -> list[list[Rollout]]:
+        """All of these groups, by number, and withdraws them. Raises Stopped on a stop.
+
+        newest: of the versions that this learner has published. A worker may still draw for a
+        learner that was killed, while the weights go back to those of its last save. What comes of
+        it, a group with tokens of older weights than it is due at, or of newer ones than `newest`,
+        is drawn anew.
+        """
         groups = self.wait_for([due], due.group_ids)
+        while wrong := [g[0].group_id for g in groups if not _is_of(g, due.version, newest)]:
+            report.CONSOLE.print(
+                f'groups {", ".join(map(str, wrong))} of {due.store} were sampled for a learner '
+                f'before this one, by other weights than versions {due.version} to {newest}; they '
+                'are drawn anew',
+                soft_wrap=True,
+            )
+            if distributed.leads():
+                RolloutStore(self._work.url('rollouts', due.store)).remove(wrong)
+            groups = self.wait_for([due], due.group_ids)
         if distributed.leads():
             self.due.withdraw(due)
         return groups
@@ -278,3 +294,9 @@ class Arrivals:
             f'{missing} groups of {posted[0].store} at version {posted[-1].version} are missing, '
             f'none new for {_SILENCE_SECONDS:.0f} s; {advice}'
         )
+
+
+def _is_of(group: Sequence[Rollout], oldest: int, newest: int) -> bool:
+    """Whether versions `oldest` to `newest` have sampled all of the group."""
+    acting = (r.policy_versions[r.roles == Role.ACTION] for r in group)
+    return all(((oldest <= versions) & (versions <= newest)).all() for versions in acting)

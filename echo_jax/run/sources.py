@@ -255,7 +255,8 @@ class WorkerSource:
         self.arrivals.post(due)
 
     def wait(self, due: DueGroups) -> list[list[Rollout]]:
-        return self.arrivals.wait(due)
+        assert self._published is not None  # or nothing would be due
+        return self.arrivals.wait(due, newest=self._published[1])
 
     def is_there(self, due: DueGroups) -> bool:
         arrived = self.arrivals.look([due], known=(), must_wait=False).arrived
