@@ -145,13 +145,18 @@ class RolloutWorker:
         """Claims the oldest group that is due and that nobody draws, if there is room for one.
 
         The claims of others are looked at a few times in a lease, which is often enough to see that
-        one runs out.
+        one runs out. A group whose weights are not out yet is left alone: if the learner is killed
+        before they are, it goes on at an earlier version and has other work, for which there would
+        be no room.
         """
         if self._running >= self._episodes:
             return None
         now, claimed = time.monotonic(), []
         self._avoided = {group: until for group, until in self._avoided.items() if until > now}
+        newest = self._weights.latest()
         for due in sorted(self._due.listed(), key=lambda due: due.version):
+            if newest is None or due.version > newest:
+                break
             rollouts = RolloutStore(self._work.url('rollouts', due.store))
             missing = [i for i in due.group_ids if (due.store, i) not in self._avoided]
             missing = rollouts.missing(missing)
@@ -214,7 +219,7 @@ class RolloutWorker:
     ) -> None:
         """Draws a group with the newest weights and writes it, unless it is there already."""
         await self.refresh()
-        while self._policy.version < due.version:  # it was published a moment after the look
+        while self._policy.version < due.version:  # what is out may be damaged, and comes again
             await asyncio.sleep(self._work.poll_seconds)
             await self.refresh()
         task, make_sandbox = self._find(due.split, dict(due.assignments)[group_id])

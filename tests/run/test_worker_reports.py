@@ -150,6 +150,29 @@ def test_a_worker_counts_what_it_did(tmp_path, fleet_in):
 
 
 @pytest.mark.slow
+def test_a_group_is_claimed_when_its_weights_are_out(tmp_path, fleet_in):
+    """Else a learner that is killed before they are, and goes on with earlier groups, could find
+    its workers full of groups that wait for ever.
+    """
+    fleet = fleet_in(tmp_path)
+    later = DueGroups('train', 'train', 100, (fleet.known,) * 22, 3, 1.0, 5)  # more than 64 slots
+
+    async def main():
+        fleet.due.post(later)
+        serving = asyncio.create_task(fleet.worker.serve())
+        await fleet.post(0, fleet.known)
+        assert not read_claims(fleet.due.url, 'train').keys() - {0}
+        fleet.weights.publish({'w': np.ones(2, np.float32)}, 5)
+        while fleet.rollouts.missing(later.group_ids):
+            await asyncio.sleep(0.05)
+        fleet.due.finish()
+        await serving
+        await fleet.worker.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
 def test_a_worker_ends_if_another_has_its_name(tmp_path, fleet_in):
     """Only a bucket lets them meet: on one machine the second does not start."""
     fleet = fleet_in(tmp_path, bash('sleep 60'), DONE)
