@@ -163,8 +163,10 @@ def main(argv: Sequence[str]) -> None:
         report.CONSOLE.print(f'cannot act with the other keys: {idle}', soft_wrap=True)
     with distributed.leader_first('workdir'):
         work = Workdir(_WORKDIR.value, config, is_learner=True)
+    only = work.only_learner() if distributed.leads() else contextlib.nullcontext()
     try:
-        train(config, work)
+        with only:
+            train(config, work)
     except entry.Stopped:
         sys.exit('stopped; the same command goes on from here')
 

@@ -5,6 +5,7 @@ config.json      the recipe that the run goes by; another one is refused, but fo
 tasks/           generated tasks, if the config names none
 tokenizer/       a Hugging Face tokenizer directory
 model/           config.json and tokenizer for the workers' engines, if the config names no model
+learner.lock     is locked by the learner's process
 fleet/           which groups are due, and how the workers are
 rollouts/, weights/, checkpoints/    the stores and the learner's state
 metrics.jsonl, summary.json, curves.png, tensorboard/    what a person reads
@@ -15,11 +16,13 @@ them. Tasks are not moved: every machine makes the same ones.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Generator
@@ -95,6 +98,28 @@ class Workdir:
                 write_once(self._bucket, _MADE, found.stamp.generation)
                 self._bucket['config.json'] = document.encode()
         return changed
+
+    @contextlib.contextmanager
+    def only_learner(self) -> Generator[None]:
+        """Keeps other learners out: of two, each would take back what the other publishes.
+
+        Raises ValueError if there is one, as far as this machine's lock tells; in a bucket, that is
+        one on this machine.
+        """
+        with (self.path / 'learner.lock').open('a+') as file:
+            try:
+                # Unlike flock's, it is not a fork's too, and so ends with this process.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                raise ValueError(
+                    f'{self._root} has a learner already, {file.read().strip()}; stop it (SIGTERM '
+                    'saves the run and ends it) or let it go on'
+                ) from None
+            file.truncate(0)
+            file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+            file.flush()
+            yield
 
     def remove(self, *names: str) -> None:
         """Removes files of the run, here and where other machines find them."""

@@ -213,12 +213,14 @@ def test_a_ledger_in_a_bucket_keeps_what_was_written_after_the_last_save(tmp_pat
         work, ledger, _ = steps('first')
         ledger.write(1, [0, 1], [])
         work.share(LEDGER)
-        ledger.write(2, [2, 3], [])
-        assert steps('first')[2] == [1, 2]
+        for step in (2, 3, 4):  # it has no save after these, and is killed
+            ledger.write(step, [step, step + 9], [])
+        assert steps('first')[2] == [1, 2, 3, 4]
         work, ledger, found = steps('second')
         assert found == [1]
         for step in (2, 3):
             ledger.write(step, [2 * step, 2 * step + 1], [])
         work.share(LEDGER)
         _, ledger, found = steps('first')
+        # Its own fourth step is of a life that the run has not had.
         assert found == [1, 2, 3] and ledger.find(2)['groups'] == [4, 5]
