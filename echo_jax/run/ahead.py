@@ -269,8 +269,8 @@ class Ledger:
         local = self._file.read_text() if self._file.exists() else ''
         if work.take(LEDGER):
             rows = read_ledger(self._file.read_text())
-            # A bucket has those up to the last save, of whichever machine the run was on. Later ones
-            # of this machine count if the run was on no other one meanwhile.
+            # A bucket has those up to the last save, of whichever machine the run was on. This
+            # machine's later ones count if the run was on no other one meanwhile.
             ours, last = read_ledger(local), max((row['step'] for row in rows), default=0)
             if [row for row in ours if row['step'] <= last] == rows:
                 rows = ours

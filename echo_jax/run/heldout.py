@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from echo_jax.run import report
 from echo_jax.run.intervals import Estimate
 from echo_jax.run.measures import env_ce, imagined
 from echo_jax.run.numbering import may_be_late
@@ -48,11 +49,22 @@ class Heldout:
         """What summary.json says of all tasks, `when` 'before' or 'after' training.
 
         `params` are the weights of `version`, which is published. The environment CE is of the
-        rollouts drawn first, each time: a better agent sees other outputs.
+        rollouts drawn first, each time: a better agent sees other outputs. Rollouts from before
+        training that were lost later are drawn anew by later weights; they have no part in it,
+        unless there are no others.
         """
         due = self._due(f'heldout_{when}', self._tasks, version)
         self._source.post(due)
-        self.rollouts = self._wait(due)
+        drawn = self._wait(due)
+        sound = [rollout for rollout in drawn if newest_version(rollout) <= version]
+        self.rollouts = sound or drawn
+        if len(sound) < len(drawn):
+            measured = 'the others' if sound else 'these, since there are no others'
+            report.CONSOLE.print(
+                f'{len(drawn) - len(sound)} of {len(drawn)} rollouts of {due.store} were lost and '
+                f'drawn anew by later weights: what is said of "{when}" is of {measured}',
+                soft_wrap=True,
+            )
         self._fixed = self._fixed or self.rollouts
         ce = env_ce(functools.partial(self._score, params), self._fixed, self._config)
         return summary(when, self.rollouts, ce)
@@ -137,6 +149,11 @@ class Heldout:
 
     def _wait(self, due: DueGroups) -> list[Rollout]:
         return [rollout for group in self._source.wait(due) for rollout in group]
+
+
+def newest_version(rollout: Rollout) -> int:
+    """The newest version that sampled a token of it; -1 if none was sampled."""
+    return int(rollout.policy_versions[rollout.roles == Role.ACTION].max(initial=-1))
 
 
 def summary(when: str, rollouts: Sequence[Rollout], ce: dict[str, float]) -> dict[str, float]:

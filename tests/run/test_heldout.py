@@ -1,6 +1,9 @@
 """Evaluations between start and end that workers draw beside the groups of training."""
 
-from configs import base
+import numpy as np
+import pytest
+
+from configs import base, tiny
 from echo_jax.run.heldout import Heldout
 from echo_jax.types import Task
 from tests.support.groups import small_group
@@ -36,3 +39,23 @@ def test_the_save_of_a_version_stays_until_its_evaluation_is_there():
     assert heldout.kept_versions == [20]  # the best by now
     c.checkpoint.keep_best = False
     assert heldout.kept_versions == []
+
+
+@pytest.mark.parametrize(('versions', 'kept'), [((0, 50, 0), 2), ((50, 50, 50), 3), ((0, 0, 0), 3)])
+def test_what_later_weights_drew_is_not_from_before_training(versions, kept, capsys):
+    """A resumed run has damaged ones drawn anew."""
+
+    class Resumed(Slow):
+        def wait(self, due):
+            return [small_group(i, id, versions[i], size=1) for i, id in due.assignments]
+
+    def score(params, batch):
+        return np.zeros(batch.tokens.shape, np.float32)
+
+    heldout = Heldout(Resumed(), [Task(id, None, '') for id in 'abc'], tiny.get_config(), 9, score)
+    found = heldout.draw('before', None, version=0)
+    assert len(heldout.rollouts) == kept and found['solve_rate_before'] == 0.0
+    said = ' '.join(capsys.readouterr().out.split())
+    lost = sum(version > 0 for version in versions)
+    assert (f'{lost} of 3 rollouts of heldout_before were lost' in said) == (lost > 0)
+    assert ('is of these, since there are no others' in said) == (lost == 3)
