@@ -25,6 +25,7 @@ from echo_jax.learner import batching, distributed
 from echo_jax.learner.step import ShardedModel
 from echo_jax.model import huggingface
 from echo_jax.model import params as model_params
+from echo_jax.model.attention import BLOCK
 from echo_jax.model.family import published_arrays
 from echo_jax.policy.jax import JaxPolicy
 from echo_jax.run import report
@@ -40,7 +41,7 @@ from echo_jax.store.weights import WeightStore
 from echo_jax.tasks.drawing import TaskSource
 from echo_jax.types import Rollout, Task
 
-PROBE_TOKENS = 256
+PROBE_TOKENS = 256  # at most, on one device
 
 
 class Source(Interface):
@@ -203,7 +204,7 @@ class WorkerSource:
         self._published: tuple[nnx.State, int] | None = None  # the newest weights
         self.arrivals = Arrivals(work, stop, self._publish_again, self._publishing.check)
         self._score, self._lease_sec = model.score(), config.policy.lease_sec
-        length = min(PROBE_TOKENS, config.batch.seq_len)
+        length = probe_length(model)
         self._probe = np.asarray(probe[:length], np.int32)
         self._probe_batch = batching.make_token_batch(
             self._probe[None], config.batch.micro_rows, length
@@ -272,6 +273,16 @@ class WorkerSource:
         self.arrivals.close()
         if distributed.leads():
             self.arrivals.due.finish()
+
+
+def probe_length(model: ShardedModel) -> int:
+    """The tokens of the row in which the learner scores the probe.
+
+    A device's share of it is whole blocks of an accelerator's attention kernel, as that of the
+    rows of training is.
+    """
+    least = BLOCK * model.layout.size('tokens')
+    return min(max(PROBE_TOKENS, least), model.config.batch.seq_len)
 
 
 # --------------------------------------------------------------------- which groups, and how many

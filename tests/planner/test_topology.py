@@ -10,9 +10,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from configs import tiny
 from configs.qwen3_8b import get_config
+from echo_jax.learner.batching import padding
+from echo_jax.learner.step import ShardedModel
 from echo_jax.planner import topology
 from echo_jax.planner.hlo import module_cost
+from echo_jax.run.sources import probe_length
 
 GIB = 2**30
 
@@ -178,3 +182,14 @@ def test_bytes_of_the_state(libtpu):
     whole = 2 * 2 * 128  # norms of queries and keys
     counters = 3 * 4  # of AdamW, of its schedule, of steps
     assert step.state_bytes == 12 * (split / 4 + whole) + counters
+
+
+@pytest.mark.parametrize(('context', 'seq_len', 'length'), [(1, 384, 256), (4, 2048, 512)])
+def test_the_probe_of_workers_can_be_scored(libtpu, context, seq_len, length):
+    """Its row is shorter than those of training, and is split over as many devices."""
+    config = tiny.get_config()
+    config.mesh.context, config.batch.micro_rows, config.batch.seq_len = context, 4, seq_len
+    model = ShardedModel.of(config, topology.tpu_devices('v5e:2x2'))
+    assert probe_length(model) == length
+    params = jax.tree.map(lambda x, at: x.update(sharding=at), model.abstract, model.placed)
+    model.score_in_place(1.0).trace(params, padding(4, probe_length(model)))
