@@ -32,6 +32,7 @@ from echo_jax.tasks.generate import practice
 from echo_jax.types import Role, Rollout, Status, Task
 
 LEARNED_ROLES = tuple(role for role in Role if role != Role.PROMPT)
+LOG_EVERY = 5  # steps; an odd number, since practice and exploration take turns
 
 
 def first_params(
@@ -102,7 +103,7 @@ def warm_start(
                 state, sums = step(state, sharding.put_batch(batch, model.mesh))
                 done += 1
                 saving = done % options.save_every == 0 or done == options.steps
-                if saving or done % 10 == 0:
+                if saving or done % LOG_EVERY == 0:
                     values = finish_metrics(sums)
                     metrics.write(done, {f'train/{key}_{name}': v for key, v in values.items()})
                     progress.show(done, **{f'loss_{name}': values['loss']})
