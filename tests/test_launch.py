@@ -3,6 +3,7 @@
 No test needs a cloud or a GPU.
 """
 
+import ast
 import contextlib
 import importlib.util
 import json
@@ -16,9 +17,17 @@ import subprocess
 import sys
 import tomllib
 
+import jax
+import jax.numpy as jnp
+import ml_collections
 import pytest
 from packaging.requirements import Requirement
 
+from configs import tiny
+from echo_jax.learner.batching import padding
+from echo_jax.learner.step import ShardedModel
+from echo_jax.model import flash
+from echo_jax.planner import topology
 from tests.support.small_run import SETTINGS, config_flags, wait_for
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -82,6 +91,42 @@ def test_the_readme_can_be_followed():
         script = f'{define}\n{call}'.replace('.sh "$1"', '.sh "$1" --dry_run')
         script = re.sub(r'(?m)^(launch/\S+\.sh \w+)', r'\1 --dry_run', script)
         assert 'exit code' not in (said := replay.run(script)), (call, said)
+
+
+def first_runs() -> dict[str, ml_collections.ConfigDict]:
+    """The recipes that the page starts with values of its own, by topology, '' being a GPU box."""
+    runs = {}
+    for line in re.findall(
+        r'^    (.* start .*)$', (LAUNCH / 'README.md').read_text(), re.MULTILINE
+    ):
+        words = shlex.split(line)
+        flags = dict(word.lstrip('-').split('=', 1) for word in words if '=' in word)
+        if flags.get('config') == 'configs/tiny.py':
+            config = tiny.get_config()
+            keys = [name for name in flags if name.startswith('config.')]
+            for name in keys:
+                config.update_from_flattened_dict({name[7:]: ast.literal_eval(flags[name])})
+            runs[flags.get('topology', '')] = config
+    return runs
+
+
+def test_the_first_runs_fit_what_they_are_started_on():
+    pytest.importorskip('libtpu')
+    runs = first_runs()
+    assert {*runs} == {'v5e:2x2', ''}
+    config = runs.pop('v5e:2x2')
+    model = ShardedModel.of(config, topology.tpu_devices('v5e:2x2'))
+    params = jax.tree.map(lambda x, at: x.update(sharding=at), model.abstract, model.placed)
+    batch = padding(config.batch.micro_rows, config.batch.seq_len)
+    model.score_in_place(1.0).trace(params, batch)  # the attention kernel is asked here
+    config = runs['']
+    rows = config.batch.micro_rows, config.batch.seq_len
+    heads, dim = config.model.num_attention_heads, config.model.head_dim
+    q, k = (
+        jax.ShapeDtypeStruct((*rows, n, dim), jnp.float32)
+        for n in (heads, config.model.num_key_value_heads)
+    )
+    jax.eval_shape(flash.pallas, q, k, k, jax.ShapeDtypeStruct(rows, jnp.int32), None)
 
 
 # ------------------------------------------------------------------------- processes that are run
