@@ -10,7 +10,7 @@ import pytest
 
 from echo_jax.store.claims import Claims, NameTaken, claim_key, read_claims
 from echo_jax.store.due import DueGroups, DueStore
-from echo_jax.store.kvstore import open_kvstore
+from echo_jax.store.kvstore import open_kvstore, seal
 
 GROUP = ('train', 12)
 
@@ -73,15 +73,15 @@ def test_what_is_lost_is_told_even_if_the_store_fails_meanwhile(tmp_path, monkey
     assert all(claims.take(group, 0) for group in groups)
     assert not any([other.take(group, 0) for group in groups])  # it sees each for the first time
     assert all([other.take(group, 0) for group in groups])
-    renew, calls = claims._renew, []
+    calls = []
 
-    def fail_the_third_time(group):
-        calls.append(group)
+    def fail_the_third_time(document):
+        calls.append(document)
         if len(calls) == 3:
             raise OSError('no space left on device')
-        return renew(group)
+        return seal(document)
 
-    monkeypatch.setattr(claims, '_renew', fail_the_third_time)
+    monkeypatch.setattr('echo_jax.store.claims.seal', fail_the_third_time)
     with pytest.raises(OSError, match='no space'):
         claims.renew()
     assert claims.renew() == groups
