@@ -15,6 +15,7 @@ from echo_jax.types import Status
 from experiments.machine import beside, report, results, stats
 from experiments.machine.arms import ARMS, SEEDS, WORKER_PYTHON, Arm, Run, runs
 from experiments.machine.study import Study
+from tests.support.processes import soon
 from tests.support.small_run import config_flags
 
 # ------------------------------------------------------------------------------------- statistics
@@ -214,7 +215,7 @@ def test_the_study_for_real(small_arms, tmp_path):
     (folder / 'echo_0' / 'summary.json').unlink()
     with pytest.raises(SystemExit, match=reason):
         Study(folder, [Run('echo', 0)]).make(jobs=1)
-    assert small_arms.alive() == []
+    assert soon(lambda: small_arms.alive() == [])  # a tracker of resources ends a moment later
 
 
 @pytest.mark.timeout(600)
@@ -225,7 +226,7 @@ def test_a_run_with_a_worker_for_real(small_arms, monkeypatch, tmp_path):
     (kept,) = study.results()
     for key in ('rollout/reward', 'rollout/first_right'):
         assert [step for step, _ in kept['series'][key]] == [1, 2]
-    assert small_arms.alive() == []
+    assert soon(lambda: small_arms.alive() == [])  # a tracker of resources ends a moment later
     # vLLM says at every swap that layers without weights failed to load them, and at its end that
     # a destructor failed.
     log = (tmp_path / 'four_ahead_0.log').read_text()
@@ -234,7 +235,7 @@ def test_a_run_with_a_worker_for_real(small_arms, monkeypatch, tmp_path):
     monkeypatch.setattr('experiments.machine.arms.WORKER_PYTHON', pathlib.Path('/bin/false'))
     with pytest.raises(SystemExit, match='four_ahead_1 failed'):
         Study(tmp_path, [Run('four_ahead', 1)]).make(jobs=1)
-    assert small_arms.alive() == []
+    assert soon(lambda: small_arms.alive() == [])  # a tracker of resources ends a moment later
     monkeypatch.setattr('experiments.machine.arms.WORKER_PYTHON', tmp_path / 'nothing')
     with pytest.raises(SystemExit, match=r'error: four_ahead_2: .*`make rollout`'):
         Study(tmp_path, [Run('four_ahead', 0), Run('four_ahead', 2)]).make(jobs=1)
@@ -272,7 +273,7 @@ def test_a_study_that_is_stopped_ends_its_runs(programs, monkeypatch, tmp_path):
     monkeypatch.setattr('experiments.machine.study.time.sleep', stop)
     with pytest.raises(KeyboardInterrupt):
         Study(tmp_path, runs(['echo', 'tiny'], [0])).make(jobs=2)
-    assert len(alive) == 2 and programs.alive() == []
+    assert len(alive) == 2 and soon(lambda: programs.alive() == [])
 
 
 def test_the_page_shows_the_results_that_are_stored():
