@@ -118,6 +118,11 @@ class Rollout:
     tests_output: str = ''  # the end of what the task's tests printed
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # for people to read only
 
+    @property
+    def action_versions(self) -> np.ndarray:
+        """The version that sampled each ACTION token: int32 [ACTION tokens]."""
+        return self.policy_versions[self.roles == Role.ACTION]
+
 
 class TokenScores(NamedTuple):
     """What a model says of each token given those before it, in nats; arrays of one shape [..., T].

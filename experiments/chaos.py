@@ -33,7 +33,6 @@ import numpy as np
 from echo_jax.learner.checkpoint import open_saved
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.rollouts import RolloutStore
-from echo_jax.types import Role
 from experiments.proof import expect
 from tests.support import docker_engine
 from tests.support.small_run import NO_WARM_START, ROOT, Programs, metrics, wait_for
@@ -196,8 +195,7 @@ def prove(workdir: pathlib.Path, options: argparse.Namespace) -> int:
         for group in store.read_groups(groups):
             expect([r.sample_id for r in group] == [*range(config.group_size)], 'a whole group')
             for rollout in group:
-                versions = rollout.policy_versions[rollout.roles == Role.ACTION]
-                ages = step - 1 - versions
+                ages = step - 1 - rollout.action_versions
                 expect(not len(ages) or 0 <= ages.min() <= ages.max() <= options.staleness, 'ages')
     return len(trained)
 

@@ -25,7 +25,6 @@ from packaging.requirements import Requirement
 
 from configs import tiny
 from echo_jax.learner.batching import padding
-from echo_jax.learner.step import ShardedModel
 from echo_jax.model import flash
 from echo_jax.planner import topology
 from tests.support.small_run import SETTINGS, config_flags, wait_for
@@ -103,9 +102,8 @@ def first_runs() -> dict[str, ml_collections.ConfigDict]:
         flags = dict(word.lstrip('-').split('=', 1) for word in words if '=' in word)
         if flags.get('config') == 'configs/tiny.py':
             config = tiny.get_config()
-            keys = [name for name in flags if name.startswith('config.')]
-            for name in keys:
-                config.update_from_flattened_dict({name[7:]: ast.literal_eval(flags[name])})
+            keys = {k[7:]: ast.literal_eval(v) for k, v in flags.items() if k.startswith('config.')}
+            config.update_from_flattened_dict(keys)
             runs[flags.get('topology', '')] = config
     return runs
 
@@ -115,10 +113,9 @@ def test_the_first_runs_fit_what_they_are_started_on():
     runs = first_runs()
     assert {*runs} == {'v5e:2x2', ''}
     config = runs.pop('v5e:2x2')
-    model = ShardedModel.of(config, topology.tpu_devices('v5e:2x2'))
-    params = jax.tree.map(lambda x, at: x.update(sharding=at), model.abstract, model.placed)
-    batch = padding(config.batch.micro_rows, config.batch.seq_len)
-    model.score_in_place(1.0).trace(params, batch)  # the attention kernel is asked here
+    rows = config.batch.micro_rows, config.batch.seq_len
+    step = topology.PlannedStep(config, topology.tpu_devices('v5e:2x2'), rows[0])
+    step.score.trace(step.state.params, padding(*rows))  # the attention kernel is asked here
     config = runs['']
     rows = config.batch.micro_rows, config.batch.seq_len
     heads, dim = config.model.num_attention_heads, config.model.head_dim

@@ -365,8 +365,7 @@ def age_metrics(rollouts: Sequence[Rollout], version: int, max_staleness: int) -
     A token's age is `version`, which is being trained, minus the version that sampled it. Without
     such tokens there are no metrics.
     """
-    acting = [r.policy_versions[r.roles == Role.ACTION] for r in rollouts]
-    versions = np.concatenate([*acting, np.zeros(0, np.int32)])
+    versions = np.concatenate([*(r.action_versions for r in rollouts), np.zeros(0, np.int32)])
     if not len(versions):
         return {}
     # A learner that went back may meet tokens of weights that it has yet to train.

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import ml_collections
+import numpy as np
 
 from echo_jax.learner import distributed
 from echo_jax.run import report
@@ -21,7 +22,7 @@ from echo_jax.run.sources import Source, WorkerSource
 from echo_jax.run.workdir import Workdir, write_whole
 from echo_jax.store.due import DueGroups
 from echo_jax.tasks.drawing import TaskIterator
-from echo_jax.types import Role, Rollout, Task
+from echo_jax.types import Rollout, Task
 
 
 class GroupsAhead(Protocol):
@@ -304,5 +305,5 @@ def due_groups(
 
 def _oldest(group: Sequence[Rollout], done: int) -> int:
     """The oldest version that sampled a token of the group; `done` if none was sampled."""
-    acting = (r.policy_versions[r.roles == Role.ACTION] for r in group)
-    return min((int(versions.min()) for versions in acting if len(versions)), default=done)
+    versions = np.concatenate([rollout.action_versions for rollout in group])
+    return int(versions.min()) if len(versions) else done

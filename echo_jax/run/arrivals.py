@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Collection, Container, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from echo_jax.learner import distributed
 from echo_jax.run import report
 from echo_jax.run.entry import Stop, Stopped
@@ -20,7 +22,7 @@ from echo_jax.store.claims import Group, read_claims
 from echo_jax.store.due import DueGroups, DueStore
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import UNREADABLE, WeightStore
-from echo_jax.types import Role, Rollout
+from echo_jax.types import Rollout
 
 _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
 REPORTS_SECONDS = 2.0  # between two looks at what workers report
@@ -298,5 +300,5 @@ class Arrivals:
 
 def _is_of(group: Sequence[Rollout], oldest: int, newest: int) -> bool:
     """Whether versions `oldest` to `newest` have sampled all of the group."""
-    acting = (r.policy_versions[r.roles == Role.ACTION] for r in group)
-    return all(((oldest <= versions) & (versions <= newest)).all() for versions in acting)
+    versions = np.concatenate([rollout.action_versions for rollout in group])
+    return bool(((oldest <= versions) & (versions <= newest)).all())

@@ -117,7 +117,7 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     if not 0 <= config.warm_start.explore_steps <= config.warm_start.steps:
         raise ValueError(
             f'warm_start.explore_steps={config.warm_start.explore_steps} is not among the '
-            f'warm_start.steps={config.warm_start.steps}; expected 0 to as many: set both'
+            f'warm_start.steps={config.warm_start.steps}; expected at most as many'
         )
     _check_env_term(config)
     if config.model.path:

@@ -18,7 +18,7 @@ from echo_jax.run.numbering import may_be_late
 from echo_jax.run.results import pass_rates, result_of
 from echo_jax.run.sources import Source
 from echo_jax.store.due import DueGroups
-from echo_jax.types import Batch, Role, Rollout, Task
+from echo_jax.types import Batch, Rollout, Task
 
 
 class Heldout:
@@ -153,7 +153,7 @@ class Heldout:
 
 def newest_version(rollout: Rollout) -> int:
     """The newest version that sampled a token of it; -1 if none was sampled."""
-    return int(rollout.policy_versions[rollout.roles == Role.ACTION].max(initial=-1))
+    return int(rollout.action_versions.max(initial=-1))
 
 
 def summary(when: str, rollouts: Sequence[Rollout], ce: dict[str, float]) -> dict[str, float]:
@@ -174,8 +174,7 @@ def evaluation_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     rates = _rates(rollouts)
     values = _spread('eval/solve_rate', rates.pop('1', None), '/')
     values |= {f'eval/pass@{k}': rate.mean for k, rate in rates.items()}
-    acting = [r.policy_versions[r.roles == Role.ACTION] for r in rollouts]
-    versions = np.concatenate(acting) if acting else np.zeros(0)
+    versions = np.concatenate([*(r.action_versions for r in rollouts), np.zeros(0, np.int32)])
     if len(versions):
         values |= {
             'eval/version': float(versions.min()),

@@ -6,8 +6,8 @@ A claim is written on condition that nobody else has written it meanwhile, so on
 it has not been renewed for the time of its lease, another worker takes it over: a dead worker's
 groups wait no longer than that. No clock is compared with another's: a worker measures by its own
 how long it has seen a claim unchanged. A claim says how long its lease is, since workers may differ
-in that. On an S3 service without conditional writes two workers may
-draw one group, of which the rollout store keeps the first.
+in that. On an S3 service without conditional writes two workers may draw one group, of which the
+rollout store keeps the first.
 """
 
 import dataclasses
@@ -71,9 +71,8 @@ class Claims:
         generation = found.stamp.generation
         for claim in _claims(group, found):
             lease_sec = claim.get('lease_sec', self._lease_sec)  # earlier code wrote none
-            if claim['worker'] != self._worker and not self._has_run_out(
-                group, generation, lease_sec
-            ):
+            is_others = claim['worker'] != self._worker
+            if is_others and not self._has_run_out(group, generation, lease_sec):
                 return False
         with self._lock:
             return self._write(group, generation, version)

@@ -189,7 +189,7 @@ def test_the_probe_of_workers_can_be_scored(libtpu, context, seq_len, length):
     """Its row is shorter than those of training, and is split over as many devices."""
     config = tiny.get_config()
     config.mesh.context, config.batch.micro_rows, config.batch.seq_len = context, 4, seq_len
-    model = ShardedModel.of(config, topology.tpu_devices('v5e:2x2'))
-    assert probe_length(model) == length
-    params = jax.tree.map(lambda x, at: x.update(sharding=at), model.abstract, model.placed)
-    model.score_in_place(1.0).trace(params, padding(4, probe_length(model)))
+    devices = topology.tpu_devices('v5e:2x2')
+    assert probe_length(ShardedModel.of(config, devices)) == length
+    step = topology.PlannedStep(config, devices, rows=4)
+    step.score.trace(step.state.params, padding(4, length))

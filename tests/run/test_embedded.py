@@ -13,7 +13,6 @@ from echo_jax.run.sources import EmbeddedSource
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.due import DueGroups
 from echo_jax.store.kvstore import MissingError
-from echo_jax.types import Role
 from tests.support.small_run import SETTINGS
 
 pytestmark = pytest.mark.slow
@@ -51,7 +50,7 @@ def test_a_version_that_is_gone_is_replaced_by_the_newest(source_and_params, pub
     source.post(due(4))
     [group] = source.wait(due(4))
     for rollout in group:
-        acting = rollout.policy_versions[rollout.roles == Role.ACTION]
+        acting = rollout.action_versions
         np.testing.assert_array_equal(acting, np.full(len(acting), drawn))
         assert len(acting)
 
