@@ -87,7 +87,7 @@ class _Page:
             family.add_metric([name, self._run, ''], value)
         for report in self._due.reports():
             for name, value in report.items():
-                if name != 'worker':
+                if isinstance(value, int | float):  # not the worker's name, nor what is damaged
                     family.add_metric([name, self._run, report['worker']], value)
         yield family
 

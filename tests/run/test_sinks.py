@@ -37,7 +37,7 @@ def test_prometheus_reads_the_learner_and_its_workers(tmp_path):
     (sink,) = sinks.open_sinks(work)
     assert scrape(port) == {}
     sink(3, {'train/loss': 0.5, 'eval/pass@2': 0.25})
-    DueStore(work.url('fleet')).report('host-0', {'groups': 7, 'version': 2})
+    DueStore(work.url('fleet')).report('host-0', {'groups': 7, 'version': 2, 'damaged': ''})
     found = scrape(port)
     assert found.pop(('at', 'host-0')) > 1e9
     assert found == {
