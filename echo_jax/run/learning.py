@@ -15,11 +15,12 @@ import numpy as np
 from flax import nnx
 
 from echo_jax.learner import batching, eligibility, sharding, updates
-from echo_jax.learner.kl import rewards_less_kl
+from echo_jax.learner.kl import reward_less_kl
 from echo_jax.learner.step import ShardedModel, TrainState
 from echo_jax.learner.targets import Targets
 from echo_jax.run.env_term import EnvTerm
 from echo_jax.run.measures import seconds_under_time
+from echo_jax.run.report import check_finite
 from echo_jax.store.scores import ScoreStore
 from echo_jax.types import Role, Rollout, TokenScores
 
@@ -48,7 +49,10 @@ class Learner:
     def learn(
         self, state: TrainState, rollouts: Sequence[Rollout], done: int
     ) -> tuple[TrainState, dict[str, float]]:
-        """The state after the step that follows the first `done`, and the step's metrics."""
+        """The state after the step that follows the first `done`, and the step's metrics.
+
+        Raises FloatingPointError if one of them is not finite, so that no such weights come out.
+        """
         config, term = self._config, self._env_term
         targets, values = term.targets(rollouts, state.params)
         learned = self._less_kl(rollouts, targets)
@@ -70,7 +74,9 @@ class Learner:
         values |= {f'train/{name}': v for name, v in updates.finish_updates(sums).items()}
         values |= seconds_under_time(batching.rollout_metrics(rollouts, done))
         values |= batching.age_metrics(rollouts, done, config.max_staleness)
-        return state, values | eligibility.eligibility_metrics(learned, config.loss)
+        values |= eligibility.eligibility_metrics(learned, config.loss)
+        check_finite(done + 1, values)
+        return state, values
 
     def _keep(
         self,
@@ -113,13 +119,13 @@ class Learner:
         frozen = np.asarray(self._score(self._reference, batch))
         changed = []
         for rollout, logprobs in zip(rollouts, batching.unpack(rollouts, frozen, config)):
-            (reward,) = rewards_less_kl(
-                np.array([rollout.reward]),
-                rollout.rollout_logprobs[np.newaxis],
-                logprobs[np.newaxis],
-                (rollout.roles == Role.ACTION)[np.newaxis],
+            reward = reward_less_kl(
+                rollout.reward,
+                rollout.rollout_logprobs,
+                logprobs,
+                rollout.roles == Role.ACTION,
                 kl=loss.kl,
                 kl_coef=loss.kl_coef,
             )
-            changed.append(dataclasses.replace(rollout, reward=float(reward)))
+            changed.append(dataclasses.replace(rollout, reward=reward))
         return changed

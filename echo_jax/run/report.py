@@ -3,7 +3,7 @@
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import rich.console
@@ -14,7 +14,7 @@ import transformers
 
 from echo_jax.run.entry import printable
 from echo_jax.run.sinks import Sink, open_sinks
-from echo_jax.run.workdir import Workdir, write_whole
+from echo_jax.run.workdir import Workdir, whole_rows, write_whole
 from echo_jax.types import SOLVED_REWARD, Role, Rollout
 
 CONSOLE = rich.console.Console(highlight=False)
@@ -28,6 +28,16 @@ _STYLES = {
     Role.WRAPPER: 'blue',
     Role.OUTPUT: 'bold cyan',
 }
+
+
+def check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raises FloatingPointError for a value that is not finite: no run goes on from there."""
+    wrong = [name for name, value in values.items() if not np.isfinite(value)]
+    if wrong:
+        raise FloatingPointError(
+            f'step {step}: {", ".join(wrong)} not finite; lower the learning rate or look at what '
+            'this step read, then run again: it resumes at the last checkpoint'
+        )
 
 
 class Metrics:
@@ -57,8 +67,7 @@ class Metrics:
     def rows(self) -> list[dict]:
         if not self._file.exists():
             return []
-        lines = self._file.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith('\n')]
+        return whole_rows(self._file.read_text())
 
     def resume(self, step: int) -> None:
         if self._writes:
@@ -66,13 +75,8 @@ class Metrics:
             write_whole(self._file, ''.join(kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Raises FloatingPointError for a value that is not finite: no run goes on from there."""
-        wrong = [name for name, value in values.items() if not np.isfinite(value)]
-        if wrong:
-            raise FloatingPointError(
-                f'step {step}: {", ".join(wrong)} not finite; lower the learning rate or look at '
-                'what this step read, then run again: it resumes at the last checkpoint'
-            )
+        """Raises FloatingPointError for a value that is not finite."""
+        check_finite(step, values)
         if not self._writes:
             return
         with self._file.open('a') as file:
@@ -192,7 +196,7 @@ def results(
 def show_summary(summary: dict) -> None:
     table = rich.table.Table(title='Held-out tasks', title_justify='left')
     table.add_column('')
-    for column in ('after the warm start', f'after {summary["steps"]} steps'):
+    for column in ('before training', f'after {summary["steps"]} steps'):
         table.add_column(column, justify='right')
     for name, key, form in (
         ('solve rate', 'solve_rate', '{:.1%}'),

@@ -37,6 +37,13 @@ def learned(rollouts, reference, balance=False, done=0, scores=None, batch=None,
     return jax.tree.leaves(state.params), unpack(rollouts, score, config), values
 
 
+def test_a_step_that_is_not_finite_gives_no_weights():
+    rollout = make_rollout('PPAAROOA', reward=1.0, first_token=1)
+    rollout.rollout_logprobs = np.full_like(rollout.rollout_logprobs, np.nan)
+    with pytest.raises(FloatingPointError, match=r'^step 4: .*train/.* not finite; lower the learn'):
+        learned([rollout], 0.5, done=3)
+
+
 @pytest.mark.slow
 def test_the_kl_in_the_reward_is_a_change_of_the_rewards():
     rollouts = [
