@@ -182,6 +182,7 @@ def _drawn(
     rollouts = [group[0] for group in store.read_groups(range(count))]
     usable = [rollout for rollout in rollouts if rollout.status != Status.INFRA_ERROR]
     if not usable:
+        store.remove(range(count))  # or the same command would find nothing else to do
         raise SandboxError(f'every transcript in {store.url} is an INFRA_ERROR; see the log')
     if len(usable) < count:
         report.CONSOLE.print(f'{count - len(usable)} of {count} transcripts left out: INFRA_ERROR')
