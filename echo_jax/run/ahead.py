@@ -17,9 +17,9 @@ import numpy as np
 from echo_jax.learner import distributed
 from echo_jax.run import report
 from echo_jax.run.arrivals import Arrivals
-from echo_jax.run.numbering import LEDGER, groups_of_step, may_be_late, read_ledger
+from echo_jax.run.numbering import LEDGER, groups_of_step, may_be_late
 from echo_jax.run.sources import Source, WorkerSource
-from echo_jax.run.workdir import Workdir, write_whole
+from echo_jax.run.workdir import Workdir, whole_rows, write_whole
 from echo_jax.store.due import DueGroups
 from echo_jax.tasks.drawing import TaskIterator
 from echo_jax.types import Rollout, Task
@@ -269,10 +269,10 @@ class Ledger:
             return
         local = self._file.read_text() if self._file.exists() else ''
         if work.take(LEDGER):
-            rows = read_ledger(self._file.read_text())
+            rows = whole_rows(self._file.read_text())
             # A bucket has those up to the last save, of whichever machine the run was on. This
             # machine's later ones count if the run was on no other one meanwhile.
-            ours, last = read_ledger(local), max((row['step'] for row in rows), default=0)
+            ours, last = whole_rows(local), max((row['step'] for row in rows), default=0)
             if [row for row in ours if row['step'] <= last] == rows:
                 rows = ours
             write_whole(self._file, ''.join(json.dumps(row) + '\n' for row in rows))

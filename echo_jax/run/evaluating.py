@@ -1,7 +1,7 @@
 """Evaluates a model, or an agent without one: draws the results that are not there yet. No JAX."""
 
 import asyncio
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,8 +124,8 @@ def read_rollouts(place: str, vocabulary: int) -> list[Rollout]:
     Raises ValueError if there are none, or if they are of a tokenizer of more tokens than
     `vocabulary`.
     """
-    run, name = pathlib.PurePath(place).parent, pathlib.PurePath(place).name
-    for url in (place, str(run / 'rollouts' / name)):
+    run, name = os.path.split(place.rstrip('/'))  # pathlib would take a slash out of gs://
+    for url in (place, os.path.join(run, 'rollouts', name)):
         store = RolloutStore(url)
         rollouts = [r for group in store.read_groups(store.groups()) for r in group]
         if rollouts:

@@ -1,10 +1,9 @@
 """In which step a group is trained on. No JAX, for those that only look at a run."""
 
-import json
-from typing import Any
-
 import ml_collections
 import tensorstore as ts
+
+from echo_jax.run.workdir import whole_rows
 
 STRAGGLERS = ('drop', 'wait')
 LEDGER = 'groups.jsonl'  # of runs whose groups may be late; see ahead.py
@@ -36,7 +35,7 @@ class Steps:
     def read(self, kvstore: ts.KvStore) -> None:
         """Reads what the learner has written by now in the run's folder."""
         if self._ledger is not None:
-            rows = read_ledger(kvstore.read(LEDGER).result().value.decode())
+            rows = whole_rows(kvstore.read(LEDGER).result().value.decode())
             self._ledger = {i: (row['step'], True) for row in rows for i in row['groups']}
             self._ledger |= {i: (row['step'], False) for row in rows for i in row['dropped']}
 
@@ -56,8 +55,3 @@ class Steps:
         if self._ledger is None:
             return group_id // groups_of_step(self._config) + 1
         return self._ledger.get(group_id, (None, False))[0]
-
-
-def read_ledger(text: str) -> list[dict[str, Any]]:
-    """The rows of groups.jsonl, without one that a killed learner began at its end."""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]

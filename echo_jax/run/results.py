@@ -20,7 +20,7 @@ from echo_jax.run.intervals import (
     mean_of_shares,
 )
 from echo_jax.run.measures import pass_at_k
-from echo_jax.run.workdir import write_whole
+from echo_jax.run.workdir import whole_rows, write_whole
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import SOLVED_REWARD, Rollout, Status, Task
 
@@ -58,9 +58,8 @@ class Results:
         self._settings = json.loads(json.dumps(settings))
         self.found: list[Result] = []
         if self._file and self._file.exists():
-            lines = self._file.read_text().splitlines(keepends=True)
             try:
-                theirs, *self.found = [json.loads(line) for line in lines if line.endswith('\n')]
+                theirs, *self.found = whole_rows(self._file.read_text())
                 differs = '' if theirs == self._settings else difference(theirs, self._settings)
             except (ValueError, AttributeError, TypeError) as error:
                 raise ValueError(

@@ -6,9 +6,10 @@ tasks/           generated tasks, if the config names none
 tokenizer/       a Hugging Face tokenizer directory
 model/           config.json and tokenizer for the workers' engines, if the config names no model
 learner.lock     is locked by the learner's process
-fleet/           which groups are due, and how the workers are
-rollouts/, weights/, checkpoints/    the stores and the learner's state
-metrics.jsonl, summary.json, curves.png, tensorboard/    what a person reads
+fleet/, workers/ which groups are due and how the workers are; locks of the workers' names
+groups.jsonl     which groups each step took, if steps do not wait for those of their number
+rollouts/, weights/, checkpoints/, scores/    the stores and the learner's state
+metrics.jsonl, warm_start.jsonl, summary.json, curves.png, tensorboard/    what a person reads
 
 Stores and checkpoints are used where they lie. Everything else is files. If the run is in a bucket,
 each machine keeps the files that it needs in a folder of its cache, and `share` and `take` move
@@ -26,6 +27,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Generator
+from typing import Any
 
 import ml_collections
 import tensorstore as ts
@@ -289,7 +291,7 @@ def _locate(place: str | os.PathLike) -> tuple[str, ts.KvStore | None]:
     """Where a run is, as a person names it, and its store if that is a bucket."""
     root = os.fspath(place).removeprefix('file://')
     if '://' not in root:
-        return root, None
+        return str(pathlib.Path(root)), None  # without a slash at its end
     if not root.startswith('gs://'):
         raise ValueError(f'{root}: a run lives in a folder or at gs://, where Orbax can save')
     return root.rstrip('/'), open_kvstore(root)
@@ -341,6 +343,11 @@ def read_tokenizer(folder: str | os.PathLike) -> transformers.PreTrainedTokenize
             'chat_template.jinja of its model there, or echo_jax/agent/chat_template.jinja'
         )
     return tokenizer
+
+
+def whole_rows(text: str) -> list[Any]:
+    """The rows of a JSON lines file, without one that a killed program began at its end."""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]
 
 
 def write_whole(file: pathlib.Path, text: str) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from echo_jax.agent.protocol import Protocol
-from echo_jax.run.numbering import LEDGER, groups_of_step, may_be_late, read_ledger
-from echo_jax.run.workdir import Workdir
+from echo_jax.run.numbering import LEDGER, groups_of_step, may_be_late
+from echo_jax.run.workdir import Workdir, whole_rows
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.tasks.generate import demonstration
 from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status, Task
@@ -122,7 +122,7 @@ class FirstCommands:
 def trained_groups(work: Workdir, steps: int) -> list[Sequence[int]]:
     """The numbers of the groups that each of the first steps trained on."""
     if may_be_late(work.config):
-        rows = read_ledger((work.path / LEDGER).read_text())
+        rows = whole_rows((work.path / LEDGER).read_text())
         return [row['groups'] for row in rows[:steps]]
     size = groups_of_step(work.config)
     return [range(step * size, (step + 1) * size) for step in range(steps)]

@@ -96,6 +96,13 @@ def test_bytes_by_store(work):
     assert found['rest'] == before['rest'] + 50 and found['free'] > 0
 
 
+@pytest.mark.parametrize('ending', ['/', '//', '/.'])
+def test_a_folder_may_be_named_with_a_slash(work, ending):
+    write_rows(work, 1, 2)
+    found = look(Workdir.open(f'{work.path}{ending}'))
+    assert found['run'] == str(work.path) and found['disk'] and found['seconds_since_a_step'] >= 0
+
+
 def test_a_run_that_has_not_begun(tmp_path):
     work = make_run(tmp_path / 'run')
     found = look(work)

@@ -13,9 +13,12 @@ import tensorstore as ts
 
 from configs.tiny import get_config
 from echo_jax.learner.checkpoint import check_reach
+from echo_jax.run.evaluating import read_rollouts
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.kvstore import open_kvstore, write_once
+from echo_jax.store.rollouts import RolloutStore
 from tests.support.buckets import serving
+from tests.support.groups import small_group
 from tests.support.small_run import metrics, summary, wait_for
 
 pytest.importorskip('gcsfs')  # which requirements-dev.txt brings
@@ -36,6 +39,15 @@ def machine(environment, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ files
+
+
+def test_the_short_name_of_a_store(environment, tmp_path):
+    """RUN/heldout_before stands for RUN/rollouts/heldout_before, in a bucket as in a folder."""
+    for run in ('gs://bucket/named', str(tmp_path / 'named')):
+        group = small_group(0, 'task', version=0)
+        RolloutStore(f'{run}/rollouts/heldout_before').write_group(group)
+        for name in (f'{run}/heldout_before', f'{run}/rollouts/heldout_before/'):
+            assert len(read_rollouts(name, vocabulary=1000)) == len(group)
 
 
 def test_the_first_of_many_writers_wins(environment):
