@@ -121,6 +121,9 @@ def test_files_that_are_no_array(tmp_path):
 def test_any_integers_and_any_padding(tmp_path):
     np.save(file := tmp_path / 'tokens.npy', np.array([[1, 2, -100], [3, -100, -100]], np.int64))
     check_tokens(tokens := read_tokens(file), 50, pad_id=-100)
+    for not_at_the_end in ([[-100, 1, 2]], [[1, -100, 2]]):
+        with pytest.raises(ValueError, match=r'token -100 at \[0, [01]\]'):
+            check_tokens(np.array(not_at_the_end), 50, pad_id=-100)
     seen = []
 
     def score(batch: Batch):

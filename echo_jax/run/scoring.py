@@ -45,10 +45,10 @@ def read_tokens(file: str) -> np.ndarray:
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, pad_id: int | None = None) -> None:
-    """Raises ValueError for an id that is neither in the vocabulary nor `pad_id`."""
+    """Raises ValueError for an id outside the vocabulary that is not `pad_id` at a row's end."""
     wrong = (tokens < 0) | (tokens >= vocab_size)
     if pad_id is not None:
-        wrong &= tokens != pad_id
+        wrong &= ~np.logical_and.accumulate((tokens == pad_id)[:, ::-1], axis=1)[:, ::-1]
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise ValueError(
