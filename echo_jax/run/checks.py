@@ -19,7 +19,6 @@ from echo_jax.run.inert import check_inert, sandbox_kinds
 from echo_jax.run.numbering import STRAGGLERS, may_be_late
 from echo_jax.run.sinks import check_packages
 from echo_jax.run.workdir import read_tokenizer
-from echo_jax.types import ENV_TARGETS
 
 _SEEDS = 1 << 31  # Grain and NumPy take no negative ones, JAX no larger ones
 _AT_LEAST_1 = (
@@ -31,8 +30,11 @@ _AT_LEAST_1 = (
     'batch.epochs',
     'policy.slots',
     'sandbox.at_once',
+    'tasks.train_count',
+    'tasks.heldout_count',
     'warm_start.rollouts',
     'warm_start.demonstrations',
+    'warm_start.explorations',
     'warm_start.save_every',
     'eval.samples',
     'eval.every',
@@ -82,6 +84,11 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     if config.policy.backend not in ('jax', 'vllm'):
         raise ValueError(f"policy.backend is {config.policy.backend!r}; expected 'jax' or 'vllm'")
     check_swap(config.policy.swap)
+    if not config.policy.temperature > 0:
+        raise ValueError(
+            f'policy.temperature is {config.policy.temperature}; expected more than 0, since the '
+            'learner divides by it'
+        )
     if config.max_staleness < 0:
         raise ValueError(f'max_staleness is {config.max_staleness}; expected 0 or more steps')
     if config.max_staleness > 1 and config.policy.backend == 'jax':
@@ -139,8 +146,6 @@ def _check_env_term(config: ml_collections.ConfigDict) -> None:
             f'loss.env_adaptive.every={loss.env_adaptive.every} and loss.env_schedule.name='
             f'{loss.env_schedule.name!r} both move loss.env_coef; choose one of them'
         )
-    if loss.targets not in ENV_TARGETS:
-        raise ValueError(f'loss.targets is {loss.targets!r}; expected one of {tuple(ENV_TARGETS)}')
     if loss.max_env_tokens < 0:
         raise ValueError(f'loss.max_env_tokens is {loss.max_env_tokens}; expected 0 or more')
     shares = {f'env_filter.{name}': value for name, value in loss.env_filter.items()}

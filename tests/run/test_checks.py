@@ -17,6 +17,10 @@ from echo_jax.run.workdir import read_tokenizer
     [
         ({'group_size': 0}, 'group_size is 0; expected at least 1'),
         ({'sandbox.at_once': 0}, 'sandbox.at_once is 0; expected at least 1'),
+        ({'tasks.train_count': 0}, 'tasks.train_count is 0; expected at least 1'),
+        ({'tasks.heldout_count': 0}, 'tasks.heldout_count is 0; expected at least 1'),
+        ({'warm_start.explorations': 0}, 'warm_start.explorations is 0; expected at least 1'),
+        ({'policy.temperature': 0.0}, 'policy.temperature is 0.0; expected more than 0'),
         ({'policy.backend': 'torch'}, "policy.backend is 'torch'; expected 'jax' or 'vllm'"),
         (
             {'policy.swap': 'wait', 'policy.backend': 'vllm'},
