@@ -65,6 +65,11 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     check_inert(_CONFIG.value, entry.overrides())
     samples, output = _SAMPLES.value, pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+    if output and output.suffix in ('.jsonl', '.rollouts'):
+        raise ValueError(
+            f'--output={output} is what results are kept under until they are all there; name a '
+            '.json file'
+        )
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
     work, place = _open_run(), _find_place()
@@ -184,7 +189,10 @@ def _show(document: dict[str, Any], tasks: int) -> None:
     )
     bad = sum(result['status'] not in (Status.OK, Status.TRUNCATED) for result in found)
     without = f' ({len(document["left_out"])} more left out)' if document['left_out'] else ''
-    CONSOLE.print(f'{tasks} tasks{without}, {_AGENT.value}: {rates}; {bad} with an error status')
+    if found:
+        CONSOLE.print(
+            f'{tasks} tasks{without}, {_AGENT.value}: {rates}; {bad} with an error status'
+        )
     for key, values in document['by'].items():
         table = rich.table.Table(title=f'by {key}', title_justify='left')
         for column in (key, 'tasks', *(f'pass@{k}' for k in document['pass@k'])):
