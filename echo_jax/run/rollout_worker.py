@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import logging
 import os
+import pathlib
 import re
 import socket
 import time
@@ -132,6 +133,8 @@ class RolloutWorker:
                     drawing[group] = tasks.create_task(self._draw(due, group))
                     pause = min(pause, _CLAIM_SECONDS)
                 drawing = {group: task for group, task in drawing.items() if not task.done()}
+                for group in [g for g, until in self._avoided.items() if until < time.monotonic()]:
+                    del self._avoided[group]
                 await asyncio.sleep(pause)
             for task in [*drawing.values(), reporting, following]:
                 task.cancel()
@@ -152,7 +155,6 @@ class RolloutWorker:
         if self._running >= self._episodes:
             return None
         now, claimed = time.monotonic(), []
-        self._avoided = {group: until for group, until in self._avoided.items() if until > now}
         newest = self._weights.latest()
         for due in sorted(self._due.listed(), key=lambda due: due.version):
             if newest is None or due.version > newest:
@@ -308,6 +310,11 @@ async def start(
     name: of this worker alone; empty: its host, and the first number that is free there.
     engine: settings of this machine that replace the recipe's, such as gpu_memory_utilization.
     """
+    if config.model.path and not pathlib.Path(config.model.path).is_dir():
+        raise ValueError(
+            f'model.path={config.model.path} is not on this machine; copy it here from the '
+            "learner's, at least its config.json and tokenizer"
+        )
     from echo_jax.policy.vllm import VllmPolicy  # here: only workers have vLLM
 
     work = await open_run(config, workdir)
