@@ -20,12 +20,16 @@ from echo_jax.run.entry import Stop, Stopped
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.claims import Group, read_claims
 from echo_jax.store.due import DueGroups, DueStore
+from echo_jax.store.kvstore import MissingError
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.store.weights import UNREADABLE, WeightStore
 from echo_jax.types import Rollout
 
 _SILENCE_SECONDS = 60.0  # without a new group, before a person is told
 REPORTS_SECONDS = 2.0  # between two looks at what workers report
+# What a look meets in vain, and the next meets again: MissingError if the leader sets a group aside
+# between the moments in which another process lists it and reads it.
+_AGAIN = (OSError, ValueError, MissingError)
 
 
 class Seen(NamedTuple):
@@ -172,7 +176,7 @@ class Arrivals:
     def _read(self) -> None:
         # Python ends when this thread has, and this one when the program's last line was.
         while not self._closed.wait(self._work.poll_seconds) and threading.main_thread().is_alive():
-            with self._lock, contextlib.suppress(OSError, ValueError):  # a look meets it again
+            with self._lock, contextlib.suppress(*_AGAIN):
                 for store, group_ids in self._ahead.items():
                     self._take(store, group_ids)
 
