@@ -44,6 +44,7 @@ class _Request:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finish_reason: str = ''
+    version: int = -1  # of the weights that sample it, once it has a slot
 
 
 @dataclasses.dataclass
@@ -128,7 +129,7 @@ class JaxPolicy:
         return Generation(
             np.array(request.tokens, np.int32),
             np.array(request.logprobs, np.float32),
-            np.full(len(request.tokens), self._version, np.int32),
+            np.full(len(request.tokens), request.version, np.int32),
             request.finish_reason,
         )
 
@@ -194,6 +195,7 @@ class JaxPolicy:
             slot = max(idle, key=lambda s: (_usable(s.cached, request.context), -s.last_used))
             slot.cached = slot.cached[: _usable(slot.cached, request.context)]
             self._clock += 1
+            request.version = self._version
             slot.request, slot.last_used = request, self._clock
 
     def _advance(self) -> None:

@@ -221,7 +221,7 @@ class VllmPolicy:
             check_about(about, version)
             started = time.monotonic()
             await self._fetch(version, about['arrays'])
-            read, is_proven = time.monotonic(), True
+            read, reopens = time.monotonic(), True
             try:
                 if self._swap_mode == 'drain' or self._refusal:  # or nothing can run
                     self._open.clear()
@@ -238,12 +238,12 @@ class VllmPolicy:
                     with self.meter.still():
                         try:
                             await self._fetch(version, about['arrays'])
-                        except (MissingError, CorruptError):
-                            is_proven = False
+                        except (MissingError, ValueError):  # as CorruptError is
+                            reopens = False
                             raise
                         tried = await self._try(version, about['probe'])
             finally:
-                if is_proven:
+                if reopens:
                     self._open.set()
             if tried.problem:
                 raise PolicyError(self._refusal)

@@ -198,6 +198,22 @@ def test_new_weights_drop_the_cache():
     assert set(warm.versions) == {1}
 
 
+def test_a_turn_has_the_version_that_sampled_it():
+    async def main():
+        policy = make_policy()
+        await policy.load(PARAMS, 0)
+        ask = {'max_tokens': 40, 'temperature': 1.0, 'stop_token_ids': ()}
+        turn = asyncio.create_task(policy.generate(prompt(3, 9), seed=0, **ask))
+        for _ in range(3):  # until it has its slot
+            await asyncio.sleep(0)
+        assert policy.meter.turns == 1
+        await policy.load(jax.tree.map(lambda x: x * 1.1, PARAMS), 1)  # waits for the turn
+        return await turn, await policy.generate(prompt(3, 9), seed=0, **ask)
+
+    before, after = asyncio.run(main())
+    assert (set(before.versions), set(after.versions)) == ({0}, {1})
+
+
 def test_a_cancelled_generation_frees_its_slot():
     async def main():
         policy = make_policy(slots=3)

@@ -9,7 +9,7 @@ TOKENS = [3, 1, 4, 1]
 
 
 def probe(*logprobs):
-    return {'tokens': TOKENS, 'logprobs': [0.0, *logprobs], 'temperature': 1.0}
+    return {'tokens': TOKENS, 'logprobs': [0.0, *logprobs]}
 
 
 def engine(*logprobs):
