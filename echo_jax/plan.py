@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 from ml_collections import config_flags
 
-from echo_jax.learner.updates import mini_rows
+from echo_jax.learner.batching import batch_rows
 from echo_jax.planner.estimate import GPUS, mesh_sizes, plan, plan_line, rollout_plan, search
 from echo_jax.planner.topology import hbm_limit, tpu_devices
 from echo_jax.run import entry
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if _MESH.value:
         config.mesh.update(mesh_sizes(_MESH.value))
     config.batch.seq_len = _SEQ_LEN.value or config.batch.seq_len
-    rows = _ROWS.value or config.batch.updates * mini_rows(config)
+    rows = _ROWS.value or config.batch.updates * batch_rows(config, config.batch.updates)
     gpu = rollout_plan(config, _GPU.value)  # fails at once if there is no such GPU
     devices = tpu_devices(_TOPOLOGY.value)
     where = _TOPOLOGY.value, devices, hbm_limit(devices[0]), rows

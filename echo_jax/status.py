@@ -113,7 +113,7 @@ def _workers(reports: Sequence[dict[str, Any]]) -> rich.table.Table:
         table.add_column(name, justify='right', no_wrap=True)
     for each in reports:
         name = printable(each['worker']) + (' (silent)' if each['silent'] else '')
-        if 'idle_now' not in each:  # it cannot be read, or is older code's
+        if 'idle_now' not in each:  # it is older code's
             table.add_row(rich.text.Text(name))
             continue
         costs = sum(value for key, value in each.items() if key.startswith('total_'))

@@ -7,7 +7,6 @@ the same workdir resumes the run. Ctrl-C and SIGTERM save the state and end the 
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Sequence
 
@@ -164,11 +163,8 @@ def main(argv: Sequence[str]) -> None:
     with distributed.leader_first('workdir'):
         work = Workdir(_WORKDIR.value, config, is_learner=True)
     only = work.only_learner() if distributed.leads() else contextlib.nullcontext()
-    try:
-        with only:
-            train(config, work)
-    except entry.Stopped:
-        sys.exit('stopped; the same command goes on from here')
+    with only:
+        train(config, work)
 
 
 if __name__ == '__main__':

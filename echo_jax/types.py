@@ -1,4 +1,4 @@
-"""The nouns: Task, Role, Status, Rollout, Batch. NumPy only; every other module imports this one.
+"""The nouns: Task, Role, Status, Rollout, Batch. NumPy only; any module may import this one.
 
 Shapes here use T for the tokens of one rollout, R and T for the rows and columns of a batch.
 """

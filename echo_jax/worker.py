@@ -9,7 +9,6 @@ a Ray cluster launch/ray starts them instead. A group is written when all of its
 ended, and one that is in the store is not drawn again.
 """
 
-import sys
 from collections.abc import Sequence
 
 import ml_collections
@@ -51,10 +50,7 @@ def main(argv: Sequence[str]) -> None:
             await worker.close()
 
     sandbox_maker(config).close()  # fails now if this machine allows no sandbox
-    try:
-        entry.Stop().run(work())
-    except entry.Stopped:
-        sys.exit('stopped; the same command goes on from here')
+    entry.Stop().run(work())
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@ the same packer. It needs only NumPy: no JAX, no model and no store.
 """
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ml_collections
@@ -115,12 +115,14 @@ def weigh(judged: Sequence[Judged], config: ml_collections.ConfigDict, rows: int
     return _pack(segments, config, rows)
 
 
-def batch_rows(config: ml_collections.ConfigDict) -> int:
-    """R of every batch: a row for each rollout of a step, rounded up to whole micro-batches."""
+def batch_rows(config: ml_collections.ConfigDict, parts: int = 1) -> int:
+    """R of every batch, or of each of its equal parts: a row for each rollout, rounded up to whole
+    micro-batches.
+    """
     # It does not depend on how well a step's rollouts pack: for another shape, the step would be
     # compiled again.
-    micro = config.batch.micro_rows
-    return -(-config.batch.groups * config.group_size // micro) * micro
+    micro, rollouts = config.batch.micro_rows, config.batch.groups * config.group_size
+    return -(-rollouts // (parts * micro)) * micro
 
 
 def make_supervised_batch(
@@ -176,7 +178,7 @@ def _denominators(
     n = len(rollouts)
     action_counts = np.array([m.sum() for m in actions], np.float64)
     targeted = target_counts(targets, config)
-    match _checked(config.loss, 'reduction', REDUCTIONS):
+    match config.loss.reduction:
         case 'sequence_mean':
             return sequences * action_counts, sequence_denominators(rollouts, targets, config)
         case 'token_mean':
@@ -191,13 +193,7 @@ def _denominators(
             longest = float(config.protocol.max_total_tokens)
             return np.full(n, sequences * longest), np.full(n, n * longest)
         case other:
-            raise NotImplementedError(other)  # a name of REDUCTIONS without its case
-
-
-def _checked(loss: ml_collections.ConfigDict, key: str, names: Iterable[str]) -> str:
-    if loss[key] not in names:
-        raise ValueError(f'loss.{key} is {loss[key]!r}; expected one of {tuple(names)}')
-    return loss[key]
+            raise ValueError(f'loss.reduction is {other!r}; expected one of {REDUCTIONS}')
 
 
 def _mask(rollout: Rollout, roles: Sequence[Role]) -> np.ndarray:
@@ -216,30 +212,27 @@ def _weight(mask: np.ndarray, denominator: float) -> np.ndarray:
 
 def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict, capacity: int) -> Batch:
     seq_len = config.batch.seq_len
-    rows = _assign_rows(segments, seq_len, config.batch.pack)
-    if len(rows) > capacity:
+    places = _assign_places([s.rollout for s in segments], seq_len, config.batch.pack)
+    needed = 1 + max((place.row for place in places.values()), default=-1)
+    if needed > capacity:
         raise ValueError(
-            f'{len(segments)} rollouts need {len(rows)} rows of {seq_len} tokens, more than the '
+            f'{len(segments)} rollouts need {needed} rows of {seq_len} tokens, more than the '
             f'{capacity} of batch.groups x group_size (to a multiple of batch.micro_rows), over '
             'batch.updates; '
             'raise batch.groups'
         )
     batch = padding(capacity, seq_len)
-    for row, members in enumerate(rows):
-        start = 0
-        for number, segment in enumerate(members, start=1):
-            rollout = segment.rollout
-            length = len(rollout.tokens)
-            at = row, slice(start, start + length)
-            batch.tokens[at] = rollout.tokens
-            batch.positions[at] = np.arange(length)
-            batch.segment_ids[at] = number
-            batch.roles[at] = rollout.roles
-            batch.rollout_logprobs[at] = rollout.rollout_logprobs
-            batch.advantages[at] = np.where(rollout.roles == Role.ACTION, segment.advantage, 0.0)
-            batch.policy_weight[at] = segment.policy_weight
-            batch.env_weight[at] = segment.env_weight
-            start += length
+    for i, place in places.items():
+        segment, rollout = segments[i], segments[i].rollout
+        at = place.row, place.columns
+        batch.tokens[at] = rollout.tokens
+        batch.positions[at] = np.arange(len(rollout.tokens))
+        batch.segment_ids[at] = place.number
+        batch.roles[at] = rollout.roles
+        batch.rollout_logprobs[at] = rollout.rollout_logprobs
+        batch.advantages[at] = np.where(rollout.roles == Role.ACTION, segment.advantage, 0.0)
+        batch.policy_weight[at] = segment.policy_weight
+        batch.env_weight[at] = segment.env_weight
     return batch
 
 
@@ -250,19 +243,12 @@ def unpack(
 
     `values` are of the batch that `make_batch` makes of the same rollouts.
     """
-    nothing = np.zeros(0, np.float32)
-    segments = [
-        _Segment(r, 0.0, nothing, nothing) for r in rollouts if eligibility.counts(r, config.loss)
-    ]
-    found = {}
-    for row, members in enumerate(_assign_rows(segments, config.batch.seq_len, config.batch.pack)):
-        start = 0
-        for segment in members:
-            length = len(segment.rollout.tokens)
-            found[id(segment.rollout)] = values[row, start : start + length]
-            start += length
-    zeros = (np.zeros(len(r.tokens), values.dtype) for r in rollouts)
-    return [found.get(id(r), zero) for r, zero in zip(rollouts, zeros)]
+    found = [np.zeros(len(r.tokens), values.dtype) for r in rollouts]
+    counted = [i for i, r in enumerate(rollouts) if eligibility.counts(r, config.loss)]
+    batched = [rollouts[i] for i in counted]
+    for j, place in _assign_places(batched, config.batch.seq_len, config.batch.pack).items():
+        found[counted[j]] = values[place.row, place.columns]
+    return found
 
 
 def padding(rows: int, length: int) -> Batch:
@@ -273,34 +259,41 @@ def padding(rows: int, length: int) -> Batch:
     )
 
 
-def _assign_rows(segments: Sequence[_Segment], seq_len: int, pack: bool) -> list[list[_Segment]]:
-    """The segments of each row: by first-fit decreasing with `pack`, otherwise one for each row.
+class _Place(NamedTuple):
+    """Where in a batch a rollout lies."""
+
+    row: int
+    number: int  # among the rollouts of its row, from 1
+    columns: slice
+
+
+def _assign_places(rollouts: Sequence[Rollout], seq_len: int, pack: bool) -> dict[int, _Place]:
+    """Places by the rollouts' indices: by first-fit decreasing with `pack`, otherwise a row each.
 
     The longest come first, because short rollouts then fill the gaps that long ones leave. Ties are
     broken by group and sample: every host packs the whole batch, and all have to pack it alike, in
-    whatever order they read the rollouts. Empty rollouts get no row.
+    whatever order they read the rollouts. Empty rollouts get no place.
     """
 
-    def order(segment):
-        rollout = segment.rollout
-        return -len(rollout.tokens), rollout.group_id, rollout.sample_id
+    def order(i):
+        return -len(rollouts[i].tokens), rollouts[i].group_id, rollouts[i].sample_id
 
-    rows, used = [], []
-    for segment in sorted((s for s in segments if len(s.rollout.tokens)), key=order):
-        rollout = segment.rollout
-        length = len(rollout.tokens)
+    places, used, numbers = {}, [], []  # columns and rollouts of each row
+    for i in sorted((i for i, r in enumerate(rollouts) if len(r.tokens)), key=order):
+        rollout, length = rollouts[i], len(rollouts[i].tokens)
         if length > seq_len:
             raise ValueError(
                 f'sample {rollout.sample_id} of group {rollout.group_id} has {length} tokens but a '
                 f'row holds {seq_len}; raise batch.seq_len or lower protocol.max_total_tokens'
             )
-        row = next((i for i, n in enumerate(used) if pack and n + length <= seq_len), len(rows))
-        if row == len(rows):
-            rows.append([])
+        row = next((j for j, n in enumerate(used) if pack and n + length <= seq_len), len(used))
+        if row == len(used):
             used.append(0)
-        rows[row].append(segment)
+            numbers.append(0)
+        numbers[row] += 1
+        places[i] = _Place(row, numbers[row], slice(used[row], used[row] + length))
         used[row] += length
-    return rows
+    return places
 
 
 def make_token_batch(part: np.ndarray, rows: int, length: int, pad_id: int | None = None) -> Batch:

@@ -118,7 +118,7 @@ class Checkpointer:
         return state, record['extra'], step
 
     def latest(self) -> int | None:
-        """The last step that is saved whole, or None."""
+        """The last step that is saved, or by this process being saved; None if there is none."""
         return self._manager.latest_step()
 
     def oldest(self) -> int | None:

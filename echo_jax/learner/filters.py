@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-from echo_jax.types import SOLVED_REWARD, Role, Rollout, Status
+from echo_jax.learner.eligibility import reward_of
+from echo_jax.types import SOLVED_REWARD, Role, Rollout
 
 REASONS = ('parsed', 'clean', 'correct')
 
@@ -69,12 +70,8 @@ def _too_many_incorrect(
     rollouts: Sequence[Rollout], members: Sequence[int], min_correct: float
 ) -> list[int]:
     """Those of a group's members that would make the share of correct ones less than that."""
-    incorrect = [i for i in members if not _is_correct(rollouts[i])]
+    incorrect = [i for i in members if reward_of(rollouts[i]) < SOLVED_REWARD]
     correct = len(members) - len(incorrect)
     # c / (c + k) >= share. A billionth, because 3 * (1 - 0.3) / 0.3 is 7 and not 6.9999999.
     room = int(correct * (1.0 - min_correct) / min_correct + 1e-9)
     return sorted(incorrect, key=lambda i: rollouts[i].sample_id)[room:]
-
-
-def _is_correct(rollout: Rollout) -> bool:
-    return rollout.status != Status.INFRA_ERROR and rollout.reward >= SOLVED_REWARD

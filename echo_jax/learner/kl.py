@@ -34,23 +34,23 @@ def k3(log_ratio, xp: ModuleType):
 KL_ESTIMATORS: Mapping[str, Callable[[Any, ModuleType], Any]] = {'k1': k1, 'k2': k2, 'k3': k3}
 
 
-def rewards_less_kl(
-    rewards: np.ndarray,
+def reward_less_kl(
+    reward: float,
     logprobs: np.ndarray,
     reference_logprobs: np.ndarray,
     acting: np.ndarray,
     *,
     kl: str,
     kl_coef: float,
-) -> np.ndarray:
-    """`rewards` [n] less `kl_coef` times each rollout's KL, summed over its tokens; float64 [n].
+) -> float:
+    """A rollout's `reward` less `kl_coef` times its KL, summed over its tokens, in float64.
 
-    This is `loss.kl_in` 'reward'. Row i of the arrays [n, T] is rollout i: `logprobs` of the policy
-    that sampled it and `reference_logprobs` of the frozen model, nats at the sampling temperature,
-    and `acting`, a bool, its ACTION tokens. The others may hold anything, NaN too.
+    This is `loss.kl_in` 'reward'. `logprobs` [T] are of the policy that sampled the rollout and
+    `reference_logprobs` [T] of the frozen model, nats at the sampling temperature, and `acting`,
+    bool [T], its ACTION tokens. The others may hold anything, NaN too.
 
     run/learning.py calls it before advantages are made of the rewards.
     """
     log_ratio = np.where(acting, reference_logprobs, 0.0) - np.where(acting, logprobs, 0.0)
     log_ratio = np.clip(log_ratio.astype(np.float64), -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return np.asarray(rewards, np.float64) - kl_coef * KL_ESTIMATORS[kl](log_ratio, np).sum(axis=1)
+    return reward - kl_coef * float(KL_ESTIMATORS[kl](log_ratio, np).sum())

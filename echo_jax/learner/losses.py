@@ -70,11 +70,6 @@ def echo_loss(
     kl_in_loss = options.kl_coef != 0 and options.kl_in == 'loss'
     if kl_in_loss and reference_logprobs is None:
         raise ValueError(f'loss.kl_coef is {options.kl_coef}: it needs reference_logprobs')
-    if options.old_logprobs == 'rollout' and options.mismatch != 'none':
-        raise ValueError(
-            "loss.mismatch corrects nothing with loss.old_logprobs 'rollout', whose ratio is "
-            "to the sampler already; set loss.mismatch='none'"
-        )
     choices = {'current': logprobs, 'recomputed': old_logprobs, 'rollout': batch.rollout_logprobs}
     before = choices[options.old_logprobs]
     if before is None:
@@ -218,8 +213,9 @@ def finish_metrics(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """The numbers of a batch from the metrics of its micro-batches, added up.
 
     `loss`, `policy_loss`, `env_loss` (before env_coef) and `kl_loss` (before kl_coef) are sums, and
-    `..._tokens` are counts. The rest are means over tokens, nats a token if they speak of
-    log-probabilities; a mean over no token at all is left out.
+    `..._tokens` are counts; `grad_norm...` are norms of sums, and `grad_cosine` is a quotient. The
+    rest are means over tokens, nats a token if they speak of log-probabilities. A mean over no
+    token at all is left out, and a quotient by 0.
     """
     values = {}
     for name, (value, count) in jax.device_get(dict(metrics)).items():

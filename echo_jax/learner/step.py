@@ -234,20 +234,14 @@ def make_balance(graphdef, config: ml_collections.ConfigDict) -> Callable[..., M
 def make_score(graphdef, micro_rows: int, temperature: float = 1.0):
     """`score(params, batch) -> float32 [R, T]` log-probabilities, one micro-batch at a time.
 
-    Those of micro-batches without a token are not computed, and 0.
+    Of several micro-batches, those without a token are not computed, and 0.
     """
 
     def score(params, batch: Batch):
-        micro, count = micro_batches(batch, micro_rows)
+        def logprobs(micro):
+            return (), token_scores(graphdef, params, micro, temperature).logprobs
 
-        def logprobs(i):
-            rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), micro)
-            return token_scores(graphdef, params, rows, temperature).logprobs
-
-        zeros = jnp.zeros(micro.tokens.shape, jax.eval_shape(logprobs, 0).dtype)
-        zeros = partition.constrain(zeros, None, 'rows', 'tokens')
-        found = jax.lax.fori_loop(0, count, lambda i, out: out.at[i].set(logprobs(i)), zeros)
-        return found.reshape(batch.tokens.shape)
+        return _over_micro_batches(logprobs, batch, micro_rows)[1]
 
     return score
 

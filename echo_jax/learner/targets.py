@@ -12,8 +12,9 @@ from typing import NamedTuple
 import ml_collections
 import numpy as np
 
+from echo_jax.learner import eligibility
 from echo_jax.learner.filters import REASONS, filter_reasons
-from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, Role, Rollout, Status
+from echo_jax.types import ENV_TARGETS, OBSERVATION_ROLES, Role, Rollout
 
 ENV_NORMALIZATIONS = ('full_observation', 'selected', 'token_mean')
 # A rule that takes targets out: the tokens of a rollout that are not to be learned, bool [T].
@@ -43,7 +44,7 @@ def choose_targets(
             'loss.drop_unpredictable reads the text of tokens, and no rule was given; pass '
             'learner.unpredictable.Unpredictable(tokenizer)'
         )
-    counted = [loss.count_infra_errors or r.status != Status.INFRA_ERROR for r in rollouts]
+    counted = [eligibility.counts(r, loss) for r in rollouts]
     reasons = iter(
         filter_reasons([r for r, counts in zip(rollouts, counted) if counts], loss.env_filter)
     )

@@ -3,7 +3,7 @@
 Clock times and dates, process ids, hashes and UUIDs, temporary names, memory addresses and
 durations: a model that is trained on them learns noise. The patterns are searched in bytes, because
 one character may be several tokens and one token a part of a character; a token is dropped if a
-match touches it. What stood in the rollout before can be copied from there, and stays. NumPy only.
+match touches it. What stood in the rollout before can be copied from there, and stays. No JAX.
 """
 
 import re
@@ -17,7 +17,7 @@ from echo_jax.types import Role, Rollout
 
 _MONTH = r'(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*'
 _DAY = r'(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)[a-z]*'
-# A pattern drops its group `x` if it has one, and all that it matches otherwise; the rest of a
+# A pattern drops its named group if it has one, and all that it matches otherwise; the rest of a
 # pattern is what tells, say, a process id from any other number.
 PATTERNS = {
     # 2026-11-28, 2026/11/28, 2026-11-28T17:05:28.123Z, 28/11/2026

@@ -1,6 +1,6 @@
 """Cuts the batch of a step into mini-batches, and orders its updates (docs/design.md#updates).
 
-NumPy on the host. Everything is a function of the seed and of the step's number, so that a resumed
+On the host. Everything is a function of the seed and of the step's number, so that a resumed
 run does what a run left alone does. step.py makes one update.
 """
 
@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from echo_jax.learner.batching import Judged, judge, weigh
+from echo_jax.learner.batching import Judged, batch_rows, judge, weigh
 from echo_jax.learner.losses import Metric, Metrics, finish_metrics
 from echo_jax.learner.targets import Targets
 from echo_jax.types import Batch, Rollout
@@ -26,12 +26,6 @@ def updates_of_step(config: ml_collections.ConfigDict) -> int:
 def scores_before(config: ml_collections.ConfigDict) -> bool:
     """Whether the old log-probabilities are to be computed before the first update of a batch."""
     return config.loss.old_logprobs == 'recomputed' and updates_of_step(config) > 1
-
-
-def mini_rows(config: ml_collections.ConfigDict) -> int:
-    """R of every mini-batch: a row for each rollout, rounded up to whole micro-batches."""
-    micro, rollouts = config.batch.micro_rows, config.batch.groups * config.group_size
-    return -(-rollouts // (config.batch.updates * micro)) * micro
 
 
 def check_cut(config: ml_collections.ConfigDict) -> None:
@@ -57,14 +51,15 @@ def mini_batches(
     """The `batch.updates` mini-batches of step number `step`, all of one shape.
 
     Advantages, and which groups have equal rewards, are those of the whole batch; `targets` are as
-    for `make_batch`. The weights are
-    those that `make_batch` would give to a mini-batch's rollouts if there were no others.
+    for `make_batch`. The weights are those that `make_batch` would give to a mini-batch's rollouts
+    if there were no others.
     """
     judged, of = judge(rollouts, config, targets), _cut(rollouts, config, step)
     parts: list[list[Judged]] = [[] for _ in range(config.batch.updates)]
     for each in judged:
         parts[of[_unit(each.rollout, config)]].append(each)
-    return [weigh(part, config, mini_rows(config)) for part in parts]
+    rows = batch_rows(config, len(parts))
+    return [weigh(part, config, rows) for part in parts]
 
 
 def rollouts_of(

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from echo_jax.run.inert import flat
+
 HISTORY = 'config_history.jsonl'
 Changes = dict[str, list]  # {key: [value before, value now]}
 
@@ -64,7 +66,7 @@ def find_changes(theirs: dict, ours: dict, place: str) -> Changes:
 
     Raises ValueError with the first of them that may not change.
     """
-    before, now = _flat(theirs), _flat(ours)
+    before, now = flat(theirs), flat(ours)
     keys = [key for key in dict.fromkeys([*now, *before]) if _at(now, key) != _at(before, key)]
     backend = {**now, **before}['policy.backend']
     allowed = [name for row in CHANGEABLE if backend in row.backends for name in row.keys]
@@ -113,7 +115,7 @@ def said(changes: Changes) -> str:
 
 def difference(theirs: dict, ours: dict) -> str:
     """The first key in which two trees of settings differ, with both values."""
-    theirs, ours = _flat(theirs), _flat(ours)
+    theirs, ours = flat(theirs), flat(ours)
     key = next(k for k in [*ours, *theirs] if _at(ours, k) != _at(theirs, k))
     return _compared(key, theirs, ours)
 
@@ -122,15 +124,5 @@ def _compared(key: str, theirs: dict, ours: dict) -> str:
     return f'{key} is {_at(theirs, key)!r} there, {_at(ours, key)!r} here'
 
 
-def _at(flat: dict, key: str) -> object:
-    return flat.get(key, 'absent')
-
-
-def _flat(tree: dict, prefix: str = '') -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f'{prefix}{key}.')
-        else:
-            flat[f'{prefix}{key}'] = value
-    return flat
+def _at(values: dict, key: str) -> object:
+    return values.get(key, 'absent')

@@ -180,6 +180,8 @@ def _one_line(*expected: type[Exception]) -> Generator[None]:
         yield
     except KeyboardInterrupt:
         _end('stopped')
+    except Stopped:
+        _end('stopped; the same command goes on from here')
     except (*expected, RuntimeError, ExceptionGroup) as error:
         cause: Exception = error
         while isinstance(cause, ExceptionGroup):  # the first of the tasks that failed

@@ -4,8 +4,8 @@ It is for every program that takes a recipe, and needs no JAX. checks.py refuses
 cannot do.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -369,11 +369,11 @@ def keys_of(row: Inert, keys: Iterable[str]) -> list[str]:
     return [key for key in keys if any(f'{key}.'.startswith(f'{name}.') for name in row.keys)]
 
 
-def flat(config: ml_collections.ConfigDict, prefix: str = '') -> dict[str, object]:
+def flat(config: Mapping | ml_collections.ConfigDict, prefix: str = '') -> dict[str, Any]:
     """The values of a config by their keys, such as 'batch.groups'."""
     values = {}
     for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
             values |= flat(value, f'{prefix}{key}.')
         else:
             values[f'{prefix}{key}'] = value

@@ -32,26 +32,6 @@ class Outcome(NamedTuple):
     output: str = ''  # the end of what the solution and the tests printed
 
 
-async def run_solution(
-    task: Task, sandbox: Sandbox, oracle: bool
-) -> tuple[Verdict, CommandResult | None]:
-    """What the tests say of the task's own solution, or of nothing at all, in a fresh sandbox; and
-    how the solution ended.
-
-    As in Harbor, the solution has the agent's time, and is verified even if it takes longer. Raises
-    ValueError if there is no solution, SandboxError if the sandbox fails.
-    """
-    solved = None
-    try:
-        await sandbox.start()
-        if oracle:
-            solved = await sandbox.solve()
-        verdict = await sandbox.verify()
-    finally:
-        await sandbox.stop()
-    return verdict, solved
-
-
 async def run_without_model(
     tasks: Sequence[Task],
     make_sandbox: Callable[[Task], Sandbox],
@@ -95,7 +75,14 @@ async def _outcome(
     retry_after: Sequence[float],
 ) -> Outcome:
     async def in_a_fresh_sandbox() -> tuple[Verdict, CommandResult | None]:
-        return await run_solution(task, make_sandbox(task), oracle)
+        sandbox, solved = make_sandbox(task), None
+        try:
+            await sandbox.start()
+            if oracle:  # as in Harbor, it has the agent's time, and is verified if it takes longer
+                solved = await sandbox.solve()
+            return await sandbox.verify(), solved
+        finally:
+            await sandbox.stop()
 
     try:
         name = f'task {task.task_id}, sample {sample_id}'

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from echo_jax.run.sources import Source
+from echo_jax.run.standing import RECENT
 from echo_jax.run.workdir import Workdir
 from echo_jax.store.rollouts import RolloutStore
 from echo_jax.types import Rollout
-
-RECENT = 20  # steps that the time left is reckoned from
 
 
 class Pace:

@@ -10,9 +10,9 @@ import ml_collections
 import numpy as np
 
 from echo_jax.learner.eligibility import equal_groups
+from echo_jax.run.ahead import due_groups
 from echo_jax.run.numbering import groups_of_step
 from echo_jax.run.sources import Source
-from echo_jax.store.due import DueGroups
 from echo_jax.types import Rollout, Task
 
 
@@ -42,15 +42,7 @@ def redraw_equal(
     drawn = 0
     while (equal := sorted(equal_groups(_all(groups), config.loss))) and drawn < len(tasks):
         count = min(len(equal), len(tasks) - drawn)
-        due = DueGroups(
-            store='train',
-            split='train',
-            first_group=first + drawn,
-            task_ids=tuple(tasks[drawn : drawn + count]),
-            group_size=config.group_size,
-            temperature=config.policy.temperature,
-            version=done,
-        )
+        due = due_groups(config, tasks[drawn : drawn + count], first + drawn, version=done)
         source.post(due)
         anew = [g for g in source.wait(due) if not equal_groups(g, config.loss)]
         for place, group in zip(equal, anew):

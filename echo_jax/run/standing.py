@@ -28,7 +28,7 @@ def look(work: Workdir) -> dict[str, Any]:
     """All that status prints; a number that is not known (yet) is None."""
     kvstore, now, config = open_kvstore(work.url()), time.time(), work.config
     recent = columns_of(read_rows(kvstore, 'metrics.jsonl', RECENT))
-    found, since = standing(work, kvstore, recent), changed(work)
+    found, since = standing(kvstore, recent), changed(work)
     has_workers = config.policy.backend == 'vllm'
     warm = read_rows(kvstore, 'warm_start.jsonl', 1)
     reports = workers(work) if has_workers else []
@@ -61,7 +61,7 @@ def columns_of(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows if name in row] for name in names}
 
 
-def standing(work: Workdir, kvstore: ts.KvStore, recent: Columns) -> dict[str, Any]:
+def standing(kvstore: ts.KvStore, recent: Columns) -> dict[str, Any]:
     """What the last rows and summary.json say; a number that is not known (yet) is None.
 
     recent: of the last RECENT rows of metrics.jsonl, `step` among them.

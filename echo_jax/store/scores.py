@@ -81,9 +81,9 @@ class ScoreStore:
             f'expected {FORMAT}: update echo_jax'
         )
 
-    def groups(self, first: int = 0) -> list[int]:
-        """Ids, from `first` on, of the groups whose scores are kept, ascending."""
-        return list_groups(self._kvstore, first)
+    def groups(self) -> list[int]:
+        """Ids of the groups whose scores are kept, ascending."""
+        return list_groups(self._kvstore)
 
     def keep(self, first_group: int) -> None:
         """Removes the scores of all groups before `first_group`, so that the store stays small."""

@@ -21,7 +21,7 @@ def glance(
     `now` is in seconds since 1970; it is there so that a page can say how long ago things were.
     """
     steps, recent = metrics.last(RECENT)
-    stands = standing(work, kvstore, {'step': steps, **recent})
+    stands = standing(kvstore, {'step': steps, **recent})
     sampling, learning = (mean(recent, f'time/{name}') or 0.0 for name in ('sampling', 'learning'))
     seconds = sampling + learning
     names = 'step', 'steps', 'finished', 'statuses', 'recent_steps'

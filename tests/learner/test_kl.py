@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echo_jax.learner.kl import KL_ESTIMATORS, rewards_less_kl
+from echo_jax.learner.kl import KL_ESTIMATORS, reward_less_kl
 from echo_jax.learner.losses import echo_loss, finish_metrics
 from tests.support.hand_losses import hand_batch
 from tests.support.random_rollouts import small_config
@@ -58,14 +58,14 @@ def test_reward_less_kl_by_hand(kl):
     reference = np.array([*REFERENCE, [np.inf] * 6, [0, -0.7, *[np.nan] * 4]])
     acting = np.zeros((3, 6), bool)
     acting[0, 1:3] = acting[2, 1] = True
-    found = rewards_less_kl(
-        np.array([1.0, 0.5, -0.25]), logprobs, reference, acting, kl=kl, kl_coef=0.1
-    )
+    found = [
+        reward_less_kl(reward, *arrays, kl=kl, kl_coef=0.1)
+        for reward, *arrays in zip([1.0, 0.5, -0.25], logprobs, reference, acting)
+    ]
     # Summed over the tokens, not their mean: 1 - 0.1 (0.2 - 0.5) for k1.
-    assert found.dtype == np.float64
     np.testing.assert_allclose(found, [1 - 0.1 * sum(BY_HAND[kl][0]), 0.5, -0.25], rtol=1e-5)
-    none = np.zeros((0, 6))
-    assert rewards_less_kl([], none, none, none > 0, kl=kl, kl_coef=0.1).shape == (0,)
+    none = np.zeros(0)
+    assert reward_less_kl(0.5, none, none, none > 0, kl=kl, kl_coef=0.1) == 0.5
 
 
 @pytest.mark.parametrize('kl', KL_ESTIMATORS)

@@ -281,7 +281,6 @@ def test_supervised_batch_is_plain_cross_entropy():
         ({'policy': 'ppo'}, 'loss.policy'),
         ({'kl': 'k4'}, 'loss.kl is'),
         ({'mismatch': 'token', 'mismatch_cap': 0.5}, 'at least 1'),
-        ({'mismatch': 'token', 'old_logprobs': 'rollout'}, 'corrects nothing'),
         ({'old_logprobs': 'recomputed'}, 'needs the old_logprobs'),
         ({'kl_coef': 0.1}, 'needs reference_logprobs'),
     ],

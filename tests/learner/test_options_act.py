@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from echo_jax.learner.batching import make_batch
-from echo_jax.learner.kl import rewards_less_kl
+from echo_jax.learner.kl import reward_less_kl
 from echo_jax.learner.options import NAMES, check_clashes, check_options
 from echo_jax.learner.targets import choose_targets
 from echo_jax.run.inert import check_inert
@@ -63,14 +63,14 @@ def computed(config):
     rollouts, loss = draw_rollouts(), config.loss
     if loss.kl_coef and loss.kl_in == 'reward':
         rewards = [
-            rewards_less_kl(
-                np.array([r.reward]),
-                r.rollout_logprobs[np.newaxis],
-                FROZEN[r.tokens][np.newaxis],
-                (r.roles == Role.ACTION)[np.newaxis],
+            reward_less_kl(
+                r.reward,
+                r.rollout_logprobs,
+                FROZEN[r.tokens],
+                r.roles == Role.ACTION,
                 kl=loss.kl,
                 kl_coef=loss.kl_coef,
-            )[0]
+            )
             for r in rollouts
         ]
         rollouts = [dataclasses.replace(r, reward=x) for r, x in zip(rollouts, rewards)]

@@ -14,14 +14,7 @@ from echo_jax.learner import sharding
 from echo_jax.learner.batching import batch_rows, make_batch
 from echo_jax.learner.losses import Metric, finish_metrics
 from echo_jax.learner.step import ShardedModel, make_score
-from echo_jax.learner.updates import (
-    check_cut,
-    finish_updates,
-    mini_batches,
-    mini_rows,
-    order,
-    updates_of_step,
-)
+from echo_jax.learner.updates import check_cut, finish_updates, mini_batches, order, updates_of_step
 from echo_jax.types import Role, Status
 from tests.support.random_rollouts import make_rollout, small_config
 
@@ -95,7 +88,9 @@ def test_every_rollout_is_in_one_mini_batch_whatever_the_order(
     batches = mini_batches(ROLLOUTS, config, step)
     found = sorted(itertools.chain(*map(members, batches)))
     assert found == [(group, sample) for group in range(4) for sample in range(2)]
-    assert {batch.tokens.shape for batch in batches} == {(mini_rows(config), 24)}
+    assert {batch.tokens.shape for batch in batches} == {
+        (batch_rows(config, config.batch.updates), 24)
+    }
     for ours, theirs in zip(batches, mini_batches(shuffled, config, step)):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     numbers = order(config, step)
@@ -119,13 +114,13 @@ def test_one_update_is_the_whole_batch():
     config = recipe(updates=1)
     [batch] = mini_batches(ROLLOUTS, config, step=5)
     jax.tree.map(np.testing.assert_array_equal, batch, make_batch(ROLLOUTS, config))
-    assert mini_rows(config) == batch_rows(config) == 8
+    assert batch_rows(config, config.batch.updates) == batch_rows(config) == 8
     assert order(config, 5) == [0]
 
 
 def test_rows_are_whole_micro_batches():
-    assert mini_rows(recipe(updates=2, micro_rows=3)) == 6  # 4 rollouts, in passes of 3 rows
-    assert mini_rows(recipe(updates=4, micro_rows=4)) == 4
+    assert batch_rows(recipe(updates=2, micro_rows=3), 2) == 6  # 4 rollouts, in passes of 3 rows
+    assert batch_rows(recipe(updates=4, micro_rows=4), 4) == 4
 
 
 @pytest.mark.parametrize('mini', ['groups', 'rollouts'])

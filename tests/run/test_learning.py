@@ -40,7 +40,9 @@ def learned(rollouts, reference, balance=False, done=0, scores=None, batch=None,
 def test_a_step_that_is_not_finite_gives_no_weights():
     rollout = make_rollout('PPAAROOA', reward=1.0, first_token=1)
     rollout.rollout_logprobs = np.full_like(rollout.rollout_logprobs, np.nan)
-    with pytest.raises(FloatingPointError, match=r'^step 4: .*train/.* not finite; lower the learn'):
+    with pytest.raises(
+        FloatingPointError, match=r'^step 4: .*train/.* not finite; lower the learn'
+    ):
         learned([rollout], 0.5, done=3)
 
 

@@ -216,5 +216,7 @@ def test_a_worker_that_could_not_read_tries_again(tmp_path, fleet_in, monkeypatc
 def test_a_worker_whose_machine_lacks_the_model_says_so(tmp_path):
     config = tiny.get_config()
     config.policy.backend, config.model.path = 'vllm', str(tmp_path / 'model')
-    with pytest.raises(ValueError, match=r'model\.path=.*/model is not on this machine; copy it he'):
+    with pytest.raises(
+        ValueError, match=r'model\.path=.*/model is not on this machine; copy it he'
+    ):
         asyncio.run(rollout_worker.start(config, str(tmp_path / 'run')))
