@@ -39,7 +39,7 @@ def test_transcripts_that_all_failed_are_drawn_again(tmp_path):
     texts = [file.read_text() for file in dockerfiles]
     for file in dockerfiles:
         break_user(file.parents[1])
-    with pytest.raises(SandboxError, match='every transcript in .* is an INFRA_ERROR'):
+    with pytest.raises(SandboxError, match=r'every transcript in .* is an INFRA_ERROR'):
         write_transcripts(work, tokenizer, protocol, stop)
     for file, text in zip(dockerfiles, texts):
         file.write_text(text)
