@@ -116,6 +116,33 @@ def test_the_page_follows_a_run_that_goes_on(visit, tmp_path):
         wait_until(page, f'{REWARD_PLOT}.data?.[0].x.length === 3')
 
 
+def test_a_card_is_drawn_again_only_if_it_says_something_else(visit, tmp_path):
+    work = make_run(tmp_path / 'run')
+    write_rows(work, 1, 2)
+    write_group(work, 0)
+    write_group(work, 1)
+    file = work.path / 'rollouts' / 'train' / 'groups' / f'{0:012d}'
+    file.write_bytes(file.read_bytes()[:-9])
+    with serving([work.url()]) as address:
+        view = visit()
+        view.open(address)
+        page = view.page
+        wait_until(page, "document.querySelector('.card').textContent.includes('3 rollouts')")
+        page.click('summary >> text=1 that cannot be read')
+        page.evaluate("document.querySelector('.card').dataset.seen = 'yes'")
+        before = page.text_content('.ago')
+        for _ in range(4):  # at the fourth request three polls are over
+            with page.expect_request('**/run-0/glance.json'):
+                pass
+        assert page.locator('.card[data-seen] details[open]').count() == 1
+        assert page.evaluate("document.activeElement.matches('.card[data-seen] summary')")
+        wait_until(page, f"document.querySelector('.ago').textContent !== '{before}'")
+        assert page.locator('.card[data-seen]').count() == 1  # the time went on, and no more
+        write_rows(work, 3, 3)
+        wait_until(page, "document.querySelector('.card').textContent.includes('step 3 of 10')")
+        assert page.locator('.card[data-seen]').count() == 0
+
+
 def test_a_server_that_has_ended_is_said(visit, tmp_path):
     work = make_run(tmp_path / 'run')
     view = visit()

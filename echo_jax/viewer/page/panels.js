@@ -38,10 +38,10 @@ function runCard(run) {
     el('h2', {}, el('span', { class: `dot run-${run.index % 6}` }), run.name),
     el('p', { class: 'faint place' }, run.url),
     progress(now),
-    headline(now),
+    headline(run),
     now.sampling_share === null ? null : shares(now),
     statuses.length ? failures(now, statuses) : null,
-    now.workers.length ? workers(now) : null,
+    now.workers.length ? workers(run) : null,
     el('p', { class: 'faint' }, `${show(now.rollouts)} rollouts${kept}${reading}`),
     now.problem_count
       ? fold(`${show(now.problem_count)} that cannot be read`, false, list(now.problems)) : null);
@@ -58,13 +58,23 @@ function progress(now) {
     faint(left));
 }
 
-function headline(now) {
+// How long ago that was. A poll has it said again, since it leaves the rest of the card as it is.
+function ago(run, at) {
+  const element = el('span', { class: 'ago' });
+  element.tell = () => {
+    element.textContent = `${duration(Math.max(run.glance.now - at, 0))} ago`;
+  };
+  element.tell();
+  return element;
+}
+
+function headline(run) {
+  const now = run.glance;
   const { summary } = now;
   const ce = ['env_ce_output', 'env_ce'].find((name) => summary[`${name}_after`] !== undefined);
   const change = (name, text) => (summary[`${name}_after`] === undefined
     ? '–' : `${text(summary[`${name}_before`])} → ${text(summary[`${name}_after`])}`);
-  const row = now.changed && !now.finished
-    ? `${duration(Math.max(now.now - now.changed, 0))} ago` : null;
+  const row = now.changed && !now.finished ? ago(run, now.changed) : null;
   const staleness = now.staleness === null
     ? '–' : `${show(now.staleness)}, at most ${show(now.max_staleness)}`;
   const nats = now.env_ce === null ? '–' : `${show(now.env_ce)} nats`;
@@ -108,11 +118,10 @@ function failures(now, statuses) {
     reasons.length ? fold('reasons, in all rollouts', true, list(reasons)) : null);
 }
 
-function workers(now) {
-  const ago = (at) => (at === undefined ? '–' : `${duration(Math.max(now.now - at, 0))} ago`);
+function workers(run) {
   const columns = {
     worker: (report) => report.worker,
-    reported: (report) => ago(report.at),
+    reported: (report) => (report.at === undefined ? '–' : ago(run, report.at)),
     version: (report) => show(report.version),
     drawing: (report) => show(report.drawing),
     groups: (report) => show(report.groups),
@@ -120,7 +129,7 @@ function workers(now) {
     'probe gap': (report) => show(report.probe_gap),
   };
   const head = Object.keys(columns).map((name) => el('th', { scope: 'col' }, name));
-  const rows = now.workers.map((report) =>
+  const rows = run.glance.workers.map((report) =>
     el('tr', {}, ...Object.values(columns).map((text) => el('td', {}, text(report)))));
   return el('div', { class: 'panel scroll' },
     el('h3', {}, 'Workers'),

@@ -80,7 +80,8 @@ async function pollParts() {
   const changes = await Promise.all(runs.map((run) => run.follow()));
   const metrics = changes.some((change) => change.metrics);
   const rows = changes.some((change) => change.rows);
-  if (state.tab === 'overview' && overviewChanged()) draw();
+  if (state.tab === 'overview' && glances() !== shown.glances) draw();
+  for (const element of main.querySelectorAll('.ago')) element.tell();
   if (state.tab === 'curves' && metrics) await shown.curves?.update(shownRuns());
   if (state.tab === 'rollouts' && rows && !state.r) fillTable(false);
   if (state.tab === 'rollouts' && !state.r) countRows();
@@ -88,12 +89,10 @@ async function pollParts() {
   return changes.some((change) => change.behind);
 }
 
-// Whether the cards would say something else; redrawing them closes what a person has opened.
-function overviewChanged() {
-  const glances = JSON.stringify(shownRuns().map((run) => ({ ...run.glance, now: 0 })));
-  const changed = glances !== shown.glances;
-  shown.glances = glances;
-  return changed;
+// What the cards say, apart from the time. To draw them again closes what a person has opened, so
+// that is done only when this changes.
+function glances() {
+  return JSON.stringify(shownRuns().map((run) => ({ ...run.glance, now: 0 })));
 }
 
 // ------------------------------------------------------------------------------------ the views
@@ -170,7 +169,7 @@ function go(changes) {
 }
 
 function drawOverview() {
-  shown = { tab: 'overview' };
+  shown = { tab: 'overview', glances: glances() };
   return overview(shownRuns());
 }
 
