@@ -123,6 +123,23 @@ def test_the_keyboard_alone_reads_a_rollout(visit, address):
     page.wait_for_selector('.curves')
 
 
+def test_a_rollout_that_comes_late_leaves_the_table_alone(visit, address):
+    page = table(visit(), address)
+    held = []
+    page.route('**/rollout-*.json', held.append)
+    with page.expect_request('**/rollout-*.json'):
+        page.click('.grid-body [role=row] >> nth=0')
+    page.go_back()
+    with page.expect_event('requestfinished', lambda request: '/rollout-' in request.url):
+        held[0].continue_()
+    page.wait_for_timeout(200)  # for the page to read the answer
+    assert page.locator('.rollout').count() == 0
+    page.fill('#filter', 'status=truncated')
+    assert count(page) == '10 of 30 rollouts'
+    page.click('.grid-head .c-tokens button')
+    assert page.get_attribute('.grid-head .c-tokens', 'aria-sort') == 'descending'
+
+
 def test_every_control_is_reached_by_tab_and_can_be_seen_there(visit, address):
     page = rollout(visit(), address)
     reached = []

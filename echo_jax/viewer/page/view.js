@@ -21,7 +21,7 @@ const KEYS = [
 
 const main = document.getElementById('main');
 let runs = []; // all runs of the page
-let shown = {}; // what the current view keeps: {tab, grid, curves, conversation, ...}
+let shown = {}; // the view in `main`: its element, and what else it keeps; {} while one is loaded
 let drawing = 0; // numbers the drawings of views, so that a late one is dropped
 
 function shownRuns() {
@@ -97,6 +97,9 @@ function glances() {
 
 // ------------------------------------------------------------------------------------ the views
 
+// Each of the functions that draw a view returns {element, ...}, what `shown` is to be, and leaves
+// `shown` alone: by the time that a rollout has come, another view may have been asked for. `ready`
+// is called when the element stands in the page.
 async function draw() {
   const mine = ++drawing;
   const names = shownRuns().map((run) => run.name).join(', ');
@@ -104,15 +107,16 @@ async function draw() {
   drawBar();
   const views = { curves: drawCurves, rollouts: drawRollouts, compare: drawCompare };
   try {
-    const element = await (views[state.tab] ?? drawOverview)();
-    if (mine !== drawing || !element) return;
+    const view = await (views[state.tab] ?? drawOverview)();
+    if (mine !== drawing) return;
+    shown = view;
     // Who works by keyboard stays at the control that was used, or goes to the new content.
     const { activeElement: focused } = document;
     const inside = main.contains(focused);
-    main.replaceChildren(element);
+    main.replaceChildren(view.element);
     main.dataset.view = state.tab;
     if (inside) (focused.id && document.getElementById(focused.id) || main).focus();
-    await shown.ready?.();
+    await view.ready?.();
     trouble(null);
   } catch (error) {
     if (mine !== drawing) return;
@@ -169,14 +173,12 @@ function go(changes) {
 }
 
 function drawOverview() {
-  shown = { tab: 'overview', glances: glances() };
-  return overview(shownRuns());
+  return { element: overview(shownRuns()), glances: glances() };
 }
 
 function drawCurves() {
   const curves = new Curves();
-  shown = { tab: 'curves', curves, ready: () => curves.update(shownRuns()) };
-  return curves.element;
+  return { element: curves.element, curves, ready: () => curves.update(shownRuns()) };
 }
 
 function drawRollouts() {
@@ -212,13 +214,13 @@ function drawTable() {
     type: 'button', id: `mode-${name}`, 'aria-pressed': String(state.mode === name),
     onclick: () => { go({ mode: name }); },
   }, name);
-  shown = { tab: 'rollouts', grid, count, error, ready: () => { fillTable(true); } };
-  return el('div', { class: 'table' },
+  const element = el('div', { class: 'table' },
     el('div', { class: 'row tools' }, filter,
       el('div', { class: 'runs', role: 'group', 'aria-label': 'Rows' },
         mode('rollouts'), mode('groups')),
       count),
     error, grid.element);
+  return { element, grid, count, error, ready: () => { fillTable(true); } };
 }
 
 function fillTable(top) {
@@ -230,9 +232,9 @@ function fillTable(top) {
   const all = shownRuns().flatMap((run) => run.all);
   const kept = state.q ? all.filter((row) => accepts((field) => row.get(field))) : all;
   const sort = state.sort || '-step';
-  shown.rows = sortRows(state.mode === 'groups' ? groupRows(kept) : kept, sort);
+  const rows = sortRows(state.mode === 'groups' ? groupRows(kept) : kept, sort);
   shown.kept = kept.length;
-  shown.grid.setRows(shown.rows, sort, top);
+  shown.grid.setRows(rows, sort, top);
   countRows();
 }
 
@@ -255,9 +257,7 @@ async function drawRollout() {
     go: nextRollout,
     compare: () => { go({ tab: 'compare', task: rollout.task, a: state.r, b: '', r: '' }); },
   };
-  const { element, conversation } = rolloutPage(run, rollout, actions);
-  shown = { tab: 'rollouts', conversation, actions };
-  return element;
+  return { ...rolloutPage(run, rollout, actions), actions };
 }
 
 // The next or previous row of the table, as it is filtered and sorted.
@@ -273,9 +273,7 @@ function nextRollout(step) {
 }
 
 async function drawCompare() {
-  const element = await comparePage(shownRuns(), () => { draw(); });
-  shown = { tab: 'compare' };
-  return element;
+  return { element: await comparePage(shownRuns(), draw) };
 }
 
 // --------------------------------------------------------------------------------- theme and keys
