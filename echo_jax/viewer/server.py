@@ -87,7 +87,9 @@ def _make_app(site: Site, token: str, host: str, port: int) -> ASGIApp:
         name = request.path_params['name']
         document = site.document(name)
         if document is None:
-            why = '; the run may keep it no longer: logging.rollouts' if '/rollout-' in name else ''
+            why = ''
+            if '/rollout-' in name:
+                why = '; the run may keep it no longer: logging.rollouts; or it is damaged'
             return PlainTextResponse(f'there is no such document{why}\n', 404)
         body = json.dumps(document, allow_nan=False, separators=(',', ':')).encode()
         return _answer(request, body, '.json')

@@ -74,7 +74,7 @@ class Run:
     def _rollout(self, store: str, group_id: int, sample_id: int) -> dict | None:
         try:
             group = self._group(store, group_id)
-        except MissingError:
+        except (MissingError, CorruptError):
             return None
         for rollout in group:
             if rollout.sample_id == sample_id:

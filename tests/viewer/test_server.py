@@ -11,6 +11,7 @@ import pytest
 from echo_jax.run.workdir import Workdir
 from echo_jax.viewer.server import link, listen
 from echo_jax.viewer.site import Site
+from tests.support.small_run import wait_for
 from tests.support.viewed_run import make_run, write_group, write_rows
 from tests.support.viewer_server import serving
 
@@ -95,6 +96,17 @@ def test_a_run_that_goes_on_while_it_is_looked_at(tmp_path):
         assert (glance['steps'], glance['rollouts_of']) == (12, 2)
         status, _, body = ask(address, '/data/run-0/rollout-train-9-0.json')
         assert (status, b'no longer: logging.rollouts' in body) == (404, True)
+
+
+def test_a_rollout_of_a_damaged_group_is_not_found(tmp_path):
+    work = make_run(tmp_path / 'run')
+    write_group(work, 0)
+    with serving([work.url()]) as address:
+        wait_for(lambda: json.loads(ask(address, '/data/run-0/glance.json')[2])['groups_read'] == 1)
+        file = work.path / 'rollouts' / 'train' / 'groups' / f'{0:012d}'
+        file.write_bytes(file.read_bytes()[:-9])
+        status, _, body = ask(address, '/data/run-0/rollout-train-0-0.json')
+        assert (status, b'or it is damaged' in body) == (404, True)
 
 
 @pytest.mark.parametrize(

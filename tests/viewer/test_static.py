@@ -41,6 +41,17 @@ def test_every_document_is_a_file(site, tmp_path):
     assert size == whole and (tmp_path / 'page' / 'site.js').read_text() == 'const LIVE = false;\n'
 
 
+def test_a_group_that_was_damaged_since_is_left_out(site, tmp_path):
+    file = tmp_path / 'run' / 'rollouts' / 'train' / 'groups' / f'{0:012d}'
+    file.write_bytes(file.read_bytes()[:-9])
+    count, _ = export(site, tmp_path / 'page', lambda count: None)
+    files = {file.stem for file in (tmp_path / 'page' / 'data').rglob('*.js')}
+    assert {name for name in files if name.startswith('rollout-')} == {
+        f'rollout-heldout_before-0-{i}' for i in range(3)
+    }
+    assert count == len(files)
+
+
 def test_a_folder_that_holds_something_is_refused_by_name(site, tmp_path):
     folder = tmp_path / 'page'
     folder.mkdir()
