@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.browser import wait_until
 from tests.support.page import REWARD_PLOT, curves, data, rollout
+from tests.support.viewed_run import make_run, write_rows
+from tests.support.viewer_server import serving
 
 pytestmark = pytest.mark.slow
 
@@ -77,3 +79,35 @@ def test_smoothing_log_scale_and_search(visit, address):
     page.wait_for_selector(sampling, state='attached')
     assert page.is_checked('#log') and page.input_value('#metric-search') == 'SAMPLING'
     assert page.locator('figure').count() == 5  # and the four of the default set that are there
+
+
+def test_the_focus_stays_where_it_is_when_the_metrics_are_listed_anew(visit, address):
+    page = curves(visit(), address)
+    page.fill('#metric-search', 'rollout/reward')  # the whole name of a metric
+    assert page.locator('.names input').count() == 1
+    assert page.evaluate('document.activeElement.id') == 'metric-search'
+    page.focus('.names input')
+    page.keyboard.press('Space')
+    assert not page.is_checked('.names input')
+    assert page.evaluate('document.activeElement.value') == 'rollout/reward'
+    assert page.evaluate('document.activeElement.type') == 'checkbox'
+
+
+def test_why_there_is_no_curve(visit, tmp_path):
+    work = make_run(tmp_path / 'run')
+    with serving([work.url()]) as address:
+        view = visit()
+        view.open(address, 'tab=curves')
+        page = view.page
+        page.wait_for_selector('.plots p')
+        assert page.text_content('.plots') == 'No row of metrics is there yet.'
+        assert page.text_content('.names') == ''
+        page.fill('#metric-search', 'nothing')
+        assert page.text_content('.names') == ''
+        write_rows(work, 1, 1)
+        wait_until(page, "document.querySelector('.names').textContent !== ''")
+        assert page.text_content('.names') == 'No metric has this in its name.'
+        page.fill('#metric-search', '')
+        while page.locator('.names :checked').count():
+            page.click('.names :checked >> nth=0')
+        assert page.text_content('.plots') == 'No metric is chosen.'

@@ -147,20 +147,23 @@ class Curves {
 
   list() {
     const chosen = chosenMetrics(this.runs);
+    const all = metricNames(this.runs);
     const wanted = state.search.toLowerCase();
-    const all = metricNames(this.runs).filter((name) => name.toLowerCase().includes(wanted));
-    const signature = JSON.stringify([all, chosen]);
+    const found = all.filter((name) => name.toLowerCase().includes(wanted));
+    const isNoneFound = all.length > 0 && !found.length; // without any, `draw` says why
+    const signature = JSON.stringify([found, chosen, isNoneFound]);
     if (signature === this.listed) return; // else a row of metrics would take the focus away
     this.listed = signature;
-    const focused = document.activeElement?.value;
-    this.names.replaceChildren(...all.map((name) => {
+    const { activeElement } = document;
+    const focused = this.names.contains(activeElement) ? activeElement.value : null;
+    this.names.replaceChildren(...found.map((name) => {
       const box = el('input', {
         type: 'checkbox', value: name, checked: chosen.includes(name),
         onchange: () => { this.choose(name, box.checked); },
       });
       return el('label', {}, box, name);
     }));
-    if (!all.length) {
+    if (isNoneFound) {
       this.names.append(el('p', { class: 'faint' }, 'No metric has this in its name.'));
     }
     [...this.names.querySelectorAll('input')].find((box) => box.value === focused)?.focus();
@@ -188,7 +191,9 @@ class Curves {
     for (const name of chosen) this.plots.append(this.chart(name).figure);
     this.empty?.remove();
     if (!chosen.length) {
-      this.empty = el('p', { class: 'faint' }, 'No row of metrics is there yet.');
+      const why = metricNames(this.runs).length
+        ? 'No metric is chosen.' : 'No row of metrics is there yet.';
+      this.empty = el('p', { class: 'faint' }, why);
       this.plots.append(this.empty);
     }
     await new Promise((resolve) => { requestAnimationFrame(() => { setTimeout(resolve); }); });
