@@ -27,14 +27,14 @@ def glance(
     names = 'step', 'steps', 'finished', 'statuses', 'recent_steps'
     return {
         **{name: stands[name] for name in names},
-        **{name: _number(stands[name]) for name in ('seconds_left', 'seconds_a_step')},
+        **{name: number(stands[name]) for name in ('seconds_left', 'seconds_a_step')},
         'sampling_share': sampling / seconds if seconds else None,
         'learning_share': learning / seconds if seconds else None,
         'workers_sample': work.config.policy.backend == 'vllm',
-        'reward': _number(last(recent, 'rollout/reward')),
-        'env_ce': _number(last(recent, 'train/env_ce/output', 'train/env_ce')),
-        'staleness': _number(last(recent, 'rollout/staleness')),
-        'max_staleness': _number(last(recent, 'rollout/max_staleness')),
+        'reward': number(last(recent, 'rollout/reward')),
+        'env_ce': number(last(recent, 'train/env_ce/output', 'train/env_ce')),
+        'staleness': number(last(recent, 'rollout/staleness')),
+        'max_staleness': number(last(recent, 'rollout/max_staleness')),
         'reasons': _reasons(index),
         'summary': {visible(name): number(value) for name, value in stands['summary'].items()},
         'workers': _workers(work),
@@ -47,10 +47,6 @@ def glance(
         'problems': list(index.problems.values())[:20],
         'problem_count': len(index.problems),
     }
-
-
-def _number(value: float | None) -> float | None:
-    return None if value is None else number(value)
 
 
 def _reasons(index: Index) -> list[list]:

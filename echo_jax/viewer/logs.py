@@ -58,8 +58,8 @@ class MetricsLog:
 
     CHUNK = 1000  # rows; each has about a hundred numbers
 
-    def __init__(self, kvstore: ts.KvStore, key: str = 'metrics.jsonl'):
-        self._kvstore, self._key = kvstore, key
+    def __init__(self, kvstore: ts.KvStore):
+        self._kvstore = kvstore
         self._lock = threading.Lock()
         self._epoch, self._text = 0, b''
         self._stamp: bytes | None = None
@@ -73,7 +73,7 @@ class MetricsLog:
 
     def _look(self) -> None:
         """Reads what is new. Rows are only ever appended, or taken back by a run that resumes."""
-        found = self._kvstore.read(self._key, if_not_equal=self._stamp).result()
+        found = self._kvstore.read('metrics.jsonl', if_not_equal=self._stamp).result()
         if found.state == 'unspecified':  # it is as it was
             return
         # A line without its end is still being written.

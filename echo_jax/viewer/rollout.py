@@ -1,5 +1,6 @@
 """One rollout as a document: its tokens as text, and every number that is known of each."""
 
+import itertools
 from collections.abc import Sequence
 
 import ml_collections
@@ -106,10 +107,4 @@ def _numbers(values: np.ndarray, there: np.ndarray) -> list[float | None]:
 
 def _runs(values: Sequence) -> list[list]:
     """[[value, how many in a row], ...]"""
-    runs: list[list] = []
-    for value in values:
-        if runs and runs[-1][0] == value:
-            runs[-1][1] += 1
-        else:
-            runs.append([value, 1])
-    return runs
+    return [[value, len([*same])] for value, same in itertools.groupby(values)]

@@ -64,6 +64,6 @@ def token_texts(tokens: Sequence[int], table: Sequence[bytes]) -> list[str]:
     return texts
 
 
-def number(value: float, digits: int = 6) -> float | None:
-    """A number for JSON, with so many significant digits; None for what JSON cannot say."""
-    return float(f'{value:.{digits}g}') if math.isfinite(value) else None
+def number(value: float | None, digits: int = 6) -> float | None:
+    """A number for JSON with so many significant digits; None for None and what JSON cannot say."""
+    return None if value is None or not math.isfinite(value) else float(f'{value:.{digits}g}')

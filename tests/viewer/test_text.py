@@ -62,4 +62,4 @@ def test_the_texts_of_tokens_are_the_tokenizers():
 
 def test_numbers_are_what_json_can_say():
     assert number(1 / 3) == 0.333333 and number(1 / 3, 2) == 0.33 and number(5.0) == 5.0
-    assert [number(x) for x in (float('nan'), float('inf'), -float('inf'))] == [None] * 3
+    assert [number(x) for x in (None, float('nan'), float('inf'), -float('inf'))] == [None] * 4

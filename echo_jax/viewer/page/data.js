@@ -150,13 +150,13 @@ function say(text) {
 
 // ------------------------------------------------------------------------------------- numbers
 
-function show(value, digits = 3) {
+function show(value) {
   if (value === null || value === undefined) return '–';
   if (Number.isInteger(value)) return value.toLocaleString('en');
   const size = Math.abs(value);
   return size !== 0 && (size < 1e-3 || size >= 1e6)
-    ? value.toExponential(digits - 1)
-    : value.toLocaleString('en', { maximumSignificantDigits: Math.max(digits, 3) });
+    ? value.toExponential(2)
+    : value.toLocaleString('en', { maximumSignificantDigits: 3 });
 }
 
 function percent(value) {

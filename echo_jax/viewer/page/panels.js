@@ -5,8 +5,8 @@ function faint(text) {
   return el('span', { class: 'faint' }, text);
 }
 
-function list(items, className = null) {
-  return el('ul', { class: className }, ...items.map((item) => el('li', {}, item)));
+function list(items) {
+  return el('ul', {}, ...items.map((item) => el('li', {}, item)));
 }
 
 function fold(title, open, ...children) {

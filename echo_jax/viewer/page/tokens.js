@@ -30,7 +30,7 @@ const MEASURES = {
   logprob: { title: 'log-probability', unit: 'nats', level: (x) => heat(-x) },
   entropy: { title: 'entropy', unit: 'nats', level: heat },
   ce: { title: 'environment CE', unit: 'nats', level: heat },
-  advantage: { title: 'advantage', unit: '', level: (x) => signed(x) },
+  advantage: { title: 'advantage', unit: '', level: signed },
 };
 
 function heat(nats) {
