@@ -28,16 +28,26 @@ def load_task(path: str | os.PathLike, task_id: str = '') -> Task:
 def read_task(path: str | os.PathLike, task_id: str = '') -> Reading:
     """Reads one task directory; the task's id is the directory's name if none is given.
 
-    Raises ValueError in one line, naming the file, if one is missing or malformed, and if a
-    variable of a template is not set. The files in tests/ and solution/ are not looked at: what is
-    wrong with them is found when a sandbox gets them, and `--check` finds it beforehand.
+    Raises ValueError in one line, naming the file, if one is missing, malformed or cannot be read,
+    and if a variable of a template is not set. The files in tests/ and solution/ are not looked at:
+    what is wrong with them is found when a sandbox gets them, and `--check` finds it beforehand.
     """
     path = pathlib.Path(path)
+    try:
+        return _reading(path, task_id)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f'{error.filename or path} cannot be read ({reason})') from error
+
+
+def _reading(path: pathlib.Path, task_id: str) -> Reading:
     toml = path / 'task.toml'
     try:
         said = read_toml(_read(toml))
     except ValueError as error:
         raise ValueError(f'{toml}: {str(error).removeprefix(f"{toml}: ")}') from error
+    except RecursionError as error:  # of tomllib, or of repr() for a message
+        raise ValueError(f'{toml} has too many values within values; make it flatter') from error
     folder = path / 'steps' / said.first_step if said.first_step else path
     instruction = _instruction(folder / 'instruction.md')
     test = path / 'tests' / 'test.sh'
@@ -85,5 +95,3 @@ def _read(path: pathlib.Path) -> str:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         problem = f'{path} is missing or no file; a task needs {", ".join(TASK_FILES)}'
         raise ValueError(problem) from error
-    except OSError as error:
-        raise ValueError(f'{path} cannot be read ({error.strerror or error})') from error

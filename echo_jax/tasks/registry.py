@@ -6,6 +6,7 @@ repository (`git_url`) or on this machine.
 
 import collections
 import json
+import os
 import pathlib
 import tomllib
 from typing import Any
@@ -24,7 +25,9 @@ def read_registry(file: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str
     repositories = set()
     for task_id, entry in entries.items():
         path = pathlib.Path(entry['path']).expanduser()
-        here = [place for place in (file.parent / path, path) if (place / 'task.toml').exists()]
+        places = (file.parent / path, path)
+        # Not Path.exists, which raises an error for a folder that may not be entered.
+        here = [place for place in places if os.path.exists(place / 'task.toml')]
         url = entry.get('git_url')
         if here:
             found[task_id] = here[0]
@@ -32,7 +35,7 @@ def read_registry(file: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str
             repositories.add(url)
             missing[task_id] = f'{path} is in a repository; git clone {url}'
         else:
-            missing[task_id] = f'{path} is not there, or has no task.toml'
+            missing[task_id] = f'{path} is not there, has no task.toml, or may not be entered'
     if not found and repositories:
         clones = '; '.join(f'git clone {url}' for url in sorted(repositories)[:4])
         raise ValueError(

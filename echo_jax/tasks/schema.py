@@ -169,7 +169,7 @@ def _section(config: dict[str, Any], section: str) -> dict[str, Any]:
             expected, convert = _KINDS[key.kind]
             try:
                 values[key.name] = convert(values[key.name])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 got = f'{_named(key)} = {_short(values[key.name])}'
                 raise ValueError(f'{got}, expected {expected}; correct it') from None
     return values
@@ -213,7 +213,7 @@ def _migrate(environment: dict[str, Any], old: str, new: str) -> list[str]:
     text = size.strip().upper()
     try:
         mib = int(_seconds(text[:-1]) * _MIB[text[-1:]])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):  # '1e308G' is inf MiB
         expected = "expected such as '2G' or '512M'; correct it"
         raise ValueError(f'[environment] {old} = {size!r}, {expected}') from None
     if new in environment and (environment[new] or 0) != mib:
@@ -276,7 +276,8 @@ def _healthcheck(table: Mapping[str, Any]) -> Healthcheck:
 
 
 # -------------------------------------------------------------------- kinds of values: (expected,
-# conversion, which raises TypeError or ValueError). True is no number here, though it is an int.
+# conversion, which raises TypeError, ValueError, or OverflowError for an int that is no float).
+# True is no number here, though it is an int.
 
 
 def _number(value: object) -> float:
@@ -355,6 +356,10 @@ def _variables(value: object) -> dict[str, str]:
     return variables
 
 
+def _system(value: object) -> str:
+    return _one_of('linux', 'windows')(_of(str)(value).lower())
+
+
 def _one_of(*choices: str) -> Callable[[object], str]:
     def convert(value: object) -> str:
         if value not in choices:
@@ -375,7 +380,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     'path': ('an absolute path', _path),
     'seconds': ('a finite number above 0', _seconds),
     'strategy': ('mean or final', _one_of('mean', 'final')),
-    'system': ('linux or windows', lambda value: _one_of('linux', 'windows')(value.lower())),
+    'system': ('linux or windows', _system),
     'table': ('a table', _of(dict)),
     'text': ('a text', _text),
     'texts': ('a list of texts', _list_of_texts),

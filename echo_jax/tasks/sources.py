@@ -149,8 +149,7 @@ def _load_source(path: pathlib.Path, cache: str | os.PathLike | None) -> TaskSet
             raise registry.only_references(path / 'dataset.toml')
         raise ValueError(f'{path} holds no tasks: a task is a folder with {", ".join(TASK_FILES)}')
     ids = _ids(path, [*found, *broken])
-    missing = f'task.toml is missing; a task needs {", ".join(TASK_FILES)}'
-    return _read_all(path, {ids[p]: p for p in found}, {ids[p]: missing for p in broken})
+    return _read_all(path, {ids[p]: p for p in found}, {ids[p]: why for p, why in broken.items()})
 
 
 def _load_parquet(path: pathlib.Path, cache: str | os.PathLike | None) -> TaskSet:
@@ -194,25 +193,32 @@ def _checked(
     return TaskSet(path, ordered, [LeftOut(*item) for item in sorted(left_out.items())], ignored)
 
 
-def _find(top: pathlib.Path) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
-    """(task directories, folders with some files of a task but no task.toml) at any depth below.
+def _find(top: pathlib.Path) -> tuple[list[pathlib.Path], dict[pathlib.Path, str]]:
+    """(task directories, why a folder is none) at any depth below.
 
-    A task directory is not searched for others. Hidden folders are not read, and a folder that
-    links lead to several times is read once.
+    The second are folders with some files of a task but no task.toml, and folders that cannot be
+    read, in which there may be tasks. A task directory is not searched for others. Hidden folders
+    are not read, and a folder that links lead to several times is read once.
     """
-    found, broken, seen = [], [], set()
+    found: list[pathlib.Path] = []
+    broken: dict[pathlib.Path, str] = {}
+    seen: set[str] = set()
 
     def visit(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         real = os.path.realpath(folder)
         if real in seen:
             return
         seen.add(real)
-        if folder != top and (folder / 'task.toml').exists():
-            found.append(folder)
+        try:
+            if folder != top and (folder / 'task.toml').exists():
+                found.append(folder)
+                return
+            if folder != top and any((folder / file).exists() for file in TASK_FILES):
+                broken[folder] = f'task.toml is missing; a task needs {", ".join(TASK_FILES)}'
+            inner = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')]
+        except OSError as error:  # such as a mounted disk's lost+found
+            broken[folder] = f'{folder} cannot be read ({error.strerror or error})'
             return
-        if folder != top and any((folder / file).exists() for file in TASK_FILES):
-            broken.append(folder)
-        inner = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
         # Links come last, so that a folder goes by its own name.
         yield from sorted(inner, key=lambda path: (path.is_symlink(), path.name))
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -86,6 +87,70 @@ def test_an_odd_task_is_left_out_and_named(tmp_path, caplog):
     assert two == f'{tmp_path}: Harbor does not know, and reads past: [environment] new_key (2)'
     (found,) = load_sources(tmp_path)
     assert [one.task_id for one in found.left_out] == [f'odd{n}' for n in range(10)]
+
+
+@pytest.mark.parametrize(
+    ('toml', 'reason'),
+    [
+        ('[environment]\nos = 1\n', '[environment] os = 1, expected linux or windows; correct it'),
+        (
+            f'[environment]\ncpus = 1{"0" * 400}\n',
+            f'cpus = 1{"0" * 79}..., expected a finite number, 0 or more; correct it',
+        ),
+        (
+            '[environment]\nmemory = "1e308G"\n',
+            "memory = '1e308G', expected such as '2G' or '512M'; correct it",
+        ),
+        (f'deep = {"[" * 3000}{"]" * 3000}\n', 'task.toml has too many values within values'),
+    ],
+    ids=['no text', 'no float', 'inf', 'deep'],
+)
+def test_the_others_are_read_whatever_one_says(tmp_path, toml, reason):
+    for name in ('a', 'b'):
+        write(tmp_path / name)
+    write(tmp_path / 'odd', toml)
+    (found,) = load_sources(tmp_path)
+    assert [task.task_id for task in found.tasks] == ['a', 'b']
+    ((task_id, why),) = found.left_out
+    assert task_id == 'odd' and reason in why and '\n' not in why
+    assert why.startswith(f'{tmp_path}/odd/task.toml')
+
+
+def test_folders_that_may_not_be_entered_are_left_out_and_named(tmp_path):
+    top = tmp_path / 'set'
+    for name in ('a', 'b', 'shut', 'deep/c'):
+        write(top / name)
+    (top / 'b' / 'environment').mkdir()
+    (top / 'lost+found').mkdir()
+    listed = registered(top, *({'name': name, 'path': name} for name in ('a', 'shut')))
+    code = (
+        'import sys; from echo_jax.tasks.sources import load_sources\n'
+        'for source in sys.argv[1:]:\n'
+        '    (one,) = load_sources(source)\n'
+        '    print([task.task_id for task in one.tasks])\n'
+        '    print(*(f"{name}: {why}" for name, why in one.left_out), sep="\\n")'
+    )
+    command = [sys.executable, '-c', code, top, listed]
+    if os.geteuid() == 0:  # without these two rights, modes hold for root as for others
+        command = ['setpriv', '--bounding-set=-dac_override,-dac_read_search', *command]
+    shut = [top / name for name in ('b/environment', 'shut', 'deep', 'lost+found')]
+    for folder in shut:
+        folder.chmod(0)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    finally:
+        for folder in shut:
+            folder.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "['a']",
+        f'b: {top}/b/environment/docker-compose.yaml cannot be read (Permission denied)',
+        f'deep: {top}/deep cannot be read (Permission denied)',
+        f'lost+found: {top}/lost+found cannot be read (Permission denied)',
+        f'shut: {top}/shut cannot be read (Permission denied)',
+        "['a']",
+        'shut: shut is not there, has no task.toml, or may not be entered',
+    ]
 
 
 def test_a_folder_without_tasks_is_refused(tmp_path):
