@@ -16,12 +16,14 @@ def read_registry(file: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str
     """(task directories by id, why a task has none by id) of all sets that the file lists.
 
     A relative path counts from the file's folder, which is the clone of a repository that holds its
-    own registry, or as in Harbor from the folder that the program was started in. Raises ValueError
-    for a file that is no registry, and if no task is on this machine.
+    own registry, or as in Harbor from the folder that the program was started in. A folder that
+    several entries lead to is one task, and goes by the first of their ids. Raises ValueError for a
+    file that is no registry, for an id that two entries have, and if no task is on this machine.
     """
     entries = _entries(file)
     found: dict[str, pathlib.Path] = {}
     missing: dict[str, str] = {}
+    owners: dict[str, str] = {}  # ids by the real paths of what is found
     repositories = set()
     for task_id, entry in entries.items():
         path = pathlib.Path(entry['path']).expanduser()
@@ -29,8 +31,11 @@ def read_registry(file: pathlib.Path) -> tuple[dict[str, pathlib.Path], dict[str
         # Not Path.exists, which raises an error for a folder that may not be entered.
         here = [place for place in places if os.path.exists(place / 'task.toml')]
         url = entry.get('git_url')
-        if here:
+        owner = owners.setdefault(os.path.realpath(here[0]), task_id) if here else ''
+        if owner == task_id:
             found[task_id] = here[0]
+        elif owner:
+            missing[task_id] = f'{path} is read as {owner} already'
         elif url:
             repositories.add(url)
             missing[task_id] = f'{path} is in a repository; git clone {url}'
@@ -59,21 +64,37 @@ def only_references(file: pathlib.Path) -> ValueError:
 
 
 def _entries(file: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The tasks of all sets by id: the name, with the set's before it if two sets have the name."""
+    """The tasks of all sets by id, NAME, SET__NAME or SET@VERSION__NAME: the first that is unique.
+
+    The id does not depend on what is on this machine, since results go by it.
+    """
     try:
         sets = json.loads(file.read_text(encoding='utf-8'))
         # Versions of a set share most of their tasks: one entry a path.
         listed = {
-            (task.get('git_url'), pathlib.Path(task['path'])): (one['name'], task['name'], task)
+            (task.get('git_url'), pathlib.Path(task['path'])): (one, task)
             for one in reversed(sets)
             for task in reversed(one['tasks'])
         }
+        tasks = [(one['name'], one.get('version'), task) for one, task in listed.values()]
+        names = collections.Counter(task['name'] for _, _, task in tasks)
+        owned = collections.Counter((owner, task['name']) for owner, _, task in tasks)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{file} is no registry of Harbor, a list of {{name, version, tasks}} ({error!r})'
         ) from error
-    counts = collections.Counter(name for _, name, _ in listed.values())
-    return {
-        (name if counts[name] == 1 else f'{owner}/{name}').replace('/', '__'): task
-        for owner, name, task in reversed(listed.values())
-    }
+    entries: dict[str, dict[str, Any]] = {}
+    for owner, version, task in reversed(tasks):
+        task_id = str(task['name'])
+        if owned[owner, task['name']] > 1:
+            task_id = f'{owner}@{version}/{task_id}'
+        elif names[task['name']] > 1:
+            task_id = f'{owner}/{task_id}'
+        task_id = task_id.replace('/', '__')
+        if entries.setdefault(task_id, task) is not task:
+            places = f'{entries[task_id]["path"]} and {task["path"]}'
+            raise ValueError(
+                f'{file} has two tasks with the id {task_id!r}, {places}; results go by the id: '
+                'rename one, or give --tasks the folder of one'
+            )
+    return entries

@@ -58,7 +58,7 @@ def load_sources(
     source, even if it holds commas.
 
     A task that cannot be read is left out with its reason. Raises ValueError for a source of which
-    no task can be read, and for an id that two sources have.
+    no task can be read, and for an id that two tasks have.
     """
     loaded: list[TaskSet] = []
     owners: dict[str, pathlib.Path] = {}
@@ -229,11 +229,23 @@ def _find(top: pathlib.Path) -> tuple[list[pathlib.Path], dict[pathlib.Path, str
 
 
 def _ids(top: pathlib.Path, folders: Sequence[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """The ids: a task directory's name, or its path below the set if others have the same name."""
+    """The ids: a task directory's name, or its path below the set if others have the same name.
+
+    Raises ValueError for two folders with one id, such as a__b and, beside another b, a/b.
+    """
     counts = collections.Counter(folder.name for folder in folders)
-    return {
+    ids = {
         folder: folder.name
         if counts[folder.name] == 1
         else '__'.join(folder.relative_to(top).parts)
         for folder in folders
     }
+    owners: dict[str, pathlib.Path] = {}
+    for folder, task_id in ids.items():
+        owner = owners.setdefault(task_id, folder)
+        if owner is not folder:
+            raise ValueError(
+                f'{owner} and {folder} would both be the task {task_id!r}; results go by the id: '
+                'rename one'
+            )
+    return ids

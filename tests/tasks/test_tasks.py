@@ -71,6 +71,15 @@ def test_names_that_two_folders_have_become_paths(tmp_path):
     assert [t.task_id for t in load_tasks(tmp_path)] == ['b', 'one__a', 'two__a']
 
 
+def test_two_folders_with_one_id_are_refused(tmp_path):
+    for name in ('a/b', 'c/b', 'a__b'):
+        write(tmp_path / name)
+    with pytest.raises(ValueError, match=r"a__b and .*/a/b would both be the task 'a__b'; results"):
+        load_tasks(tmp_path)
+    (tmp_path / 'c' / 'b').rename(tmp_path / 'c' / 'd')
+    assert [t.task_id for t in load_tasks(tmp_path)] == ['a__b', 'b', 'd']
+
+
 def test_an_odd_task_is_left_out_and_named(tmp_path, caplog):
     for name in ('a', 'b', *(f'odd{n}' for n in range(10))):
         write(tmp_path / name, '[environment]\nnew_key = 1\n')
@@ -192,6 +201,38 @@ def test_a_registry_leads_to_tasks_on_this_machine(tmp_path):
     (file.parent / 'tasks').rename(tmp_path / 'tasks')
     with pytest.raises(ValueError, match=r'tasks in 1 repositories|can be read'):
         load_tasks(registered(tmp_path / 'clone', {'name': 'a', 'path': 'tasks/a', **away}).parent)
+
+
+@pytest.mark.parametrize('here', ['old/a', 'new/a'])
+def test_each_version_of_a_task_has_its_own_id(tmp_path, here):
+    write(tmp_path / here)
+    write(tmp_path / 'b')
+    sets = [
+        ('set', '1.0', {'name': 'a', 'path': 'old/a'}),
+        ('set', '2.0', {'name': 'a', 'path': 'new/a'}),
+        ('set', '1.0', {'name': 'b', 'path': 'b'}),
+        ('set', '2.0', {'name': 'b', 'path': 'b'}),  # as before, and so one entry
+        ('set', '3.0', {'name': 'b', 'path': 'b', 'git_url': 'https://example.org/moved.git'}),
+        ('other', '1.0', {'name': 'a', 'path': 'a'}),
+    ]
+    (tmp_path / 'registry.json').write_text(
+        json.dumps([{'name': name, 'version': v, 'tasks': [task]} for name, v, task in sets])
+    )
+    (found,) = load_sources(tmp_path / 'registry.json')
+    ids = {'old/a': 'set@1.0__a', 'new/a': 'set@2.0__a'}
+    assert [t.task_id for t in found.tasks] == [ids.pop(here), 'set@1.0__b']
+    ((away, gone),) = ((name, path) for path, name in ids.items())
+    reasons = dict(found.left_out)
+    assert sorted(reasons) == ['other__a', away, 'set@3.0__b']
+    assert reasons[away].startswith(f'{gone} is not there')
+    assert reasons['set@3.0__b'] == 'b is read as set@1.0__b already'
+
+
+def test_a_registry_with_one_id_for_two_tasks_is_refused(tmp_path):
+    write(tmp_path / 'new' / 'a')
+    file = registered(tmp_path, *({'name': 'a', 'path': f'{age}/a'} for age in ('old', 'new')))
+    with pytest.raises(ValueError, match=r"two tasks with the id 'set@1\.0__a', old/a and new/a; "):
+        load_tasks(file)
 
 
 def test_a_registry_of_other_machines_says_how_to_get_them(tmp_path):
