@@ -186,6 +186,7 @@ class _Episode:
                         seed=turn_seed(*self.seeds, turn),
                         stop_token_ids=conversation.protocol.stop_token_ids,
                     )
+                conversation.append_turn(generation)  # its error is the policy's
             except TimeoutError as error:
                 if not clock.expired():  # the policy raised it, and the agent still has time
                     raise PolicyFailed from error
@@ -194,7 +195,6 @@ class _Episode:
                 raise PolicyFailed from error
             finally:
                 self.counts.seconds_sampling += time.monotonic() - started
-            conversation.append_turn(generation)
             self.counts.turns += 1
             self.counts.turns_cut += generation.finish_reason == 'length'
             ending, observation = await self._act(generation.token_ids, deadline)

@@ -160,3 +160,23 @@ def test_a_broken_policy_ends_the_group_and_its_sandboxes(
         asyncio.run(run())
     assert raised.group_contains(ValueError, match='end it with done')
     assert sandbox.begun == len(sandbox.stopped) and not sandbox.alive
+
+
+def test_a_policy_that_gives_too_few_numbers_ends_the_group(
+    make_task, tiny_tokenizer, protocol_config
+):
+    class Short(ScriptedPolicy):
+        async def generate(self, token_ids, **arguments):
+            generation = await super().generate(token_ids, **arguments)
+            return generation._replace(logprobs=generation.logprobs[1:])
+
+    sandbox = type('Sandbox', (Counted,), {})
+
+    async def run():
+        policy = Short(tiny_tokenizer, [DONE])
+        await group(make_task(), policy, Protocol(tiny_tokenizer, protocol_config), sandbox)
+
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(run())
+    assert raised.group_contains(ValueError, match='the policy must give one of each a token')
+    assert sandbox.begun == len(sandbox.stopped) and not sandbox.alive
