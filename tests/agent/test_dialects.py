@@ -48,6 +48,20 @@ def test_an_episode_in_a_second_dialect(json_config, make_task, episodes):
     assert 'Call a tool.' in episodes.words(rollout, Role.FEEDBACK)
 
 
+def test_a_turn_without_a_call_that_is_no_error_is_told_so(json_config, make_task, episodes):
+    rollout = episodes.run(
+        make_task(), ['I wait.<tool_call> </tool_call>', reply('Finished.', done=True)]
+    )
+    assert episodes.observations(rollout) == [
+        'WARNINGS:\n- Think first\n\n'
+        'No commands provided. Please provide commands to execute or set done.'
+    ]
+    assert episodes.words(rollout, Role.FEEDBACK) == (
+        'No commands provided. Please provide commands to execute or set done.'
+    )
+    assert rollout.metrics['parse_errors'] == rollout.metrics['commands'] == 0
+
+
 def test_the_same_replies_are_no_calls_in_the_released_dialect(make_task, episodes):
     rollout = episodes.run(
         make_task(), [reply('I act.', 'echo 42'), format_reply('Finished.', done=True)]

@@ -1,7 +1,8 @@
 """A second dialect, which only tests have: a call is JSON between tool_call tags.
 
-Thinking is written as in qwen3_xml, nothing else is shared. This file and one line in DIALECTS are
-all that a new dialect takes.
+Tags with nothing between them are no call, and no error either. Thinking is written as in
+qwen3_xml, nothing else is shared. This file and one line in DIALECTS are all that a new dialect
+takes.
 """
 
 import json
@@ -20,8 +21,11 @@ __all__ = ['TAGS', 'THINK_OPEN', 'THINK_TAGS', 'strip_thinking', 'text_after_thi
 
 def parse_response(text):
     commands, is_done = [], False
-    for part in text.split('<tool_call>')[1:]:
+    parts = text.split('<tool_call>')[1:]
+    for part in parts:
         raw = part.partition('</tool_call>')[0].strip()
+        if not raw:
+            continue
         try:
             call = json.loads(raw)
         except ValueError:
@@ -31,7 +35,7 @@ def parse_response(text):
             is_done = True
         else:
             commands.append(Command(call['name'], call['arguments'], '', raw))
-    error = '' if commands or is_done else 'Call a tool.'
+    error = '' if parts else 'Call a tool.'
     return ParsedResponse(commands, is_done, error)
 
 
