@@ -207,9 +207,9 @@ class _Episode:
     async def _act(self, token_ids: np.ndarray, deadline: float) -> tuple[str, list[Span]]:
         """Does what a turn asks for: (why the episode ends, '' if it does not; observation)."""
         protocol, counts = self.conversation.protocol, self.counts
-        response, warnings = protocol.read_turn(token_ids)
+        response, warnings, imagined = protocol.read_turn(token_ids)
         counts.warnings += len(warnings)
-        counts.imagined += protocol.imagines(token_ids)
+        counts.imagined += imagined
         if response.error:
             counts.parse_errors += 1
             return '', [Span(Role.FEEDBACK, response.error)]

@@ -116,18 +116,17 @@ class Protocol:
     def start(self, instruction: str) -> 'Conversation':
         return Conversation(self, self.prompt_ids(instruction))
 
-    def read_turn(self, token_ids: np.ndarray) -> tuple[ParsedResponse, list[str]]:
-        """What a turn asks for, and its format warnings (docs/protocol.md#a-turn)."""
+    def read_turn(self, token_ids: np.ndarray) -> tuple[ParsedResponse, list[str], bool]:
+        """What a turn asks for, its format warnings, and whether it holds an observation that the
+        agent made up (docs/protocol.md#a-turn).
+        """
         text = self.encoder.decode(token_ids)
         if self.config.parse_after_think:
             answer = self.dialect.text_after_thinking(text)
         else:
             answer = self.dialect.strip_thinking(text)
-        return self.dialect.parse_response(answer), self.dialect.format_warnings(text)
-
-    def imagines(self, token_ids: np.ndarray) -> bool:
-        """Whether a turn holds an observation that the agent made up (docs/protocol.md#a-turn)."""
-        return imagines(self.encoder.decode(token_ids))
+        response = self.dialect.parse_response(answer)
+        return response, self.dialect.format_warnings(text), imagines(text)
 
     def select(self, commands: list[Command]) -> list[Command]:
         """The commands of a turn that are run (docs/protocol.md#a-turn)."""
