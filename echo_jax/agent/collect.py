@@ -36,8 +36,9 @@ async def collect(
     `on_rollout` with each of its rollouts when that has ended.
 
     `policy_for` gives the policy of a task. At most `sandbox.at_once` sandboxes live at one time,
-    unless `sandboxes` is given, a limit that several calls can share. An error that is not the
-    sandbox's ends all, in an ExceptionGroup; groups that are written by then stay.
+    unless `sandboxes` is given, a limit that several calls can share. An error of the policy or of
+    the store ends all, in an ExceptionGroup; groups that are written by then stay. One of a task or
+    of its sandbox does not: its rollout is an INFRA_ERROR (`run_group`).
     """
     tasks = dict(assignments)
     sandboxes = sandboxes or asyncio.Semaphore(config.sandbox.at_once)

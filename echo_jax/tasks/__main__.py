@@ -5,13 +5,13 @@
     python -m echo_jax.tasks --config=RECIPE --workdir=RUN --tasks=DIR,FILE.parquet --build
     python -m echo_jax.tasks --tasks=DIR --parquet=FILE
 
-DIR may be a git checkout of a published set: tasks are found at any depth. What no sandbox can read
-is named and left out, and for each backend it says how many tasks it can run and why not the others
-(`--verbose` for every task; `--output` for a file of them).
+DIR may be a git checkout of a published set: tasks are found at any depth. A task that cannot be
+read is named and left out, and for each backend it says how many tasks it can run and why not the
+others (`--verbose` for every task; `--output` for a file of them).
 
-`--check` runs each task's own solution, which must earn the reward, and nothing at all, which must
-earn 0. `--build` makes every image that the Docker sandboxes of a run will want; an image that is
-there is not built again, so run the same command again after a failure. The exit code is 1 if a
+`--check` runs each task's own solution, which must earn at least 0.5, and nothing at all, which
+must earn 0. `--build` makes every image that the Docker sandboxes of a run will want; an image that
+is there is not built again, so run the same command again after a failure. The exit code is 1 if a
 task failed. It needs no JAX.
 """
 
