@@ -56,9 +56,7 @@ def test_a_turn_without_a_call_that_is_no_error_is_told_so(json_config, make_tas
         'WARNINGS:\n- Think first\n\n'
         'No commands provided. Please provide commands to execute or set done.'
     ]
-    assert episodes.words(rollout, Role.FEEDBACK) == (
-        'No commands provided. Please provide commands to execute or set done.'
-    )
+    assert episodes.words(rollout, Role.FEEDBACK).startswith('No commands provided. Please')
     assert rollout.metrics['parse_errors'] == rollout.metrics['commands'] == 0
 
 
