@@ -134,8 +134,9 @@ def test_a_card_is_drawn_again_only_if_it_says_something_else(visit, tmp_path):
         for _ in range(4):  # at the fourth request three polls are over
             with page.expect_request('**/run-0/glance.json'):
                 pass
-        assert page.locator('.card[data-seen] details[open]').count() == 1
-        assert page.evaluate("document.activeElement.matches('.card[data-seen] summary')")
+        focused = page.evaluate_handle('document.activeElement')
+        assert focused.text_content() == '1 that cannot be read'
+        assert focused.evaluate("e => e.matches('.card[data-seen] details[open] > summary')")
         wait_until(page, f"document.querySelector('.ago').textContent !== '{before}'")
         assert page.locator('.card[data-seen]').count() == 1  # the time went on, and no more
         write_rows(work, 3, 3)

@@ -126,7 +126,7 @@ def test_the_keyboard_alone_reads_a_rollout(visit, address):
 def test_a_rollout_that_comes_late_leaves_the_table_alone(visit, address):
     page = table(visit(), address)
     held = []
-    page.route('**/rollout-*.json', held.append)
+    page.route('**/rollout-*.json', lambda route: held.append(route))
     with page.expect_request('**/rollout-*.json'):
         page.click('.grid-body [role=row] >> nth=0')
     page.go_back()
