@@ -18,6 +18,18 @@ from echo_jax.sandbox.docker import images
 from tests.support.sandboxes import SEC, opened
 
 
+@pytest.fixture
+def fresh(made, used, monkeypatch):
+    """fresh(**options): has `judge` use Images of its own."""
+    with contextlib.ExitStack() as stack:
+
+        def fresh(**options) -> None:
+            own = images.Images(used, network=False, attempts=1, **options)
+            monkeypatch.setitem(made, None, stack.enter_context(contextlib.closing(own)))
+
+        yield fresh
+
+
 @pytest.fixture(params=['beside', 'inside'])
 def where(request, made):
     made[None].unprotected = 'asked by a test' if request.param == 'inside' else ''
@@ -78,6 +90,15 @@ LATE_TRICKS = {
         'syscall(101, 16, shift, 0, 0)" ${p#/proc/} && touch /tmp/traced; done'
     ),
 }  # fmt: skip
+# What hinders the container of the tests.
+HINDRANCES = {
+    'names that come and go': 'setsid nohup perl -e \'while (1) { mkdir "/zz$_" for 1..20; '
+    'rmdir "/zz$_" for 1..20 }\' >/dev/null 2>&1 & sleep 0.2',
+    'killed helpers': "setsid nohup perl -e 'while (1) { for $p (</proc/[0-9]*>) { "
+    'open F, "$p/comm" or next; $_ = <F>; kill 9, $p =~ /(\\d+)/ if /^(mkdir|mount|tar)$/ } }\' '
+    '>/dev/null 2>&1 &',
+    'no /etc': 'mv /etc /e; touch /etc',
+}
 
 
 @pytest.mark.parametrize('trick', TRICKS)
@@ -98,6 +119,35 @@ def test_no_reward_of_the_agents_while_tests_run(judge, trick, user):
         verifier_user=user,
     )
     assert verdict[:2] == (0.25, types.Status.OK) and 'traced' not in verdict.output, verdict
+
+
+@pytest.mark.parametrize('hindrance', HINDRANCES)
+def test_an_agent_cannot_bring_the_tests_within_its_reach(judge, made, fresh, hindrance):
+    """Neither its own nor, as `judge` looks, those of the next tasks."""
+    fresh()
+    tests = f'#!/bin/bash\nsleep 1\necho 0.25 > {REWARD}\nsleep 0.2\n'
+    assert judge(tests).reward == 0.25 and made[None].protects  # on this engine that can be
+    verdict = judge(tests, LATE_TRICKS['after the tests appear'], HINDRANCES[hindrance])
+    assert verdict[:2] == (0.25, types.Status.OK), verdict
+
+
+def test_a_service_of_the_image_that_hinders_the_tests(judge, fresh, task):
+    """It is not ended, so there is no reward. But the next tasks have theirs."""
+    fresh()
+    environment = task.path / 'environment'
+    environment.mkdir()
+    (environment / 'hinder').write_text(
+        'mkdir "/a$_" for 1..20; while (1) { rename "/a$_", "/b$_" for 1..20; '
+        'rename "/b$_", "/a$_" for 1..20 }'
+    )
+    (environment / 'Dockerfile').write_text(
+        f'FROM {task.docker_image}\nCOPY hinder /\n'
+        'HEALTHCHECK --interval=1s CMD true\n'  # so that it begins before the agent may
+        'ENTRYPOINT ["bash", "-c", "perl /hinder & exec \\"$@\\"", "-"]\n'
+    )
+    verdict = judge(f'#!/bin/bash\necho 1 > {REWARD}\n', docker_image=None)
+    assert verdict[:2] == (0.0, types.Status.VERIFIER_ERROR), verdict
+    assert 'no root for the tests' in verdict.reason
 
 
 def test_start_up_files_of_the_agents(judge, where):

@@ -84,6 +84,7 @@ class Images:
         self._contents: dict[str, tuple[bytes, frozenset[str]]] = {}  # by image id
         self._tools: concurrent.futures.Future | None = None
         self.unprotected = ''  # why tests cannot run out of the agents' reach; see verify.py
+        self.protects = False  # whether tests have run out of an agent's reach; see verify.py
 
     async def image(self, task: Task) -> Image:
         """The task's image, made if need be, and only once however many ask for it.

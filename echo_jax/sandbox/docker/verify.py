@@ -15,6 +15,10 @@ no directory (another runtime, another storage), the tests run in the agent's co
 in Harbor. Then there is only this: if a reward comes back after it was removed, before any test
 runs, all that the agent left is ended.
 
+The agent can hinder that container, by what it changes in its root meanwhile or by killing what
+makes the tests' root. So on an engine that has made such a root before, all that the agent left is
+ended and there is one more try. If that fails too, it is this one task's affair.
+
 What stays, in both ways: the tests use the programs of the agent's container, and its root may
 have replaced those; a service may hand the tests whatever it likes.
 """
@@ -100,6 +104,10 @@ class Unprotected(Exception):
     """Why the tests cannot run out of the agent's reach."""
 
 
+class Changed(Unprotected):
+    """What of the agent's container changed while the tests' root was made of it."""
+
+
 async def verify(sandbox: Running, images: Images, runtime: str | None) -> Verdict:
     """The reward of the task's tests, or 0 and why there is none."""
     try:
@@ -123,7 +131,7 @@ async def verify(sandbox: Running, images: Images, runtime: str | None) -> Verdi
 async def _beside(
     sandbox: Running, images: Images, runtime: str | None, described: dict, tests: bytes
 ) -> Verdict:
-    """In a container of their own. Unprotected if there can be none."""
+    """In a container of their own. Unprotected if the engine allows none."""
     root = _root(images.engine, described)
     try:
         tools = await images.tools()
@@ -132,24 +140,49 @@ async def _beside(
             raise
         raise Unprotected(f'{TOOLS}: {error}') from None
     archives = (sandbox.image.tests, tests)
-    command = _command(sandbox, described, archives)
-    name = f'{sandbox.container_name}-tests'
+    how = {
+        'image': tools,
+        'command': _command(sandbox, described, archives),
+        'host_config': _host_config(sandbox, described, runtime, root, sum(map(len, archives))),
+    }
     # For services that look at them; what the agent made of /tests is its own affair.
     with contextlib.suppress(SandboxError):
         await sandbox.restore_tests()
         await sandbox.put_archive('/tests', tests)
+    try:
+        return await _apart(sandbox, images, how, archives)
+    except Unprotected:
+        if not images.protects:
+            raise
+    await sandbox.end_agent()
+    try:
+        return await _apart(sandbox, images, how, archives)
+    except Changed as reason:
+        return no_reward(f"no root for the tests can be made of the container's: {reason}")
+    except Unprotected as reason:
+        log.warning(
+            '%s: tests run in the container of the agent, whose processes were ended: %s',
+            sandbox.task.task_id,
+            reason,
+        )
+        return await _inside(sandbox, tests)
+
+
+async def _apart(
+    sandbox: Running, images: Images, how: dict, archives: tuple[bytes, ...]
+) -> Verdict:
+    """One try of `_beside`; `how` is as for the SDK's create_container."""
+    name = f'{sandbox.container_name}-tests'
     try:
         beginning = images.engine.submit(
             containers.begin,
             images.engine,
             name,
             sandbox.task,
-            image=tools,
             entrypoint=['bash', '-c', _script(), 'verify'],
-            command=command,
             user='0',
             healthcheck={'test': ['NONE']},
-            host_config=_host_config(sandbox, described, runtime, root, sum(map(len, archives))),
+            **how,
         )
         streams = await engine.Streams.open(await engine.wait_for(beginning))
     except docker.errors.NotFound as error:  # somebody removed it as it was started
@@ -182,6 +215,9 @@ async def _beside(
     ending, _, verdict = told.decode(errors='replace').partition('\n')
     if ending.startswith('unable'):
         raise Unprotected(ending)
+    images.protects = images.protects or ending.startswith(('changed', 'done', 'late'))
+    if ending.startswith('changed'):
+        raise Changed(ending)
     if reading in done and ending not in ('done', 'late'):
         return no_reward(f'the tests or their container were killed {ending[:200]}')
     return read_verdict(verdict, None if ending == 'done' else limit)

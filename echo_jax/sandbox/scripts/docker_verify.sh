@@ -6,8 +6,9 @@
 #
 # /x is the root of the agent's container. The tests' root, /r, is made of the directories in it, all
 # but /tests and /logs. Standard input is two tar archives: what the image itself has in /tests, then
-# the task's tests. Prints `unable` and a reason, or `done`, or `late` if the time was over; then
-# follows verifier_read.sh.
+# the task's tests. Prints `done`, or `late` if the time was over; then follows verifier_read.sh. Else
+# it prints a command that failed, after `unable` or, if it was about something of the agent's, which
+# may change at any time, after `changed`.
 # Arguments: the user, the working directory, seconds, the sizes of the archives, a script for the
 # tests' side, names that are left out of the root, and the tests' variables.
 set -eE
@@ -15,6 +16,14 @@ trap 'echo "unable: $BASH_COMMAND"' ERR
 user=$1 workdir=$2 seconds=$3 image_size=$4 tests_size=$5 script=$6 left_out=$7
 shift 7
 shopt -s nullglob dotglob
+mkdir /r/{dev,logs,proc,sys,tests} /logs/{agent,artifacts,verifier}
+chmod 777 /logs/*
+for name in dev logs proc sys; do mount --rbind "/$name" "/r/$name"; done
+for size in "$image_size" "$tests_size"; do
+  [ "$size" = 0 ] || head -c "$size" | tar -xp --numeric-owner -C /r/tests
+done
+[ -x /r/tests/test.sh ] || chmod +x /r/tests/test.sh
+trap 'echo "changed: $BASH_COMMAND"' ERR
 for path in /x/*; do
   name=${path##*/}
   case $name in .dockerenv | dev | logs | proc | sys | tests) continue ;; esac
@@ -29,16 +38,9 @@ for path in /x/*; do
     mount --bind "$path" "/r/$name"
   fi
 done
-mkdir /r/{dev,logs,proc,sys,tests} /logs/{agent,artifacts,verifier}
-chmod 777 /logs/*
 for name in agent artifacts; do
-  [ ! -d "/x/logs/$name" ] || mount --rbind "/x/logs/$name" "/logs/$name"
+  [ ! -d "/x/logs/$name" ] || mount --rbind "/x/logs/$name" "/r/logs/$name"
 done
-for name in dev logs proc sys; do mount --rbind "/$name" "/r/$name"; done
-for size in "$image_size" "$tests_size"; do
-  [ "$size" = 0 ] || head -c "$size" | tar -xp --numeric-owner -C /r/tests
-done
-[ -x /r/tests/test.sh ] || chmod +x /r/tests/test.sh
 # As Docker takes a number that no account has.
 if [[ $user =~ ^[0-9]+$ ]] && ! grep -q "^[^:]*:[^:]*:$user:" /r/etc/passwd; then user=$user:0; fi
 trap - ERR
