@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import re
 import time
 import uuid
 
@@ -180,6 +181,17 @@ def test_what_cannot_be_an_image(task, make, tmp_path, used):
     shell = task('RUN rm -f /bin/bash /usr/bin/bash\n', 'shell')
     with pytest.raises(SandboxError, match='has no bash'):
         asyncio.run(made.image(shell))
+
+
+def test_one_bad_task_does_not_end_a_build(task, make):
+    odd, good = task('RUN true\n', 'odd'), task('RUN true\n', 'good')
+    (odd.path / 'environment' / '.dockerignore').write_text('[z-a]\n')  # re.error, from the SDK
+    seen = []
+    failed = asyncio.run(
+        make().build([odd, good], lambda task, error: seen.append((task.task_id, type(error))))
+    )
+    assert list(failed) == ['odd'] and 'bad character range' in failed['odd']
+    assert sorted(seen) == [('good', type(None)), ('odd', re.error)]
 
 
 def test_an_image_that_the_engine_lost_is_made_again(task, make, used):

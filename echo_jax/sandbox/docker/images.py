@@ -123,9 +123,9 @@ class Images:
             error = None
             try:
                 await self.image(task)
-            except (SandboxError, ValueError) as caught:
+            except Exception as caught:  # one bad task ends no build, whatever is wrong with it
                 error = caught
-                failures[task.task_id] = str(caught)
+                failures[task.task_id] = ' '.join(str(caught).split()) or type(caught).__name__
             progress(task, error)
 
         async with asyncio.TaskGroup() as running:
