@@ -10,9 +10,9 @@ read is named and left out, and for each backend it says how many tasks it can r
 others (`--verbose` for every task; `--output` for a file of them).
 
 `--check` runs each task's own solution, which must earn at least 0.5, and nothing at all, which
-must earn 0. `--build` makes every image that the Docker sandboxes of a run will want; an image that
-is there is not built again, so run the same command again after a failure. The exit code is 1 if a
-task failed. It needs no JAX.
+must earn 0. `--build` makes every image that the Docker sandboxes of a run will want, the one that
+tests run in included; an image that is there is not built again, so run the same command again
+after a failure. The exit code is 1 if a task or an image failed. It needs no JAX.
 """
 
 import json
@@ -51,7 +51,9 @@ _OUTPUT = flags.DEFINE_string('output', '', 'JSON file to write, with an object 
 def build_images(
     stop: entry.Stop, tasks: Sequence[Task], config: ml_collections.ConfigDict
 ) -> dict[str, str]:
-    """Builds or pulls the image of every task; returns why an image failed, by task id."""
+    """Builds or pulls all images; returns why one failed, by task id or by the name of the image
+    that tests run in.
+    """
     if config.sandbox.backend != 'docker':
         raise ValueError(
             f"--build makes images for sandbox.backend='docker', which is "
@@ -143,7 +145,8 @@ def main(argv: Sequence[str]) -> None:
             sys.exit('stopped')
     for what, failures in failed.items():
         show_failures(failures)
-        CONSOLE.print(f'{len(failures)} of {len(tasks)} tasks {what}')
+        count = sum(task.task_id in failures for task in tasks)
+        CONSOLE.print(f'{count} of {len(tasks)} tasks {what}')
     if any(failed.values()):
         sys.exit(1)
 

@@ -194,6 +194,22 @@ def test_one_bad_task_does_not_end_a_build(task, make):
     assert sorted(seen) == [('good', type(None)), ('odd', re.error)]
 
 
+def test_a_build_fetches_the_image_of_the_tests(task, make, monkeypatch, caplog):
+    """For plain sandboxes; with as many tries as the image of a task."""
+    good = task('RUN true\n')
+    assert asyncio.run(make(user=None).build([good])) == {}
+    monkeypatch.setattr(images, 'TOOLS', 'localhost:1/none')
+    assert asyncio.run(make().build([good])) == {}
+    with caplog.at_level(logging.WARNING):
+        failed = asyncio.run(make(user=None, attempts=3).build([good]))
+    assert list(failed) == ['localhost:1/none']
+    assert failed['localhost:1/none'].startswith('the tests: image not pulled: localhost:1/none')
+    assert [r.message.partition('; attempt ')[2][:9] for r in caplog.records] == [
+        '2 follows',
+        '3 follows',
+    ]
+
+
 def test_an_image_that_the_engine_lost_is_made_again(task, make, used):
     made, lost = make(), task('RUN echo lost > /lost\n')
 

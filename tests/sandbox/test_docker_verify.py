@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import threading
+import time
 
 import docker
 import pytest
@@ -31,10 +32,10 @@ def fresh(made, used, monkeypatch):
 
 
 @pytest.fixture(params=['beside', 'inside'])
-def where(request, made):
+def where(request, made, fresh):
+    fresh(remember_sec=600.0)
     made[None].unprotected = 'asked by a test' if request.param == 'inside' else ''
-    yield request.param
-    made[None].unprotected = ''
+    return request.param
 
 
 @pytest.fixture
@@ -304,11 +305,20 @@ def test_pytests_files_above_the_tests(judge, task, workdir, seen):
     assert verdict.output == seen
 
 
-def test_without_a_trusted_image_the_tests_run_inside(judge, made, monkeypatch, caplog):
+def test_without_a_trusted_image_the_tests_run_inside(judge, fresh, monkeypatch, caplog):
+    fresh(remember_sec=600.0)
     monkeypatch.setattr(images, 'TOOLS', 'localhost:1/none')
-    monkeypatch.setattr(made[None], '_tools', None)
-    monkeypatch.setattr(made[None], 'unprotected', '')
     for _ in range(2):
         assert judge(f'#!/bin/bash\necho 0.5 > {REWARD}\n', may_fall_back=True).reward == 0.5
     (line,) = caplog.messages
     assert 'within the reach' in line and 'localhost:1/none' in line
+
+
+def test_a_trusted_image_that_could_not_be_had_for_a_while(judge, fresh, monkeypatch):
+    fresh(remember_sec=0.5)
+    tests = f'#!/bin/bash\ngrep ^CapBnd: /proc/self/status | cut -f2\necho 1 > {REWARD}\n'
+    with monkeypatch.context() as registry:
+        registry.setattr(images, 'TOOLS', 'localhost:1/none')
+        assert judge(tests, may_fall_back=True).output == '00000000a80425fb\n'
+    time.sleep(0.5)
+    assert judge(tests).output == '00000008a80425fb\n'  # WAKE_ALARM, in a container of their own

@@ -16,7 +16,7 @@ import logging
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
 import docker
@@ -83,7 +83,7 @@ class Images:
         self._names: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
         self._contents: dict[str, tuple[bytes, frozenset[str]]] = {}  # by image id
         self._tools: concurrent.futures.Future | None = None
-        self.unprotected = ''  # why tests cannot run out of the agents' reach; see verify.py
+        self._unprotected = '', 0.0  # and time.monotonic() until which that holds
         self.protects = False  # whether tests have run out of an agent's reach; see verify.py
 
     async def image(self, task: Task) -> Image:
@@ -104,33 +104,51 @@ class Images:
             future = self._made[key]
         return await engine.wait_for(future)
 
+    @property
+    def unprotected(self) -> str:
+        """Why tests cannot run out of the agents' reach (see verify.py); '' if they can, or if that
+        was found out over `remember_sec` ago.
+        """
+        reason, until = self._unprotected
+        return reason if time.monotonic() < until else ''
+
+    @unprotected.setter
+    def unprotected(self, reason: str) -> None:
+        self._unprotected = reason, time.monotonic() + self._remember_sec
+
     async def tools(self) -> str:
         """The id of the image TOOLS, pulled if need be. SandboxError if it cannot be."""
         with self._lock:
             if self._tools is None or (self._tools.done() and self._tools.exception()):
-                self._tools = self._pool.submit(self._pull_tools)
-        return await engine.wait_for(self._tools)
+                self._tools = self._pool.submit(self._pulled, 'the tests', TOOLS)
+        return (await engine.wait_for(self._tools))['Id']
 
     async def build(
         self,
         tasks: Iterable[Task],
         progress: Callable[[Task, Exception | None], None] = lambda task, error: None,
     ) -> dict[str, str]:
-        """Makes the images of all tasks; returns the failures, error by task id."""
+        """Makes the images of all tasks, and pulls TOOLS if the tests will want it; returns the
+        failures, error by task id or TOOLS.
+        """
         failures = {}
 
-        async def one(task: Task) -> None:
-            error = None
+        async def one(name: str, making: Awaitable) -> Exception | None:
             try:
-                await self.image(task)
-            except Exception as caught:  # one bad task ends no build, whatever is wrong with it
-                error = caught
-                failures[task.task_id] = ' '.join(str(caught).split()) or type(caught).__name__
-            progress(task, error)
+                await making
+            except Exception as error:  # one bad task never ends a build, whatever is wrong with it
+                failures[name] = ' '.join(str(error).split()) or type(error).__name__
+                return error
+            return None
+
+        async def of_task(task: Task) -> None:
+            progress(task, await one(task.task_id, self.image(task)))
 
         async with asyncio.TaskGroup() as running:
+            if self.user is None:
+                running.create_task(one(TOOLS, self.tools()))
             for task in tasks:
-                running.create_task(one(task))
+                running.create_task(of_task(task))
         return failures
 
     def forget(self, task: Task) -> None:
@@ -175,7 +193,8 @@ class Images:
         fitted = f'echo_jax/sandbox:{_hash(lines.encode())}'
         with self._names[fitted]:
             if self._find(fitted) is None:
-                self._try(task, 'fitted', self._build, task, fitted, _one_file(lines), False)
+                make = self._build, task, fitted, _one_file(lines), False
+                self._try(task.task_id, 'fitted', *make)
         env = ENVIRONMENT | _variables(config) | task.env
         return Image(fitted, workdir, env, *contents, config, self.user, writable)
 
@@ -183,7 +202,7 @@ class Images:
         """The engine's description of the image that the task asks for."""
         environment = task.path / 'environment'
         if task.docker_image:
-            return self._pulled(task, task.docker_image)
+            return self._pulled(task.task_id, task.docker_image)
         if not (environment / 'Dockerfile').is_file():
             raise ValueError(
                 f'{task.path}: no image; give [environment] docker_image or environment/Dockerfile'
@@ -191,23 +210,25 @@ class Images:
         context = contexts.pack(environment)
         # What is no UTF-8 may stand in a comment; the builder knows.
         parsed = parser.parse(environment / 'Dockerfile', errors='replace')
-        bases = [self._pulled(task, base)['Id'] for base in contexts.bases(parsed)]
+        bases = [self._pulled(task.task_id, base)['Id'] for base in contexts.bases(parsed)]
         name = f'echo_jax/task:{_fingerprint(context, bases)}'
         make = self._build, task, name, context, self._network
-        return self._found(task, name, 'built', *make)
+        return self._found(task.task_id, name, 'built', *make)
 
-    def _pulled(self, task: Task, name: str) -> dict:
-        return self._found(task, name, 'pulled', self._pull, name)
+    def _pulled(self, asker: str, name: str) -> dict:
+        return self._found(asker, name, 'pulled', self._pull, name)
 
-    def _found(self, task: Task, name: str, done: str, make: Callable, *arguments) -> dict:
-        """The description of the image `name`, made by `make` if the engine does not have it."""
+    def _found(self, asker: str, name: str, done: str, make: Callable, *arguments) -> dict:
+        """The description of the image `name`, made by `make` if the engine does not have it.
+        Messages begin with `asker`, a task's id.
+        """
         with self._names[name]:
             found = self._find(name)
             if found is None:
-                self._try(task, done, make, *arguments)
+                self._try(asker, done, make, *arguments)
                 found = self._find(name)
         if found is None:
-            raise SandboxError(f'{task.task_id}: the engine lost the image {name}; try again')
+            raise SandboxError(f'{asker}: the engine lost the image {name}; try again')
         return found
 
     def _contents_of(self, image: str) -> tuple[bytes, frozenset[str]]:
@@ -217,25 +238,20 @@ class Images:
                 self._contents[image] = self.engine.blocking(_read, self.engine, image)
         return self._contents[image]
 
-    def _pull_tools(self) -> str:
-        if self._find(TOOLS) is None:
-            self._pull(TOOLS)
-        return (self._find(TOOLS) or {})['Id']
-
     def _find(self, name: str) -> dict | None:
         try:
             return self.engine.blocking(self.engine.client.api.inspect_image, name)
         except docker.errors.NotFound:
             return None
 
-    def _try(self, task: Task, done: str, make: Callable[..., None], *arguments: object) -> None:
+    def _try(self, asker: str, done: str, make: Callable[..., None], *arguments: object) -> None:
         """`make(...)`, tried again after a growing pause if it fails; a network may be slow."""
 
         def warn(state: tenacity.RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
             log.warning(
                 '%s: image not %s: %s; attempt %d follows in %.1f s',
-                task.task_id,
+                asker,
                 done,
                 error,
                 state.attempt_number + 1,
@@ -253,7 +269,7 @@ class Images:
         try:
             retrying(make, *arguments)
         except SandboxError as error:
-            raise error.of(f'{task.task_id}: image not {done}') from None
+            raise error.of(f'{asker}: image not {done}') from None
 
     def _pull(self, name: str) -> None:
         repository, tag = docker.utils.parse_repository_tag(name)

@@ -10,10 +10,10 @@ differ from Harbor: a file cannot be renamed or linked from one directory of the
 over mounts), and what the agent's services make anew in the root itself is not seen.
 
 That container may mount, so none but a trusted image will do, Debian's, and nothing of the agent's
-runs in it with that right. Where there is no such image, or the engine keeps a container's root in
-no directory (another runtime, another storage), the tests run in the agent's container itself, as
-in Harbor. Then there is only this: if a reward comes back after it was removed, before any test
-runs, all that the agent left is ended.
+runs in it with that right. If there is no such image, or the engine keeps a container's root in no
+directory (another runtime, another storage), the tests run in the agent's container itself, as in
+Harbor; the engine is asked anew when other failures are forgotten, too. Then there is only this: if
+a reward comes back after it was removed, before any test runs, all that the agent left is ended.
 
 The agent can hinder that container, by what it changes in its root meanwhile or by killing what
 makes the tests' root. So on an engine that has made such a root before, all that the agent left is
@@ -34,7 +34,7 @@ import docker
 
 from echo_jax.sandbox import PATH, SandboxError, Verdict, channels, read_script
 from echo_jax.sandbox.docker import containers, engine
-from echo_jax.sandbox.docker.images import PYTEST_FILES, TOOLS, Image, Images
+from echo_jax.sandbox.docker.images import PYTEST_FILES, Image, Images
 from echo_jax.sandbox.verifier import MAX_REWARD_BYTES, OUTPUT_BYTES, no_reward, read_verdict
 from echo_jax.types import Task
 
@@ -138,7 +138,7 @@ async def _beside(
     except SandboxError as error:
         if not await sandbox.is_alive():
             raise
-        raise Unprotected(f'{TOOLS}: {error}') from None
+        raise Unprotected(str(error)) from None
     archives = (sandbox.image.tests, tests)
     how = {
         'image': tools,
