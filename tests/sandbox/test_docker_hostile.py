@@ -10,6 +10,7 @@ import os
 
 import pytest
 
+from echo_jax.sandbox.docker import containers
 from tests.support.sandboxes import SEC, opened, results
 
 # Time and quantity. (What an ordinary shell does is in test_sandboxes_agree.py.)
@@ -152,33 +153,42 @@ def test_no_network(task, container, user):
     assert out.exit_code == 1 and 'unreachable' in out.stderr
 
 
-@pytest.mark.parametrize(('user', 'name'), [(1000, 'bridge'), (None, 'echo_jax')])
-def test_a_network_only_where_the_task_asks_for_one(task, container, used, user, name):
+@pytest.mark.parametrize('user', [1000, None])
+def test_a_network_only_where_the_task_asks_for_one(task, container, used, user):
     async def main(allowed: bool) -> str:
         asking = dataclasses.replace(task, network=allowed)
         async with opened(container(user, asking)) as sandbox:
             described = used.client.api.inspect_container(sandbox.container_name)
             return described['HostConfig']['NetworkMode']
 
-    assert [asyncio.run(main(allowed)) for allowed in (False, True)] == ['none', name]
+    assert [asyncio.run(main(allowed)) for allowed in (False, True)] == ['none', 'echo_jax']
 
 
-def test_sandboxes_do_not_reach_each_other(task, container):
-    """Nor does one find another by its name."""
+@pytest.mark.parametrize('user', [1000, None])
+def test_sandboxes_do_not_reach_each_other(container, user):
     serve = (
         "perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(LocalPort => 8080, Listen => 1, "
         'ReuseAddr => 1) or die; while ($c = $s->accept) { print $c "hello\\n" }\' & sleep 0.5'
     )
 
     async def main():
-        async with opened(container(None)) as server, opened(container(None)) as other:
+        async with (
+            opened(container(user)) as server,
+            opened(container(1000)) as strict,
+            opened(container(None)) as plain,
+        ):
             await server.run(serve, SEC)
             address = (await server.run('hostname -i', SEC)).stdout.split()[0]
-            own = await server.run(f'head -1 < /dev/tcp/{address}/8080', SEC)
-            theirs = await other.run(f'timeout 2 head -1 < /dev/tcp/{address}/8080', SEC)
-            return own.stdout, theirs.stdout
+            ask = f'timeout 2 bash -c "head -1 < /dev/tcp/{address}/8080"'
+            return [(await one.run(ask, SEC)).stdout for one in (server, strict, plain)]
 
-    assert asyncio.run(main()) == ('hello\n', '')
+    assert asyncio.run(main()) == ['hello\n', '', '']
+
+
+def test_a_runtime_that_has_a_network_of_its_own(used):
+    """Its strict containers would find no machine by its name in ours."""
+    assert containers.is_native(used, None) and containers.is_native(used, 'runc')
+    assert not containers.is_native(used, 'runsc')
 
 
 @pytest.mark.parametrize('user', [0, None])

@@ -17,7 +17,9 @@ from echo_jax.sandbox.docker import engine
 from echo_jax.types import Task
 
 _GONE_SEC = 20  # for an engine that is removing a container already
-NETWORK = 'echo_jax'  # of all containers that reach other machines
+NETWORK = 'echo_jax'  # of containers that reach other machines; strict.py has an exception
+# Runtimes whose containers use the network and the root that the engine makes for them.
+_NATIVE = ('runc', 'crun', 'io.containerd.runc.v2')
 
 
 def check_runtime(used: engine.Engine, runtime: str | None) -> None:
@@ -28,6 +30,13 @@ def check_runtime(used: engine.Engine, runtime: str | None) -> None:
             f'sandbox.runtime is {runtime!r}, which the Docker engine {used.url} does not know; '
             f'expected None or one of {", ".join(known)}, or name it in its daemon.json'
         )
+
+
+def is_native(used: engine.Engine, runtime: str | None) -> bool:
+    """Whether containers of `runtime` (None is the engine's default) use the network and the root
+    that the engine makes for them. gVisor and virtual machines have their own.
+    """
+    return (runtime or used.info.get('DefaultRuntime')) in _NATIVE
 
 
 def begin(

@@ -137,6 +137,15 @@ class StrictSandbox(ContainerSandbox):
         )
 
 
+def _network(used: engine.Engine, runtime: str | None) -> str:
+    """The network of sandboxes that reach other machines.
+
+    In Docker's own, 'bridge', they reach each other, too. But gVisor finds no machine by its name
+    in any other (https://github.com/google/gvisor/issues/7469).
+    """
+    return containers.network(used) if containers.is_native(used, runtime) else 'bridge'
+
+
 def _host_config(
     used: engine.Engine, task: Task, image: Image, limits: Limits, runtime: str | None
 ) -> dict:
@@ -147,7 +156,7 @@ def _host_config(
         auto_remove=True,
         cap_drop=['ALL'],
         security_opt=['no-new-privileges'],
-        network_mode='bridge' if task.network else 'none',
+        network_mode=_network(used, runtime) if task.network else 'none',
         pids_limit=limits.processes + _ENGINES_PIDS,
         mem_limit=memory,
         memswap_limit=memory,

@@ -269,8 +269,9 @@ def _command(sandbox: Running, described: dict, archives: tuple[bytes, ...]) -> 
 
 def _root(used: engine.Engine, described: dict) -> str:
     """Where the engine's machine has the root of a running container."""
-    if described['HostConfig']['Runtime'] not in ('runc', 'crun', 'io.containerd.runc.v2'):
-        raise Unprotected(f'the runtime {described["HostConfig"]["Runtime"]} keeps its own root')
+    runtime = described['HostConfig']['Runtime']
+    if not containers.is_native(used, runtime):
+        raise Unprotected(f'the runtime {runtime} keeps its own root')
     layers = described.get('GraphDriver') or {}
     if 'MergedDir' in (layers.get('Data') or {}):
         return layers['Data']['MergedDir']
