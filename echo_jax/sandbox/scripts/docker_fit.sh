@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Fits a task's image for DockerSandbox; runs as root while the image is built, with the image's own
+# Fits a task's image for StrictSandbox; runs as root while the image is built, with the image's own
 # sh. Adds a copy of bash that may be run but not read, so that the kernel lets nobody trace it
 # (process 1); the agent's account; and a copy of what the agent's directories hold, since they will
 # be tmpfs.

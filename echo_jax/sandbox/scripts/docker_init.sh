@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Process 1 of a container: fills the agent's directories, which are empty tmpfs, with what the image
 # holds there; then serves the requests that come on standard input, one line each, and answers on
-# standard output (see docker/sandbox.py). Follows put.sh.
+# standard output (see docker/strict.py). Follows put.sh.
 # Arguments: PATH, the directory of those copies (docker_fit.sh made them), the agent's directories.
 PATH=$1 seeds=$2; shift 2
 umask 022
