@@ -66,8 +66,7 @@ def main() -> None:
     for number in range(options.kills + 1):
         is_last = number == options.kills
         ours, theirs = context.Pipe(duplex=False)
-        last = saved + _STEPS_AFTER if is_last else None
-        process = context.Process(target=live, args=(options.folder, theirs, saved, last))
+        process = context.Process(target=live, args=(options.folder, theirs, saved, is_last))
         process.start()
         theirs.close()
         if not is_last:
@@ -108,8 +107,8 @@ def recipe() -> ml_collections.FrozenConfigDict:
     return ml_collections.FrozenConfigDict(c)
 
 
-def live(folder: pathlib.Path, told: Connection, saved: int, last: int | None) -> None:
-    """One process of the run: from the newest checkpoint to step `last`, or until it is killed."""
+def live(folder: pathlib.Path, told: Connection, saved: int, is_last: bool) -> None:
+    """One process of the run: from the newest checkpoint until it is killed, or for a few steps."""
     work = Workdir(folder, recipe(), is_learner=True)
     checkpointer = Checkpointer(work.url('checkpoints', 'train'))
     arrivals = Arrivals(
@@ -124,6 +123,7 @@ def live(folder: pathlib.Path, told: Connection, saved: int, last: int | None) -
         counts = state['counts']
         ahead.set_state(extra)
     expect(done >= saved, f'step {saved} was saved, and {done} is the newest')
+    last = done + _STEPS_AFTER if is_last else None  # `done` may be more than was said
     weights.rewind(done)
     weights.publish({'counts': np.asarray(counts, np.float32)}, done)
     worker = threading.Thread(target=work_for, args=(work, arrivals, weights))
