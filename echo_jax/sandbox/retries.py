@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -25,21 +26,24 @@ async def with_retries(
 
     After a SandboxError it is called again `retry_after` seconds later. While no sandbox can be
     made at all (SandboxUnavailable), that counts as no try: it is called again every few seconds,
-    for `away_sec` seconds in all. Raises the last error, and any other one at once.
+    until `away_sec` seconds have passed since the first such error in a row, those included in
+    which an engine hangs. Raises the last error, and any other one at once.
     """
-    failures, waited = 0, 0.0
+    failures = 0
+    away_since: float | None = None
     while True:
         try:
             return await attempt()
         except SandboxUnavailable as error:
-            if waited >= away_sec:
-                raise
-            if waited == 0.0:
+            now = time.monotonic()
+            if away_since is None:
+                away_since = now
                 logging.warning('%s waits up to %.0f s: %s', name, away_sec, error)
+            if now - away_since >= away_sec:
+                raise
             pause = ASK_AGAIN_SEC
-            waited += pause
         except SandboxError as error:
-            failures += 1
+            failures, away_since = failures + 1, None
             logging.warning('%s, try %d of %d: %s', name, failures, len(retry_after) + 1, error)
             if failures > len(retry_after):
                 raise

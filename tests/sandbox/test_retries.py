@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import itertools
+import types
 
 import pytest
 
@@ -17,12 +18,13 @@ from tests.support import docker_engine
 from tests.support.episodes import DONE, bash
 
 
-def tries(errors, **bounds) -> int:
-    """How many tries it took until one ended well, after these errors."""
+def tries(errors, during=lambda: None, **bounds) -> int:
+    """How many tries it took until one ended well, after these errors. Each calls `during`."""
     left, made = iter(errors), itertools.count(1)
 
     async def attempt() -> int:
         number = next(made)
+        during()
         if error := next(left, None):
             raise error
         return number
@@ -52,11 +54,23 @@ def test_an_engine_that_is_away_costs_no_try(caplog, monkeypatch):
 
 
 def test_an_engine_that_stays_away_is_not_waited_for_forever(monkeypatch):
+    """Each try takes a minute of this test's own clock, as with an engine that hangs."""
+    now = 0
+
+    def hang() -> None:
+        nonlocal now
+        now += 60
+
     monkeypatch.setattr(retries, 'ASK_AGAIN_SEC', 0.01)
-    away = SandboxUnavailable('no engine')
-    assert tries([away] * 5, away_sec=0.05) == 6
+    monkeypatch.setattr(retries, 'time', types.SimpleNamespace(monotonic=lambda: now))
+    away, failed = SandboxUnavailable('no engine'), SandboxError('died')
+    # The sixth error comes 300 s after the first.
+    assert tries([away] * 5, hang, away_sec=300) == 6
     with pytest.raises(SandboxUnavailable):
-        tries([away] * 7, away_sec=0.05)
+        tries([away] * 6, hang, away_sec=300)
+    # If the engine is back in between, it is waited for anew.
+    errors = [*[away] * 5, failed, *[away] * 5]
+    assert tries(errors, hang, away_sec=300, retry_after=(0.0,)) == 12
 
 
 def test_an_engine_that_refuses_something_is_not_away(used):
