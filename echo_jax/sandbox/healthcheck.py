@@ -10,8 +10,8 @@ from echo_jax.types import Task
 async def wait(task: Task, run: Callable[[str, float], Awaitable[CommandResult]]) -> None:
     """Runs the command of the task's healthcheck until it succeeds; returns at once if it has none.
 
-    `run` takes a command and seconds. Failures in the start period do not count; after it,
-    `retries` in a row are a SandboxError.
+    `run` takes a command and seconds. Failures of runs that begin in the start period do not count,
+    as in Harbor; after it, `retries` in a row are a SandboxError.
     """
     check = task.healthcheck
     if check is None:
@@ -24,11 +24,14 @@ async def wait(task: Task, run: Callable[[str, float], Awaitable[CommandResult]]
         result = await run(check.command, check.timeout_sec)
         if result.exit_code == 0:
             return
-        failures += not is_starting
+        if is_starting:
+            await asyncio.sleep(check.start_interval_sec)
+            continue
+        failures += 1
         if failures >= check.retries:
             said = ' '.join((result.stderr or result.stdout).split())[-200:]
             raise SandboxError(
                 f'{task.task_id}: the healthcheck {check.command!r} failed {failures} '
                 f'times (exit code {result.exit_code}): {said or "no output"}'
             )
-        await asyncio.sleep(check.start_interval_sec if is_starting else check.interval_sec)
+        await asyncio.sleep(check.interval_sec)

@@ -30,6 +30,7 @@ from echo_jax.sandbox import (
     SandboxUnavailable,
     Verdict,
     channels,
+    healthcheck,
     read_script,
 )
 from echo_jax.sandbox.docker import containers, engine, verify
@@ -138,8 +139,7 @@ class PlainSandbox(ContainerSandbox):
             if (image.config.get('Healthcheck') or {}).get('Test', ['NONE']) != ['NONE']:
                 await self._await_healthy()
             await self._lay_environment()
-        if self.task.healthcheck is not None:
-            await self._await_healthcheck(self.task.healthcheck)
+        await healthcheck.wait(self.task, self._check)
         self._ready = self._began = time.monotonic()
 
     async def _drain(self) -> None:
@@ -163,23 +163,10 @@ class PlainSandbox(ContainerSandbox):
                 )
             await asyncio.sleep(0.1)
 
-    async def _await_healthcheck(self, check) -> None:
-        """Runs the task's own check until it succeeds, as Harbor does."""
-        started, failures = time.monotonic(), 0
-        while True:
-            code, told = await self.execute(['bash', '-c', check.command], check.timeout_sec)
-            if code == 0:
-                return
-            if time.monotonic() < started + check.start_period_sec:
-                await asyncio.sleep(check.start_interval_sec)
-                continue
-            failures += 1
-            if failures >= check.retries:
-                raise SandboxError(
-                    f'{self.task.task_id}: [environment.healthcheck] failed {failures} times in a '
-                    f'row; the last time it printed: {" ".join(told.split())[-500:] or "-"}'
-                )
-            await asyncio.sleep(check.interval_sec)
+    async def _check(self, command: str, timeout: float) -> CommandResult:
+        """Runs the command of a healthcheck, which is not the agent's."""
+        code, told = await self.execute(['bash', '-c', command], timeout)
+        return CommandResult(told, '', -1 if code is None else code, code is None)
 
     async def describe(self) -> dict:
         """The engine's own description of the container."""
