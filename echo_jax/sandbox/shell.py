@@ -22,6 +22,14 @@ SHELLS = ('persistent', 'fresh')
 _REPLY_SEC = 20.0  # for what takes milliseconds, on a machine that may be overloaded
 # No shell can hold such a command. Bash would put it like this.
 _NUL_RESULT = CommandResult('', 'bash: line 1: command holds a NUL byte\n', 2, False)
+# An agent that removed bash has a shell no more, as in Harbor, and its reward.
+_NO_SHELL_RESULT = CommandResult(
+    '', 'bash: cannot be started in the sandbox any more\n', 126, False
+)
+
+
+class NoShell(SandboxError):
+    """No shell starts in a sandbox that answers otherwise: the agent may have removed it."""
 
 
 class Ending(enum.Enum):
@@ -44,6 +52,7 @@ class ShellSandbox(abc.ABC):
     """
 
     startup_sec = 20.0  # for a shell to open, which takes milliseconds unless all is overloaded
+    agent_owns_bash = False  # whether the agent may write to what a shell starts from
 
     def __init__(self, task: Task, output_bytes: int, shell: str = 'persistent'):
         if shell not in SHELLS:
@@ -103,7 +112,10 @@ class ShellSandbox(abc.ABC):
             if self._unclean:
                 await self._kill()
             if not self._shell_is_open:
-                await self._open_shell()
+                try:
+                    await self._open_shell()
+                except NoShell:
+                    return _NO_SHELL_RESULT
             self._unclean = True  # until we know how it ended
             ending, exit_code = await self._execute(command, secrets.token_hex(8), timeout)
             if ending is Ending.DEAD:
@@ -135,7 +147,10 @@ class ShellSandbox(abc.ABC):
 
     async def verify(self) -> Verdict:
         """Ends the agent's processes, runs the task's tests, and reads the reward."""
-        return await verifier.verify(self)
+        try:
+            return await verifier.verify(self)
+        except NoShell as error:
+            return verifier.no_reward(str(error))
 
     async def upload(self, path: pathlib.Path, target: str) -> None:
         """Copies a file to the path `target`, or a directory's content into the directory `target`.
@@ -159,8 +174,11 @@ class ShellSandbox(abc.ABC):
             await self._open_shell()
 
     async def _open_shell(self) -> None:
-        """Opens a new shell in `_cwd`. Tries twice: a fork bomb may leave no room for the first."""
-        for attempt in (1, 2):
+        """Opens a new shell in `_cwd`. Tries twice: a fork bomb may leave no room for the first.
+
+        Raises NoShell if none starts although the sandbox answers and the agent can have caused it.
+        """
+        for _ in range(2):
             nonce = secrets.token_hex(8)
             line = channels.first_line(nonce, self._cwd, self._workdir, self._env)
             try:
@@ -170,10 +188,9 @@ class ShellSandbox(abc.ABC):
                 return
             except (EOFError, ConnectionError, TimeoutError, ProcessLookupError):
                 self._close_shell()
-                if attempt == 2:
-                    message = f'{self.task.task_id}: no shell starts in the sandbox'
-                    raise SandboxError(message) from None
-                await self._kill()
+                await self._kill()  # which fails if the sandbox does not answer
+        kind = NoShell if self.agent_owns_bash else SandboxError
+        raise kind(f'{self.task.task_id}: no shell starts in the sandbox')
 
     def _close_shell(self) -> None:
         self._of_shell.close()

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 
 import pytest
+import requests
 
 from echo_jax import types
 from echo_jax.sandbox import SandboxError, docker
@@ -169,18 +170,47 @@ def test_a_late_command_takes_along_what_it_started_and_no_more(task, container)
     assert 'sleep 333' in left and 'sleep 6' not in left
 
 
-def test_an_agent_that_removes_bash_has_no_shell_but_a_verdict(task, container):
+@pytest.mark.parametrize('user', [0, None])
+def test_an_agent_that_removes_bash_has_no_shell_but_a_verdict(task, container, user):
     tests = task.path / 'tests'
     tests.mkdir()
     (tests / 'test.sh').write_text('#!/bin/sh\necho 1 > /logs/verifier/reward.txt\n')
 
     async def main():
-        async with opened(container(None, shell='fresh')) as sandbox:
+        async with opened(container(user, shell='fresh')) as sandbox:
             await sandbox.run('rm /bin/bash; kill -9 $PPID', SEC)
             return await sandbox.run('true', SEC), await sandbox.verify()
 
     after, verdict = asyncio.run(main())
     assert after.exit_code in (126, 127) and verdict.status == types.Status.VERIFIER_ERROR
+
+
+@pytest.mark.parametrize(
+    ('command', 'calls', 'reason'),
+    [
+        ('exit 3', ['exec_inspect'], 'read timed out'),
+        ('sleep 60', ['exec_create', 'create_container'], 'cannot be ended'),
+    ],
+)
+def test_an_engine_that_fails_is_not_the_agents_fault(
+    container, used, monkeypatch, command, calls, reason
+):
+    """One that is so busy that a call runs out of time, though it lives, as the container does.
+    That is made up, since no real engine is late when a test wants it.
+    """
+
+    def late(*arguments, **options):
+        raise requests.exceptions.ReadTimeout('read timed out')
+
+    async def main():
+        async with opened(container(None)) as sandbox:
+            for call in calls:
+                monkeypatch.setattr(used.client.api, call, late)
+            with pytest.raises(SandboxError, match=reason):
+                await sandbox.run(command, 2.0)
+            assert await sandbox.is_alive()
+
+    asyncio.run(main())
 
 
 def test_uploads_are_as_docker_makes_them(task, container, tmp_path):

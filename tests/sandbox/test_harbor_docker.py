@@ -150,6 +150,35 @@ retries = 50
     assert left_over(task.path) == ''
 
 
+@pytest.mark.parametrize('mode', shell.SHELLS)
+@pytest.mark.parametrize(
+    ('program', 'then', 'status'),
+    [
+        ('base64', 'exit', Status.OK),
+        ('bash', 'exit', Status.VERIFIER_ERROR),
+        ('bash', 'sleep 1000', Status.VERIFIER_ERROR),
+    ],
+)
+def test_an_agent_that_removes_what_a_shell_needs_has_a_verdict(
+    tmp_path, mode, program, then, status
+):
+    task = write_task(
+        tmp_path / 'echo-removed',
+        dockerfile=f'FROM {BASE}\nWORKDIR /app\n',
+        test='echo 0 >/logs/verifier/reward.txt',
+    )
+
+    async def main():
+        async with opened(in_docker(task, shell=mode)) as sandbox:
+            await sandbox.run(f'rm /usr/bin/{program}; {then}', 5.0)
+            after = await sandbox.run('echo on', SEC)
+            return after, await sandbox.verify()
+
+    after, verdict = asyncio.run(main())
+    assert after.stdout != 'on\n' and verdict[:2] == (0, status), (after, verdict)
+    assert left_over(task.path) == ''
+
+
 def test_an_image_that_does_not_build(tmp_path):
     task = write_task(
         tmp_path / 'echo-broken', dockerfile=f'FROM {BASE}\nCOPY nonesuch /\n', needs_harbor=('x',)

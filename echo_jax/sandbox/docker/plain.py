@@ -44,7 +44,6 @@ _KILL_SEC = 15.0  # for what takes a fraction of a second
 _KEPT_BYTES = 4_000  # of what the image's own programs print, its end
 # What Harbor mounts, and opens to all.
 _LOGS = {'logs': 0o755, 'logs/agent': 0o777, 'logs/artifacts': 0o777, 'logs/verifier': 0o777}
-_NO_SHELL = 'bash: cannot be started in the container any more\n'
 
 
 class PlainSandbox(ContainerSandbox):
@@ -224,15 +223,6 @@ class PlainSandbox(ContainerSandbox):
         if told := re.search(r'^shell (\d+)$', self._greeting, re.MULTILINE):
             self._shell_pid = int(told[1])
 
-    async def _run(self, command: str, timeout: float) -> CommandResult:
-        try:
-            return await super()._run(command, timeout)
-        except SandboxError:
-            # An agent that removed bash has a shell no more, as in Harbor, and its reward.
-            if self._running() and await self.is_alive():
-                return CommandResult('', _NO_SHELL, 126, False)
-            raise
-
     async def _execute(self, command: str, nonce: str, timeout: float) -> tuple[Ending, int]:
         self._began = time.monotonic()
         return await super()._execute(command, nonce, timeout)
@@ -267,6 +257,8 @@ class PlainSandbox(ContainerSandbox):
                             return
                     finally:
                         streams.close()
+            except SandboxUnavailable:  # which is waited for
+                raise
             except (EOFError, ConnectionError, TimeoutError, ValueError, SandboxError):
                 continue
         raise SandboxError('the container died, or what a command left in it cannot be ended')

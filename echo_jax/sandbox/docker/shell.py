@@ -59,6 +59,7 @@ class ContainerSandbox(shells.ShellSandbox):
     ):
         super().__init__(task, output_bytes, shell)
         self._images, self.engine = images, images.engine
+        self.agent_owns_bash = not images.user  # root, or whoever the image says
         self._runtime = runtime
         self.container_name = f'echo_jax-{secrets.token_hex(8)}'
         self._creating: asyncio.Future | None = None

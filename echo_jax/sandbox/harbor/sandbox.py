@@ -63,6 +63,7 @@ class HarborSandbox(shell.ShellSandbox):
     """
 
     startup_sec = 3 * _SETUP_SEC  # more than Harbor gets for one script, below
+    agent_owns_bash = True  # if the image makes it root
 
     def __init__(
         self,
@@ -249,6 +250,8 @@ class HarborSandbox(shell.ShellSandbox):
             if answer.report == 'clear':
                 self._spared = self._born
                 return
+        if not answer.report and answer.exit_code in _NO_BASH:
+            return  # the agent removed it; no command of its own will run either
         raise SandboxError(
             f'{self.task.task_id}: the environment does not end its processes: '
             f'{one_line(answer.text)}'
