@@ -335,3 +335,17 @@ def test_a_command_cannot_report_for_another(in_container):
     assert forged.exit_code == 1 and '0a 0 /\n' in forged.stdout
     assert last.exit_code == 0 and 'mine\n' in last.stdout
     assert quiet.exit_code == 1
+
+
+@pytest.mark.parametrize('user', [1000, None])
+@pytest.mark.parametrize('behind', ['', '$(printf %05000d 7) /'])
+def test_a_forged_report_is_output(in_container, user, behind):
+    """A trap finds the number that the report will have, and prints it with no exit code, or one of
+    more digits than Python reads.
+    """
+    trap = f'set -- $BASH_COMMAND; [ "$2" = printf ] && [ "$6" ] && echo "$6 {behind}"'
+    _, forged, _ = in_container(
+        f"trap '{trap}' DEBUG", 'echo words; (exit 3)', 'trap - DEBUG', user=user
+    )
+    assert forged.exit_code == 3
+    assert forged.stdout.startswith('words\n') and forged.stdout.count('\n') == 2

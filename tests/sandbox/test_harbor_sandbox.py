@@ -121,6 +121,20 @@ def test_hostile_commands(session):
     assert results[5].exit_code == 126
 
 
+@pytest.mark.parametrize(
+    ('mode', 'command'),
+    [
+        ('persistent', 'echo dead x >done; sleep 100'),
+        ('persistent', 'echo dead $(printf %05000d 7) >done; sleep 100'),
+        ('fresh', 'echo code x >why'),
+        ('fresh', 'echo flood \u00b2 >why'),  # a digit, but no number
+    ],
+)
+def test_a_forged_report_ends_the_command(session, mode, command):
+    (result,) = session(f'cd /tmp/.echo_jax-*; {command}', mode=mode)
+    assert result.exit_code == 137 and not result.timed_out
+
+
 def test_fresh_shells(session):
     """A new `bash -c` for each command: files and processes last, and nothing else does."""
     results = session(

@@ -141,6 +141,16 @@ def test_a_command_cannot_report_for_another(session):
     assert last.exit_code == 0 and 'mine\n' in last.stdout
 
 
+def test_a_forged_report_is_no_error(session, caplog):
+    """Of the shell itself, with an exit code of more digits than Python reads."""
+    trap = (
+        'set -- $BASH_COMMAND; [ "$2" = printf ] && [ "$6" ] && '
+        'exec perl -e "syswrite STDOUT, qq($6 ) . 7 x 5000 . qq( /\\n)"'
+    )
+    (ended,) = session(f"trap '{trap}' DEBUG")
+    assert ended.exit_code == 0 and not caplog.records
+
+
 def test_children_see_three_descriptors(session):
     (seen,) = session('ls /proc/self/fd | wc -l')
     assert seen.stdout == '4\n'  # 0, 1, 2 and the directory that ls reads

@@ -34,7 +34,9 @@ _FIRST_LOOK_SEC = 0.5  # after which a command that runs on is looked at, then l
 _REPORT_SEC = 2.0  # between a report's two parts, on a machine that may be overloaded
 _LOOK_AT_DISK_SEC = 1.0  # at least, between looks at what was written
 _REPORT_BYTES = 16 << 10  # no report is longer
-_REPORT = re.compile(rb'(?:(\d+) ([^\n]*))?\n')  # after its mark: stdout's, or stderr's end of line
+# What follows a report's mark on stdout (exit code and directory) and on stderr. A mark alone is no
+# report: a trap of the agent's can find it out and print it.
+_REPORT, _END = rb'(\d{1,3}) ([^\n]*)\n', rb'\n'
 
 
 class ContainerSandbox(shells.ShellSandbox):
@@ -163,8 +165,8 @@ class ContainerSandbox(shells.ShellSandbox):
         return sock
 
     async def _execute(self, command: str, nonce: str, timeout: float) -> tuple[Ending, int]:
-        self._out = _Output(b'%b ' % nonce.encode(), self._output_bytes)
-        self._err = _Output(b'\x1e%b' % nonce.encode(), self._output_bytes)
+        self._out = _Output(b'%b ' % nonce.encode(), _REPORT, self._output_bytes)
+        self._err = _Output(b'\x1e%b' % nonce.encode(), _END, self._output_bytes)
         # The report is stdout's; this is the same for stderr.
         then = f";builtin printf '\\036%s\\n' {nonce} >&9"
         script = channels.command_lines(command, self._last_exit, nonce, then)
@@ -250,8 +252,8 @@ class ContainerSandbox(shells.ShellSandbox):
 class _Output:
     """One stream while one command runs: what to keep of it, and the report that ends it."""
 
-    def __init__(self, mark: bytes, limit: int):
-        self._mark, self._limit = mark, limit
+    def __init__(self, mark: bytes, rest: bytes, limit: int):
+        self._mark, self._report, self._limit = mark, re.compile(mark + rest), limit
         self._kept, self._recent = bytearray(), bytearray()  # sure; may begin a report
         self.seen = 0  # bytes
         self.report: re.Match | None = None
@@ -263,13 +265,12 @@ class _Output:
             self.after = (self.after + chunk)[: self._limit]
             return
         self._recent += chunk
-        sure = self._recent.find(self._mark)
-        if sure >= 0:
-            self.report = _REPORT.match(bytes(self._recent), sure + len(self._mark))
+        if self._mark in self._recent:
+            self.report = self._report.search(bytes(self._recent))
+        if self.report:
+            sure, self.after = self.report.start(), bytes(self._recent[self.report.end() :])
         else:
             sure = max(len(self._recent) - _REPORT_BYTES, 0)
-        if self.report:
-            self.after = bytes(self._recent[self.report.end() :])
         self._kept += self._recent[: min(sure, self._limit - len(self._kept))]
         del self._recent[: len(self._recent) if self.report else sure]
 

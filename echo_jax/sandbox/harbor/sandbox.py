@@ -282,12 +282,16 @@ class HarborSandbox(shell.ShellSandbox):
             command=armoured,
             seconds=timeout + _SETUP_SEC,
         )
-        out, err = ['', '', *answer.lines][-2:]
-        self._output = (base64.b64decode(out), base64.b64decode(err))
         if not answer.report and answer.exit_code in _NO_BASH:  # the agent removed it, for example
             self._output = (b'', answer.text.encode())
             return Ending.REPORTED, answer.exit_code
-        return self._ending(answer.report, nonce)
+        out, err = ['', '', *answer.lines][-2:]
+        self._output = (b'', b'')
+        try:
+            self._output = (base64.b64decode(out), base64.b64decode(err))
+            return self._ending(answer.report, nonce)
+        except ValueError:  # the agent forged a report, or removed base64
+            return Ending.LOST, shell.KILLED
 
     def _ending(self, report: str, nonce: str) -> tuple[Ending, int]:
         """How a command ended, by the report of harbor_run.sh or harbor_fresh.sh."""

@@ -322,7 +322,7 @@ class LocalSandbox(shells.ShellSandbox):
 
     def _on_report(self, nonce: str, ended: asyncio.Future) -> None:
         message, pid = channels.receive_now(self._status)
-        report = re.fullmatch(rb'%b (\d+) (.*)\n' % nonce.encode(), message)
+        report = re.fullmatch(rb'%b (\d{1,3}) (.*)\n' % nonce.encode(), message)
         if report and pid == self._shell_pid:
             self._cwd = report[2].decode(errors='surrogateescape')
             _settle(ended, Ending.REPORTED, int(report[1]))
@@ -337,7 +337,7 @@ class LocalSandbox(shells.ShellSandbox):
         self._seen += len(chunk)
         # A command that closes every descriptor takes the report's socket away; bash then writes
         # the report to what is left. It counts, but that shell can serve no longer.
-        report = re.search(rb'%b (\d+) .*\n' % nonce.encode(), chunk)
+        report = re.search(rb'%b (\d{1,3}) .*\n' % nonce.encode(), chunk)
         if report:
             _settle(ended, Ending.LOST, int(report[1]))
             chunk = chunk[: report.start()] + chunk[report.end() :]
