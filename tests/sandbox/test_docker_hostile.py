@@ -7,9 +7,11 @@ ones, where it is Docker's root.
 import asyncio
 import dataclasses
 import os
+import time
 
 import pytest
 
+from echo_jax.sandbox import CommandResult
 from echo_jax.sandbox.docker import containers
 from tests.support.sandboxes import SEC, opened, results
 
@@ -57,6 +59,19 @@ def test_endless_output_is_cut_and_ended(in_container, user):
     assert len(err.stderr) == 1 << 20 and err.exit_code == 137
     assert big.stdout == 'x' * (1 << 20) and big.exit_code == 0  # finite: only cut
     assert kept.stdout == 'kept\n'
+
+
+def test_a_command_that_ends_in_time_is_not_late(in_container, monkeypatch):
+    """Though the engine takes longer than its time to tell how much was written."""
+
+    def tell(*arguments) -> bool:
+        time.sleep(4)
+        return False
+
+    monkeypatch.setattr(containers, 'outgrown', tell)
+    commands = ('echo done', 'sleep 1; echo done')  # the second is looked at while it runs
+    for result in in_container(*commands, timeout=3, user=None):
+        assert result == CommandResult('done\n', '', 0, False)
 
 
 @pytest.mark.slow

@@ -173,11 +173,14 @@ class ContainerSandbox(shells.ShellSandbox):
         try:
             async with asyncio.timeout(timeout):
                 ending, exit_code = await self._watch(script, self._out, self._err)
-                if ending is Ending.REPORTED and await self._too_much_written():
-                    return Ending.FULL, shells.KILLED
         except TimeoutError:
-            return Ending.TIMEOUT, -1
+            if not (self._out.report and self._err.report):
+                return Ending.TIMEOUT, -1
+            # It had ended in time, while we were asking the engine.
+            ending, exit_code = Ending.REPORTED, int(self._out.report[1])
         if ending is Ending.REPORTED:
+            if await self._too_much_written():
+                return Ending.FULL, shells.KILLED
             self._cwd = self._out.directory()
             self._unread = (self._out.after, self._err.after)
         return ending, exit_code
