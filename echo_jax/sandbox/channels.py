@@ -101,26 +101,36 @@ def packed(
     return directory, archive(path, name, keep_modes=keep_modes, programs=programs)
 
 
-def pipe() -> tuple[int, int]:
-    """(read end, write end), with numbers above those that bash scripts redirect by hand."""
+def pipe(reads: contextlib.ExitStack, writes: contextlib.ExitStack) -> tuple[int, int]:
+    """(read end, write end), each of which the stack of its side closes."""
     reader, writer = os.pipe()
-    high_reader = fcntl.fcntl(reader, fcntl.F_DUPFD_CLOEXEC, 64)
-    high_writer = fcntl.fcntl(writer, fcntl.F_DUPFD_CLOEXEC, 64)
-    os.close(reader)
-    os.close(writer)
-    return high_reader, high_writer
+    try:
+        return _high(reader, reads), _high(writer, writes)
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
-def status_pair() -> tuple[socket.socket, int]:
-    """(our end, the sandbox's end). To each message the kernel adds the sender's process id, as the
-    host numbers it, so that nobody can send in another's name.
+def status_pair(
+    mine: contextlib.ExitStack, others: contextlib.ExitStack
+) -> tuple[socket.socket, int]:
+    """(our end, the sandbox's end), each of which the stack of its side closes. To each message the
+    kernel adds the sender's process id, as the host numbers it, so that nobody can send in
+    another's name.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    ours.setblocking(False)
-    high = fcntl.fcntl(theirs, fcntl.F_DUPFD_CLOEXEC, 64)
-    theirs.close()
-    return ours, high
+    mine.callback(ours.close)
+    with theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        ours.setblocking(False)
+        return ours, _high(theirs.fileno(), others)
+
+
+def _high(descriptor: int, closer: contextlib.ExitStack) -> int:
+    """A copy with a number above those that bash scripts redirect by hand."""
+    high = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 64)
+    closer.callback(os.close, high)
+    return high
 
 
 _CREDENTIALS = struct.Struct('3i')  # struct ucred: pid, uid, gid

@@ -1,8 +1,10 @@
 """How local sandboxes start, end, and are refused, on both backends. Linux only."""
 
 import asyncio
+import errno
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import sys
 import pytest
 
 from echo_jax import types
-from echo_jax.sandbox import CommandResult, SandboxError, local
+from echo_jax.sandbox import CommandResult, SandboxError, channels, local
 from echo_jax.sandbox.local import namespaces
 from tests.support.processes import comm, descendants, ended, marked, open_files, soon, status
 from tests.support.sandboxes import SEC, opened
@@ -165,6 +167,45 @@ def test_cancelled_start_leaves_nothing(task, backend, monkeypatch, tmp_path):
     assert soon(lambda: not marked(f'{tmp_path}/mark')), marked(f'{tmp_path}/mark')
 
 
+async def start_and_stop(task, backend) -> None:
+    async with opened(local.LocalSandbox(task, backend=backend)):
+        pass
+
+
+def test_a_start_without_descriptors_leaves_nothing(task, backend):
+    """Each time there is room for one more of its numbers, which begin at 64."""
+    asyncio.run(start_and_stop(task, backend))  # so that all is known that is looked up once
+    before = open_files()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def start(room: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64 + room, hard))
+        try:
+            await start_and_stop(task, backend)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    for room in range(10):  # two of each of four pipes, and one of each of two pairs of sockets
+        with pytest.raises(SandboxError, match=rf'{backend} opened no sandbox: \[Errno '):
+            asyncio.run(start(room))
+    assert soon(lambda: not open_files() - before), open_files() - before
+
+
+def test_a_start_without_room_for_a_process_leaves_nothing(task, backend, monkeypatch):
+    """That is made up, since a test that runs as root can have any number of processes."""
+    asyncio.run(start_and_stop(task, backend))  # so that all is known that is looked up once
+    before, kept = open_files(), set(channels.not_for_forks)
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, 'Popen', refuse)
+    with pytest.raises(SandboxError, match=f'{backend} opened no sandbox: .*temporarily'):
+        asyncio.run(start_and_stop(task, backend))
+    assert soon(lambda: not open_files() - before), open_files() - before
+    assert channels.not_for_forks == kept
+
+
 _FORKER = _PARENT.replace('import asyncio', 'import asyncio, os, time').replace(
     "    print('up'",
     "    if os.fork() == 0:\n        time.sleep(30)\n        os._exit(0)\n    print('up'",
@@ -249,3 +290,14 @@ def test_check_names_the_backend(backend):
     assert local.check(backend) == backend
     with pytest.raises(ValueError, match='docker'):
         local.check('docker')
+
+
+@pytest.mark.parametrize('name', namespaces.BACKENDS)
+def test_tools_that_hang_are_named(name, tmp_path, monkeypatch):
+    for tool in ('bwrap', 'setpriv', 'unshare'):
+        (tmp_path / tool).write_text('#!/bin/sh\nexec sleep 60\n')
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    monkeypatch.setattr(namespaces, 'CHECK_SEC', 0.2)
+    with pytest.raises(SandboxError, match=f'{name}: it did not answer in 0.2 s'):
+        local.check(name)

@@ -29,6 +29,7 @@ from typing import NamedTuple
 from echo_jax.sandbox import ENVIRONMENT, PATH, UID, SandboxError, read_script
 
 BACKENDS = ('bubblewrap', 'unshare')
+CHECK_SEC = 30.0  # for what takes milliseconds, on a machine that may be overloaded
 _DEVICES = ('null', 'zero', 'full', 'random', 'urandom')
 _WRITABLE = ('/app', '/logs', '/tmp', '/root', '/dev/shm')
 _DIRECTORIES = shlex.split(
@@ -228,14 +229,19 @@ def _attempt(backend: str) -> str | None:
     for tool in ('bwrap' if backend == 'bubblewrap' else 'unshare', 'setpriv', 'mount', 'bash'):
         if shutil.which(tool) is None:
             return f'{tool} is not installed'
-    done = subprocess.run(
-        arguments,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        env=environment,
-        timeout=30,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment,
+            timeout=CHECK_SEC,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f'it did not answer in {CHECK_SEC:g} s'
+    except OSError as error:  # no room for a process
+        return str(error)
     if done.stdout == b'ready\n':
         return None
     lines = done.stderr.decode(errors='replace').split('\n')

@@ -118,7 +118,8 @@ class LocalSandbox(shells.ShellSandbox):
     async def stop(self) -> None:
         """Ends every process and frees all that was written. Safe to call twice, or unstarted."""
         process, self._process = self._process, None
-        if process is None:
+        if process is None:  # none could be spawned, or it has ended before
+            self._descriptors.close()
             return
         if self._is_open:
             with contextlib.suppress(ProcessLookupError):  # takes its whole namespace with it
@@ -145,36 +146,39 @@ class LocalSandbox(shells.ShellSandbox):
     async def _open(self) -> None:
         """Spawns process 1 and waits until it has built the root."""
         backend = _working_backend(self._backend, os.environ.get('PATH', ''))
-        control, self._control = channels.pipe()
-        script, self._script = channels.pipe()
-        self._stdout, stdout = channels.pipe()
-        self._stderr, stderr = channels.pipe()
-        self._replies, replies = channels.status_pair()
-        self._status, status = channels.status_pair()
-        argv, environment = namespaces.command(backend, self._limits, (script, status, stdout))
-        theirs = (control, script, stdout, stderr, replies, status)
+        try:
+            with contextlib.ExitStack() as theirs:  # what the process has copies of, once it runs
+                self._process = self._spawn(backend, theirs)
+            await self._await_root(backend)
+        except OSError as error:  # the machine has no room for a process or a descriptor
+            raise SandboxError(f'{backend} opened no sandbox: {error}') from None
+
+    def _spawn(self, backend: str, theirs: contextlib.ExitStack) -> subprocess.Popen:
+        ours = self._descriptors
+        control, self._control = channels.pipe(theirs, ours)
+        script, self._script = channels.pipe(theirs, ours)
+        self._stdout, stdout = channels.pipe(ours, theirs)
+        self._stderr, stderr = channels.pipe(ours, theirs)
+        self._replies, replies = channels.status_pair(ours, theirs)
+        self._status, status = channels.status_pair(ours, theirs)
         for descriptor in (self._control, self._script, self._stdout, self._stderr):
             os.set_blocking(descriptor, False)
-            self._descriptors.callback(os.close, descriptor)
         channels.not_for_forks.add(self._control)
-        self._descriptors.callback(channels.not_for_forks.discard, self._control)
-        self._descriptors.callback(self._replies.close)
-        self._descriptors.callback(self._status.close)
-        try:
-            # vfork inside, so the size of this process does not matter; the session of its own
-            # keeps the user's terminal and its Ctrl-C away.
-            self._process = subprocess.Popen(
-                argv,
-                stdin=control,
-                stdout=replies,
-                stderr=stderr,
-                pass_fds=(script, status, stdout),
-                env=environment,
-                start_new_session=True,
-            )
-        finally:
-            for descriptor in theirs:
-                os.close(descriptor)
+        ours.callback(channels.not_for_forks.discard, self._control)
+        argv, environment = namespaces.command(backend, self._limits, (script, status, stdout))
+        # vfork inside, so the size of this process does not matter; the session of its own keeps
+        # the user's terminal and its Ctrl-C away.
+        return subprocess.Popen(
+            argv,
+            stdin=control,
+            stdout=replies,
+            stderr=stderr,
+            pass_fds=(script, status, stdout),
+            env=environment,
+            start_new_session=True,
+        )
+
+    async def _await_root(self, backend: str) -> None:
         try:
             async with asyncio.timeout(_STARTUP_SEC):
                 message, pid = await channels.receive(self._replies)
