@@ -1,7 +1,7 @@
 """What the sandboxes have in common: one shell, one thing at a time, and the ways a command ends.
 
 A backend says how a shell is opened, how one command runs in it, how an archive is unpacked inside,
-and how everything inside is ended; see `local/`, `docker/` and `harbor.py`.
+and how what runs inside is ended; see `local/`, `docker/` and `harbor/`.
 """
 
 import abc
@@ -33,7 +33,9 @@ class NoShell(SandboxError):
 
 
 class Ending(enum.Enum):
-    """How a command ended. After all but REPORTED and DEAD, everything in the sandbox is killed."""
+    """How a command ended. After all but REPORTED and DEAD, what it started is killed, and in some
+    sandboxes all that the agent did (docs/protocol.md#shell).
+    """
 
     REPORTED = enum.auto()  # the shell told the exit code and goes on
     DEAD = enum.auto()  # the shell ended with the command (`exit`); its background lives on
@@ -166,7 +168,7 @@ class ShellSandbox(abc.ABC):
             raise SandboxError(f'cannot upload {path} to {target}: {reply.removeprefix("error ")}')
 
     async def reset(self) -> None:
-        """Kills everything that runs inside and opens a fresh shell in the task's workdir."""
+        """Kills what `_end_all` does and opens a fresh shell in the task's workdir."""
         self._require_running()
         async with self._lock:
             await self._kill()
@@ -197,7 +199,7 @@ class ShellSandbox(abc.ABC):
         self._shell_is_open = False
 
     async def _kill(self) -> None:
-        """Ends every process of the agent, the shell among them."""
+        """Ends the shell, and with it what `_end_all` does."""
         self._unclean = True
         await self._end_all()
         self._close_shell()
@@ -229,7 +231,9 @@ class ShellSandbox(abc.ABC):
 
     @abc.abstractmethod
     async def _end_all(self) -> None:
-        """Kills every process of the agent."""
+        """Kills the shell and what its last command started, or every process of the agent's; which
+        of the two, docs/protocol.md#shell says.
+        """
 
     @abc.abstractmethod
     async def restore_tests(self) -> None:
