@@ -138,8 +138,8 @@ def test_a_service_of_the_image_that_hinders_the_tests(judge, fresh, task):
     environment = task.path / 'environment'
     environment.mkdir()
     (environment / 'hinder').write_text(
-        'mkdir "/a$_" for 1..20; while (1) { rename "/a$_", "/b$_" for 1..20; '
-        'rename "/b$_", "/a$_" for 1..20 }'
+        'mkdir "/a$_" for 1..200; while (1) { rename "/a$_", "/b$_" for 1..200; '
+        'rename "/b$_", "/a$_" for 1..200 }'
     )
     (environment / 'Dockerfile').write_text(
         f'FROM {task.docker_image}\nCOPY hinder /\n'
