@@ -65,12 +65,12 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     check_inert(_CONFIG.value, entry.overrides())
     samples, output = _SAMPLES.value, pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
-    if output and output.suffix in ('.jsonl', '.rollouts'):
-        raise ValueError(
-            f'--output={output} is what results are kept under until they are all there; name a '
-            '.json file'
-        )
     if output:
+        if output.suffix in ('.jsonl', '.rollouts'):
+            raise ValueError(
+                f'--output={output}: results are kept under that name until all are there; name a '
+                '.json file'
+            )
         output.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after all the work
     work, place = _open_run(), _find_place()
     config = place.in_recipe(_CONFIG.value) if place else _CONFIG.value

@@ -132,7 +132,7 @@ def test_without_weights_or_a_run(programs, finished, tmp_path):
     line = programs.fails('evaluate', *flags, '--agent=nop', '--step=3')
     assert '--step has no effect with --agent=nop' in line
     line = programs.fails('evaluate', *flags, '--agent=nop', f'--output={tmp_path}/eval.jsonl')
-    assert 'eval.jsonl is what results are kept under' in line
+    assert 'eval.jsonl: results are kept under that name until all are there' in line
     line = programs.fails('evaluate', *flags, f'--workdir={finished}', '--by=level')
     assert "no task has ['level']; there are ['family', 'source']" in line
     line = programs.fails(

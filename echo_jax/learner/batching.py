@@ -218,8 +218,7 @@ def _pack(segments: Sequence[_Segment], config: ml_collections.ConfigDict, capac
         raise ValueError(
             f'{len(segments)} rollouts need {needed} rows of {seq_len} tokens, more than the '
             f'{capacity} of batch.groups x group_size (to a multiple of batch.micro_rows), over '
-            'batch.updates; '
-            'raise batch.groups'
+            'batch.updates; raise batch.groups'
         )
     batch = padding(capacity, seq_len)
     for i, place in places.items():
